@@ -1,0 +1,175 @@
+"""Argument checks with one wording: the argument, the rule, what was received.
+
+Shape, dtype and device cost nothing and are always checked. Values need the numbers themselves, which on an accelerator
+makes the host wait; :func:`checks_values` says when that is acceptable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from numbers import Real
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from uncertainty_mm.gaussian import DiagonalGaussian
+
+
+def checks_values(tensor: Tensor, validate_args: bool) -> bool:
+    """Whether values may be looked at: on the CPU, or on request, and never while tracing a graph."""
+    if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return False
+    return tensor.device.type == "cpu" or (validate_args and tensor.device.type != "meta")
+
+
+def check_positive_int(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"Expected `{name}` to be a positive integer, but got {value!r}")
+    if value < 1:
+        raise ValueError(f"Expected `{name}` to be a positive integer, but got {value}")
+
+
+def check_number(name: str, value: object, rule: str, ok: bool) -> None:
+    """`ok` is the rule evaluated by the caller; comparisons with NaN are false, so NaN never passes."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"Expected `{name}` to be a number {rule}, but got {value!r}")
+    if not ok:
+        raise ValueError(f"Expected `{name}` to be a number {rule}, but got {value}")
+
+
+def check_probability(name: str, value: float) -> None:
+    check_number(name, value, "in [0, 1]", isinstance(value, Real) and 0 <= value <= 1)
+
+
+def check_dropout(value: float) -> None:
+    check_number("dropout", value, "in [0, 1)", isinstance(value, Real) and 0 <= value < 1)
+
+
+def check_positive(name: str, value: float) -> None:
+    finite_and_positive = isinstance(value, Real) and 0 < value < float("inf")
+    check_number(name, value, "above 0", finite_and_positive)
+
+
+def check_flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"Expected `{name}` to be True or False, but got {value!r}")
+
+
+def check_choice(name: str, value: object, choices: Collection[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"Expected `{name}` to be one of {sorted(choices)}, but got {value!r}")
+
+
+def check_tensor(
+    name: str,
+    value: object,
+    kind: str,
+    dims: str,
+    sizes: dict[str, int],
+    device: torch.device | None = None,
+) -> Tensor:
+    """Checks type, dtype, shape and device of a tensor argument.
+
+    Args:
+        name: Name of the argument, for the message.
+        value: The argument.
+        kind: `"floating"`, `"bool"`, `"integer"` or `"number"` (any dtype but complex).
+        dims: Names of the dimensions, such as `"B M Q"`.
+        sizes: Known sizes by dimension name; names met for the first time are added.
+        device: Where the tensor has to be, if that is known.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"Expected `{name}` to be a tensor, but got {type(value).__name__}")
+    dtype = value.dtype
+    fits = {
+        "floating": dtype.is_floating_point,
+        "bool": dtype is torch.bool,
+        "integer": not (dtype.is_floating_point or dtype.is_complex or dtype is torch.bool),
+        "number": not dtype.is_complex,
+    }
+    if not fits[kind]:
+        raise TypeError(f"Expected `{name}` to have a {kind} dtype, but got {dtype}")
+    names = dims.split()
+    known = [sizes.get(dim) for dim in names]
+    agrees = value.dim() == len(names) and all(
+        size is None or size == received for size, received in zip(known, value.shape, strict=True)
+    )
+    if not agrees:
+        wanted = ", ".join(
+            dim if size is None or dim.isdigit() else f"{dim}={size}"
+            for dim, size in zip(names, known, strict=True)
+        )
+        raise ValueError(
+            f"Expected `{name}` to have shape ({wanted}), but got {tuple(value.shape)}"
+        )
+    for dim, received in zip(names, value.shape, strict=True):
+        sizes[dim] = received
+    if device is not None and value.device != device:
+        raise ValueError(f"Expected `{name}` to be on {device}, but got {value.device}")
+    return value
+
+
+def check_finite(name: str, tensor: Tensor, left_out: Tensor | None = None) -> None:
+    """Raises for NaN and infinity, except where `left_out` (broadcastable) is True."""
+    if tensor.numel() == 0:
+        return
+    low, high = tensor.detach().aminmax()  # one pass without a temporary; NaN propagates
+    if torch.isfinite(low) and torch.isfinite(high):
+        return
+    bad = ~torch.isfinite(tensor)
+    if left_out is not None:
+        bad = bad & ~left_out
+    if bad.any():
+        raise ValueError(
+            f"Expected `{name}` to be finite, but got {int(bad.sum())} NaN or infinite values"
+        )
+
+
+def check_range(
+    name: str, tensor: Tensor, low: float, high: float, left_out: Tensor | None = None
+) -> None:
+    """Raises unless all values are in [low, high]; NaN fails."""
+    outside = ~((tensor >= low) & (tensor <= high))
+    if left_out is not None:
+        outside = outside & ~left_out
+    if outside.any():
+        example = tensor[outside.expand_as(tensor)][0].item()
+        raise ValueError(f"Expected `{name}` to be in [{low}, {high}], but got {example}")
+
+
+def check_labels(name: str, labels: Tensor) -> None:
+    """Raises unless all values are 0 or 1."""
+    if labels.dtype is torch.bool:
+        return
+    wrong = (labels != 0) & (labels != 1)
+    if wrong.any():
+        raise ValueError(f"Expected `{name}` to hold only 0 and 1, but got {labels[wrong][0]}")
+
+
+def check_missing(
+    missing: Tensor | None, sizes: dict[str, int], device: torch.device
+) -> Tensor | None:
+    if missing is not None:
+        check_tensor("missing", missing, "bool", "B M", sizes, device)
+    return missing
+
+
+def check_latent(
+    latent: DiagonalGaussian, missing: Tensor | None, sizes: dict[str, int], validate_args: bool
+) -> None:
+    """Checks a Gaussian of shape (B, M, Q, K) and the mask of its missing modalities."""
+    mean, std = getattr(latent, "mean", None), getattr(latent, "std", None)
+    if not isinstance(mean, Tensor) or not isinstance(std, Tensor):
+        raise TypeError(
+            f"Expected `latent` to be a DiagonalGaussian, but got {type(latent).__name__}"
+        )
+    check_tensor("latent.mean", mean, "floating", "B M Q K", sizes)
+    check_tensor("latent.std", std, "floating", "B M Q K", sizes, mean.device)
+    check_missing(missing, sizes, mean.device)
+    if checks_values(mean, validate_args):
+        left_out = None if missing is None else missing[:, :, None, None]
+        check_finite("latent.mean", mean, left_out)
+        check_finite("latent.std", std, left_out)
+        check_range("latent.std", std, 0, float("inf"), left_out)

@@ -1,0 +1,303 @@
+"""The kernel of :func:`uncertainty_mm.functional.supcon_loss`.
+
+The necessary work is three matrix products: scores of the anchors with the keys, and the gradient of either side. The
+rest is arranged around them:
+
+- Scores are made in tiles that stay in the cache and are reduced at once (an online softmax, as in fused attention), so
+  that memory grows with N * E and not with N * (N + Q).
+- The gradient of log sum exp with respect to an anchor is the softmax-weighted mean of the keys. It is accumulated
+  along with the sum, tile by tile. The keys of the batch come last, when the sum of a row is known, and receive their
+  gradient from the same tile.
+- Similarity is a dot product, so the positives need no mask: their mean score is the anchor's product with the mean of
+  the class without itself.
+- Logarithms are to base 2: exp2 is several times faster than exp on a CPU, and the factor goes into the anchors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Entries of a tile of scores: 4 MiB in float32, so that it stays in the cache of a core; an accelerator wants more.
+_CPU_TILE = 2**20
+_ACCELERATOR_TILE = 2**26
+_TILE_KEYS = 4096
+# Stands for the maximum of no scores; finite, so that differences of two of them are.
+_LOWEST = -1e30
+
+
+def supcon(
+    embeddings: Tensor,
+    classes: Tensor,
+    anchor_mask: Tensor,
+    bank: Tensor,
+    bank_classes: Tensor,
+    temperature: float,
+    reduction: str,
+) -> Tensor:
+    """The loss for checked arguments; see :func:`uncertainty_mm.functional.supcon_loss`."""
+    needs_grad = embeddings.requires_grad and torch.is_grad_enabled()
+    loss, _ = _forward(
+        embeddings, classes, anchor_mask, bank, bank_classes, temperature, reduction, needs_grad
+    )
+    return loss
+
+
+@torch.library.custom_op("uncertainty_mm::supcon", mutates_args=())
+def _forward(
+    embeddings: Tensor,
+    classes: Tensor,
+    anchor_mask: Tensor,
+    bank: Tensor,
+    bank_classes: Tensor,
+    temperature: float,
+    reduction: str,
+    needs_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """Loss and, for a scalar loss, its gradient; an operator, so that compilers take it as one step."""
+    return _compute(
+        embeddings,
+        classes,
+        anchor_mask,
+        bank,
+        bank_classes,
+        temperature,
+        reduction,
+        None,
+        needs_grad and reduction != "none",
+    )
+
+
+@_forward.register_fake
+def _(
+    embeddings: Tensor,
+    classes: Tensor,
+    anchor_mask: Tensor,
+    bank: Tensor,
+    bank_classes: Tensor,
+    temperature: float,
+    reduction: str,
+    needs_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(embeddings.dtype, torch.float32)
+    loss = embeddings.new_empty(classes.shape if reduction == "none" else (), dtype=dtype)
+    stored = embeddings.shape if needs_grad and reduction != "none" else (0,)
+    return loss, embeddings.new_empty(stored, dtype=dtype)
+
+
+@torch.library.custom_op("uncertainty_mm::supcon_backward", mutates_args=())
+def _backward(
+    embeddings: Tensor,
+    classes: Tensor,
+    anchor_mask: Tensor,
+    bank: Tensor,
+    bank_classes: Tensor,
+    temperature: float,
+    weights: Tensor,
+) -> Tensor:
+    """Gradient of the weighted sum of the anchors' losses."""
+    return _compute(
+        embeddings, classes, anchor_mask, bank, bank_classes, temperature, "none", weights, True
+    )[1].to(embeddings.dtype)
+
+
+@_backward.register_fake
+def _(
+    embeddings: Tensor,
+    classes: Tensor,
+    anchor_mask: Tensor,
+    bank: Tensor,
+    bank_classes: Tensor,
+    temperature: float,
+    weights: Tensor,
+) -> Tensor:
+    return torch.empty_like(embeddings)
+
+
+@torch.library.custom_op("uncertainty_mm::supcon_scale", mutates_args=())
+def _scale(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The backward pass of a scalar loss; an operator of its own because it has no derivative."""
+    return (gradient * factor).to(dtype, copy=True)
+
+
+@_scale.register_fake
+def _(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(gradient, dtype=dtype)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    embeddings, classes, anchor_mask, bank, bank_classes, temperature, reduction, needs_grad = (
+        inputs
+    )
+    ctx.dtype, ctx.temperature, ctx.scalar = embeddings.dtype, temperature, reduction != "none"
+    if not needs_grad:
+        return
+    if ctx.scalar:
+        ctx.save_for_backward(output[1])
+    else:  # the bank may be overwritten before the backward pass
+        ctx.save_for_backward(embeddings, classes, anchor_mask, bank.clone(), bank_classes.clone())
+
+
+def _differentiate(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    if ctx.scalar:
+        (gradient,) = ctx.saved_tensors
+        return (_scale(gradient, grad_loss, ctx.dtype), *[None] * 7)
+    return (_backward(*ctx.saved_tensors, ctx.temperature, grad_loss), *[None] * 7)
+
+
+def _refuse_double_backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
+    raise RuntimeError(
+        "supcon_loss forms its gradient in the forward pass and cannot be differentiated twice"
+    )
+
+
+_forward.register_autograd(_differentiate, setup_context=_setup_context)
+_backward.register_autograd(_refuse_double_backward)
+_scale.register_autograd(_refuse_double_backward)
+
+
+def _compute(
+    embeddings: Tensor,
+    classes: Tensor,
+    anchor_mask: Tensor,
+    bank: Tensor,
+    bank_classes: Tensor,
+    temperature: float,
+    reduction: str,
+    weights: Tensor | None,
+    needs_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """Loss and gradient; `weights` of the anchors replace those of the reduction in the gradient."""
+    dtype = torch.promote_types(embeddings.dtype, torch.float32)
+    num_rows = classes.shape[0]
+    if num_rows == 0:
+        loss = embeddings.new_zeros((0,) if reduction == "none" else (), dtype=dtype)
+        return loss, embeddings.new_zeros(embeddings.shape if needs_grad else (0,), dtype=dtype)
+    with torch.autocast(embeddings.device.type, enabled=False):
+        valid = classes >= 0
+        rows = embeddings.to(dtype).masked_fill(~valid.unsqueeze(1), 0)
+        bank, bank_classes = _without_empty_slots(bank, bank_classes)
+
+        totals, counts, segment = _class_sums(rows, classes, bank, bank_classes)
+        num_positives = counts[segment] - 1
+        anchors = anchor_mask & valid & (num_positives > 0)
+        inverse = num_positives.clamp_min(1).reciprocal()
+        mean_positive = (totals[segment] - rows) * inverse.unsqueeze(1)
+        if weights is None:
+            weights = anchors.to(dtype)
+            if reduction == "mean":
+                weights = weights / weights.sum().clamp_min(1)
+        weights = weights.to(dtype).masked_fill(~anchors, 0)
+
+        losses, grad = _log_sum_exp(
+            rows, valid, anchors, weights, bank, bank_classes, temperature, needs_grad
+        )
+        losses = losses - (rows * mean_positive).sum(1) / temperature
+        losses = losses.masked_fill(~anchors, 0)
+        if needs_grad:
+            weighted = rows * (weights * inverse).unsqueeze(1)
+            per_class = torch.zeros_like(rows).index_add_(0, segment, weighted)
+            grad -= weights.unsqueeze(1) * mean_positive + per_class[segment] - weighted
+            grad /= temperature
+        loss = losses if reduction == "none" else (losses * weights).sum()
+        return loss, grad
+
+
+def _without_empty_slots(bank: Tensor, bank_classes: Tensor) -> tuple[Tensor, Tensor]:
+    """Drops empty slots where their number can be asked for; elsewhere they only lose what they hold."""
+    full = bank_classes >= 0
+    if bank.device.type != "cpu":
+        return bank.masked_fill(~full.unsqueeze(1), 0), bank_classes
+    length = int(full.sum())
+    if full[:length].all():  # a queue fills up from the front: no copy
+        return bank[:length], bank_classes[:length]
+    return bank[full], bank_classes[full]
+
+
+def _class_sums(
+    rows: Tensor, classes: Tensor, bank: Tensor, bank_classes: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum and number of all keys of each class of the batch, and where to find the class of a row in both.
+
+    A class is known by its first place among the sorted classes; keys of a class that the batch does not have go to
+    the last entry.
+    """
+    num_rows, dim = rows.shape
+    ordered = classes.sort().values
+    segment = torch.searchsorted(ordered, classes)
+    place = torch.searchsorted(ordered, bank_classes.to(classes.dtype)).clamp_max(num_rows - 1)
+    bank_segment = torch.where(ordered[place] == bank_classes, place, num_rows)
+    totals = rows.new_zeros(num_rows + 1, dim).index_add_(0, segment, rows)
+    counts = rows.new_zeros(num_rows + 1)
+    counts.index_add_(0, segment, torch.ones_like(rows[:, 0]))
+    counts.index_add_(0, bank_segment, counts.new_ones(()).expand(bank.shape[0]))
+    for keys, places in zip(bank.split(_TILE_KEYS), bank_segment.split(_TILE_KEYS), strict=True):
+        totals.index_add_(0, places, keys.to(rows.dtype))
+    return totals, counts, segment
+
+
+def _log_sum_exp(
+    rows: Tensor,
+    valid: Tensor,
+    anchors: Tensor,
+    weights: Tensor,
+    bank: Tensor,
+    bank_classes: Tensor,
+    temperature: float,
+    needs_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """log sum exp of each anchor over its keys, and temperature times the gradient of their weighted sum."""
+    num_rows, dim = rows.shape
+    scale = math.log2(math.e) / temperature
+    result = rows.new_zeros(num_rows)
+    grad = rows.new_zeros(num_rows, dim) if needs_grad else rows.new_zeros(0)
+    on_cpu = rows.device.type == "cpu"
+    places = torch.arange(num_rows, device=rows.device)
+    if on_cpu:
+        places = places[anchors]
+    width = max(num_rows, min(_TILE_KEYS, bank.shape[0]))
+    height = max(1, (_CPU_TILE if on_cpu else _ACCELERATOR_TILE) // width)
+    tile = rows.new_empty(min(height, places.shape[0]), width)
+    for place in places.split(height):
+        anchor = rows[place]
+        scaled = anchor * scale
+        highest = anchor.new_full((place.shape[0], 1), _LOWEST)
+        total = torch.zeros_like(highest)
+        gathered = torch.zeros_like(anchor)
+        probs = tile
+        for keys, bias, is_batch in _key_tiles(rows, valid, bank, bank_classes):
+            probs = tile[: place.shape[0], : keys.shape[0]]
+            torch.addmm(bias, scaled, keys.t(), out=probs)
+            if is_batch:  # itself; before the maximum is taken, which it would dominate
+                probs.scatter_(1, place.unsqueeze(1), -math.inf)
+            previous, highest = highest, torch.maximum(highest, probs.amax(1, keepdim=True))
+            probs.sub_(highest).exp2_()
+            shrink = (previous - highest).exp2_()
+            total = torch.addcmul(probs.sum(1, keepdim=True), total, shrink)
+            if needs_grad:
+                gathered.mul_(shrink).addmm_(probs, keys)
+        total.clamp_min_(torch.finfo(total.dtype).tiny)  # an anchor without any key
+        result[place] = ((highest + total.log2()) * math.log(2)).squeeze(1)
+        if needs_grad:
+            share = weights[place].unsqueeze(1) / total
+            grad.addmm_(probs.t(), anchor * share)  # the keys of the batch, whose tile came last
+            grad.index_add_(0, place, gathered * share)
+    return result, grad
+
+
+def _key_tiles(
+    rows: Tensor, valid: Tensor, bank: Tensor, bank_classes: Tensor
+) -> Iterator[tuple[Tensor, Tensor, bool]]:
+    """Keys, what is added to their scores (-inf for no key), and whether they are the batch, which comes last."""
+    for keys, classes in zip(bank.split(_TILE_KEYS), bank_classes.split(_TILE_KEYS), strict=True):
+        if keys.shape[0]:
+            yield keys.to(rows.dtype), _bias(classes >= 0, rows), False
+    yield rows, _bias(valid, rows), True
+
+
+def _bias(valid: Tensor, rows: Tensor) -> Tensor:
+    return torch.zeros_like(valid, dtype=rows.dtype).masked_fill(~valid, -math.inf)

@@ -1,0 +1,283 @@
+"""Label queries that read each modality (Eq. 1-2): :class:`EmotionQueryAttention`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from uncertainty_mm._checks import (
+    check_dropout,
+    check_finite,
+    check_positive,
+    check_positive_int,
+    check_tensor,
+    checks_values,
+)
+
+
+class _ModalityAttention(nn.Module):
+    """The projections of one modality; the table of label embeddings is shared and comes from outside."""
+
+    def __init__(self, in_dim: int, label_dim: int, proj_dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.query = nn.Linear(label_dim, proj_dim)
+        self.key = nn.Linear(in_dim, proj_dim)
+        self.out = nn.Linear(proj_dim, out_dim)
+
+
+class EmotionQueryAttention(nn.Module):
+    r"""One vector for every label and modality, gathered by learned label queries.
+
+    Every label owns an embedding, shared by the modalities, that asks each modality's sequence for what concerns this
+    label. For the label embeddings :math:`L` and the sequence :math:`O^m` of modality :math:`m`
+
+    .. math::
+        A^m &= \operatorname{softmax}\bigl(s\, (L W_q^m) (O^m W_k^m)^\top\bigr) \qquad &\text{(Eq. 1)} \\
+        Z^m &= \bigl(A^m\, O^m W_k^m\bigr) W_o^m \qquad &\text{(Eq. 2)}
+
+    with the softmax over the steps that are not padding (biases omitted). Keys and values are the same projection of
+    the sequence, as Eq. 2 writes it.
+
+    Source: Huang et al. 2025, arXiv 2502.13954, section 3.3.1. Eq. 1 has :math:`s = 1`; the default
+    :math:`s = 1/\sqrt{\text{proj\_dim}}` keeps the scores in a range where the softmax still learns.
+
+    Args:
+        modality_dims: Feature size :math:`D_m` of every modality by name. The order of this mapping is the order of
+            the modality axis of the output.
+        num_labels: Number of labels :math:`Q`.
+        label_dim: Size of a label embedding.
+        proj_dim: Size of queries and keys.
+        out_dim: Size of an output vector.
+        scale: Factor of the scores; None is `proj_dim ** -0.5`, 1.0 is Eq. 1 to the letter.
+        dropout: Probability that an attention weight is dropped in training.
+        validate_args: Look at values (NaN, infinity) also on an accelerator, at the price of a wait for it.
+
+    Attributes:
+        label_embedding: `nn.Embedding` of shape (Q, label_dim).
+        attention: `nn.ModuleDict` with the projections `query`, `key` and `out` of every modality.
+
+    Raises:
+        ValueError: If a size is not positive, no modality is given, or a name cannot name a submodule.
+        TypeError: If an argument has the wrong type.
+
+    Example:
+        >>> attention = EmotionQueryAttention({"text": 8, "audio": 4}, num_labels=6, out_dim=16)
+        >>> features = {"text": torch.randn(2, 10, 8), "audio": torch.randn(2, 50, 4)}
+        >>> padding_mask = {"audio": torch.arange(50) >= torch.tensor([[30], [0]])}  # True: leave out
+        >>> attention(features, padding_mask).shape
+        torch.Size([2, 2, 6, 16])
+        >>> attention.missing(features, padding_mask)  # the second sample has no audio at all
+        tensor([[False, False],
+                [False,  True]])
+    """
+
+    def __init__(
+        self,
+        modality_dims: Mapping[str, int],
+        num_labels: int,
+        *,
+        label_dim: int = 256,
+        proj_dim: int = 256,
+        out_dim: int = 128,
+        scale: float | None = None,
+        dropout: float = 0.0,
+        validate_args: bool = False,
+    ) -> None:
+        super().__init__()
+        if not isinstance(modality_dims, Mapping):
+            raise TypeError(
+                "Expected `modality_dims` to be a mapping from names to sizes, "
+                f"but got {type(modality_dims).__name__}"
+            )
+        if not modality_dims:
+            raise ValueError("Expected `modality_dims` to name at least one modality, but got none")
+        for name, dim in modality_dims.items():
+            if not isinstance(name, str):
+                raise TypeError(f"Expected `modality_dims` to have str keys, but got {name!r}")
+            if not name or "." in name or hasattr(nn.ModuleDict, name):
+                raise ValueError(
+                    "Expected the keys of `modality_dims` to be usable as submodule names "
+                    f"(not empty, no dot, no method of nn.ModuleDict), but got {name!r}"
+                )
+            check_positive_int(f"modality_dims[{name!r}]", dim)
+        check_positive_int("num_labels", num_labels)
+        check_positive_int("label_dim", label_dim)
+        check_positive_int("proj_dim", proj_dim)
+        check_positive_int("out_dim", out_dim)
+        if scale is not None:
+            check_positive("scale", scale)
+        check_dropout(dropout)
+        self.modality_dims = dict(modality_dims)
+        self.num_labels = num_labels
+        self.out_dim = out_dim
+        self.scale = proj_dim**-0.5 if scale is None else float(scale)
+        self.dropout = dropout
+        self.validate_args = validate_args
+        self.label_embedding = nn.Embedding(num_labels, label_dim)
+        self.attention = nn.ModuleDict(
+            {
+                name: _ModalityAttention(dim, label_dim, proj_dim, out_dim)
+                for name, dim in modality_dims.items()
+            }
+        )
+
+    def extra_repr(self) -> str:
+        return f"scale={self.scale:g}, dropout={self.dropout}"
+
+    def _check(
+        self, features: Mapping[str, Tensor], padding_mask: Mapping[str, Tensor] | None
+    ) -> None:
+        arguments = {"features": features, "padding_mask": padding_mask or {}}
+        for argument, mapping in arguments.items():
+            if not isinstance(mapping, Mapping):
+                raise TypeError(
+                    f"Expected `{argument}` to be a mapping from modality names to tensors, "
+                    f"but got {type(mapping).__name__}"
+                )
+            unknown = sorted(str(name) for name in mapping if name not in self.modality_dims)
+            if unknown:
+                raise ValueError(
+                    f"Expected `{argument}` to hold only the modalities {list(self.modality_dims)}, "
+                    f"but got {unknown}"
+                )
+        if not features:
+            raise ValueError(
+                "Expected `features` to hold at least one modality, but got none: "
+                "batch size and device are unknown without any"
+            )
+        sizes: dict[str, int] = {}
+        device: torch.device | None = None
+        for name, dim in self.modality_dims.items():
+            if name not in features:
+                if padding_mask and name in padding_mask:
+                    raise ValueError(
+                        f"Expected `padding_mask` to hold only modalities of `features`, but got {name!r}"
+                    )
+                continue
+            sizes |= {"D": dim}
+            sizes.pop("S", None)
+            sequence = check_tensor(
+                f"features[{name!r}]", features[name], "floating", "B S D", sizes, device
+            )
+            device = sequence.device
+            mask = None if padding_mask is None else padding_mask.get(name)
+            if mask is not None:
+                check_tensor(f"padding_mask[{name!r}]", mask, "bool", "B S", sizes, device)
+            if checks_values(sequence, self.validate_args):
+                check_finite(
+                    f"features[{name!r}]", sequence, None if mask is None else mask.unsqueeze(-1)
+                )
+
+    def missing(
+        self, features: Mapping[str, Tensor], padding_mask: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """Which modalities are absent from `features` or padded from end to end.
+
+        Args:
+            features: As for :meth:`forward`.
+            padding_mask: As for :meth:`forward`.
+
+        Returns:
+            Bool tensor (B, M), True where the modality is missing.
+        """
+        self._check(features, padding_mask)
+        return self._missing(features, padding_mask)
+
+    def _missing(
+        self, features: Mapping[str, Tensor], padding_mask: Mapping[str, Tensor] | None
+    ) -> Tensor:
+        some = next(iter(features.values()))
+        columns = []
+        for name in self.modality_dims:
+            mask = None if padding_mask is None else padding_mask.get(name)
+            if name not in features or features[name].shape[1] == 0:
+                columns.append(some.new_ones(some.shape[0], dtype=torch.bool))
+            elif mask is None:
+                columns.append(some.new_zeros(some.shape[0], dtype=torch.bool))
+            else:
+                columns.append(mask.all(dim=1))
+        return torch.stack(columns, dim=1)
+
+    def forward(
+        self,
+        features: Mapping[str, Tensor],
+        padding_mask: Mapping[str, Tensor] | None = None,
+        *,
+        need_weights: bool = False,
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """Gathers every label's vector from every modality.
+
+        Args:
+            features: Sequences (B, S_m, D_m) by modality name. Lengths may differ; a modality may be absent.
+            padding_mask: Bool masks (B, S_m) by modality name, True means leave out; a modality without a mask is
+                used whole. What stands at padded steps, NaN included, has no influence.
+            need_weights: Also return the attention weights (before dropout), which costs the fused kernel.
+
+        Returns:
+            Tensor (B, M, Q, out_dim), zero where a modality is missing. With `need_weights` a pair of it and the
+            weights (B, Q, S_m) by name of the modalities in `features`; a row of weights sums to 1, or is 0 where
+            the modality is wholly padded.
+
+        Raises:
+            ValueError: If shapes, devices or names disagree, or an unpadded feature is not finite.
+            TypeError: If a dtype is wrong.
+        """
+        self._check(features, padding_mask)
+        missing = self._missing(features, padding_mask)
+        outputs: list[Tensor | None] = []
+        weights: dict[str, Tensor] = {}
+        for index, name in enumerate(self.modality_dims):
+            if name not in features:
+                outputs.append(None)
+                continue
+            mask = None if padding_mask is None else padding_mask.get(name)
+            output, weights[name] = self._attend(
+                self.attention[name], features[name], mask, missing[:, index], need_weights
+            )
+            outputs.append(output)
+        some = next(output for output in outputs if output is not None)
+        stacked = torch.stack(
+            [torch.zeros_like(some) if output is None else output for output in outputs], dim=1
+        )
+        return (stacked, weights) if need_weights else stacked
+
+    def _attend(
+        self,
+        projections: nn.Module,
+        sequence: Tensor,
+        mask: Tensor | None,
+        missing: Tensor,
+        need_weights: bool,
+    ) -> tuple[Tensor, Tensor]:
+        if mask is not None:
+            sequence = sequence.masked_fill(mask.unsqueeze(-1), 0)
+            # A softmax over nothing is 0/0: rows without any step attend to zeros and are zeroed below.
+            mask = mask & ~missing.unsqueeze(-1)
+        key = projections.key(sequence)
+        query = projections.query(self.label_embedding.weight).expand(sequence.shape[0], -1, -1)
+        dropout = self.dropout if self.training else 0.0
+        weights = key.new_empty(0)
+        if need_weights or sequence.shape[1] == 0:
+            scores = (self.scale * query) @ key.transpose(1, 2)
+            if mask is not None:
+                scores = scores.masked_fill(mask.unsqueeze(1), float("-inf"))
+            weights = scores.softmax(-1, dtype=_at_least_float32(scores)).to(key.dtype)
+            gathered = F.dropout(weights, dropout) @ key
+            weights = weights.masked_fill(missing[:, None, None], 0)
+        else:
+            gathered = F.scaled_dot_product_attention(
+                query.unsqueeze(1),
+                key.unsqueeze(1),
+                key.unsqueeze(1),
+                attn_mask=None if mask is None else ~mask[:, None, None, :],
+                dropout_p=dropout,
+                scale=self.scale,
+            ).squeeze(1)
+        return projections.out(gathered).masked_fill(missing[:, None, None], 0), weights
+
+
+def _at_least_float32(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)

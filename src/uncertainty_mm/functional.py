@@ -1,0 +1,308 @@
+"""The mathematics of the components, stateless and usable by itself."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from uncertainty_mm._checks import (
+    check_choice,
+    check_finite,
+    check_labels,
+    check_positive,
+    check_range,
+    check_tensor,
+    checks_values,
+)
+from uncertainty_mm._supcon import supcon
+
+__all__ = [
+    "distribution_embedding",
+    "expected_distance",
+    "ordinality_divergence",
+    "prediction_distance",
+    "soft_rank",
+    "supcon_loss",
+]
+
+
+def supcon_loss(
+    embeddings: Tensor,
+    classes: Tensor,
+    *,
+    anchor_mask: Tensor | None = None,
+    bank: Tensor | None = None,
+    bank_classes: Tensor | None = None,
+    temperature: float = 0.07,
+    reduction: str = "mean",
+) -> Tensor:
+    r"""Supervised contrastive loss of a batch against itself and a bank of further keys (Eq. 5-7).
+
+    For an anchor :math:`e` with keys :math:`T_e` (all rows of batch and bank but :math:`e` itself) and positives
+    :math:`P_e` (the keys of its class)
+
+    .. math::
+        \ell_e = \log \sum_{k \in T_e} \exp(e^\top k / \tau) - \frac{1}{|P_e|} \sum_{p \in P_e} e^\top p / \tau
+
+    Time is linear in the number of keys, and the matrix of similarities never exists: tiles of it are reduced as they are
+    made, and the gradient is formed along the way, so that the backward pass only scales it (for `"none"`, where the
+    weights of the anchors are known only then, the backward pass computes it anew).
+
+    Source: Huang et al. 2025, arXiv 2502.13954, Eq. 5-7; Khosla et al. 2020, arXiv 2004.11362 (:math:`L_{out}`).
+
+    Args:
+        embeddings: Tensor (N, E), not necessarily normalised. Computed in at least float32.
+        classes: Integer tensor (N,). A negative class leaves the row out: neither anchor nor key.
+        anchor_mask: Bool tensor (N,), True where a row is an anchor; None makes every row an anchor. All rows are keys.
+        bank: Tensor (Q, E), further keys, which receive no gradient. May be changed once this call has returned.
+        bank_classes: Integer tensor (Q,), classes of the bank; -1 marks an empty slot, which is no key.
+        temperature: :math:`\tau`, above 0.
+        reduction: `"mean"` over the anchors that have a positive (0 if none has), `"sum"` of the same, or `"none"`.
+
+    Returns:
+        Scalar, or (N,) for `"none"` with 0 where a row is no anchor or has no positive; in at least float32.
+
+    Raises:
+        ValueError: If shapes or devices disagree, a value is not finite, or an option is unknown.
+        TypeError: If a dtype is wrong.
+        RuntimeError: In a double backward pass, which is not implemented.
+
+    Example:
+        >>> embeddings = torch.eye(3)[[0, 0, 1, 1]]
+        >>> supcon_loss(embeddings, torch.tensor([0, 0, 1, 1]), temperature=1.0)  # log(e + 2) - 1
+        tensor(0.5514)
+        >>> supcon_loss(embeddings, torch.tensor([0, 1, 2, 3]))  # no anchor has a positive
+        tensor(0.)
+    """
+    sizes: dict[str, int] = {}
+    check_tensor("embeddings", embeddings, "floating", "N E", sizes)
+    device = embeddings.device
+    check_tensor("classes", classes, "integer", "N", sizes, device)
+    if anchor_mask is None:
+        anchor_mask = torch.ones_like(classes, dtype=torch.bool)
+    check_tensor("anchor_mask", anchor_mask, "bool", "N", sizes, device)
+    if (bank is None) != (bank_classes is None):
+        given, absent = ("bank_classes", "bank") if bank is None else ("bank", "bank_classes")
+        raise ValueError(
+            f"Expected `bank` and `bank_classes` together, but got `{given}` without `{absent}`"
+        )
+    if bank is None or bank_classes is None:
+        bank, bank_classes = embeddings.new_empty(0, sizes["E"]), classes.new_empty(0)
+    check_tensor("bank", bank, "floating", "Q E", sizes, device)
+    check_tensor("bank_classes", bank_classes, "integer", "Q", sizes, device)
+    check_positive("temperature", temperature)
+    check_choice("reduction", reduction, ("none", "mean", "sum"))
+    if checks_values(embeddings, False):
+        check_finite("embeddings", embeddings, (classes < 0).unsqueeze(1))
+        check_finite("bank", bank, (bank_classes < 0).unsqueeze(1))
+    return supcon(
+        embeddings, classes, anchor_mask, bank.detach(), bank_classes, temperature, reduction
+    )
+
+
+def distribution_embedding(mean: Tensor, std: Tensor) -> Tensor:
+    r"""Point that stands for a Gaussian in the contrastive loss (Eq. 4).
+
+    .. math::
+        e = \Bigl[\frac{\mu}{\lVert \mu \rVert_2},\ \frac{\sigma}{\lVert \sigma \rVert_2}\Bigr]
+
+    so that :math:`e_1^\top e_2` is the sum of two cosines, in [-2, 2]. Normalising removes the size of :math:`\sigma`.
+
+    Source: Huang et al. 2025, arXiv 2502.13954, Eq. 4.
+
+    Args:
+        mean: Tensor (..., K).
+        std: Tensor (..., K), at least 0.
+
+    Returns:
+        Tensor (..., 2K). The half of a zero vector is zero, with zero gradient.
+
+    Raises:
+        ValueError: If shapes or devices disagree, a value is not finite, or `std` is negative.
+        TypeError: If a dtype is wrong.
+
+    Example:
+        >>> distribution_embedding(torch.tensor([3.0, 4.0]), torch.tensor([0.5, 0.0]))
+        tensor([0.6000, 0.8000, 1.0000, 0.0000])
+    """
+    if isinstance(mean, Tensor) and mean.dim() == 0:
+        raise ValueError("Expected `mean` to have shape (..., K), but got ()")
+    sizes: dict[str, int] = {}
+    dims = _any_dims(mean)
+    check_tensor("mean", mean, "floating", dims, sizes)
+    check_tensor("std", std, "floating", dims, sizes, mean.device)
+    if checks_values(mean, False):
+        check_finite("mean", mean)
+        check_finite("std", std)
+        check_range("std", std, 0, float("inf"))
+    return torch.cat([_unit(mean), _unit(std)], dim=-1)
+
+
+def _unit(x: Tensor) -> Tensor:
+    """x / |x| over the last axis, and 0 for 0; squares neither overflow nor vanish."""
+    if x.shape[-1] == 0:
+        return x
+    y = x.to(torch.promote_types(x.dtype, torch.float32))
+    largest = y.detach().abs().amax(-1, keepdim=True)
+    y = y / torch.where(largest > 0, largest, 1)
+    # The largest entry is now 1, and so the norm at least 1, except for a zero vector, whose gradient the clamp stops.
+    norm = torch.linalg.vector_norm(y, dim=-1, keepdim=True).clamp_min(1)
+    return (y / norm).to(x.dtype)
+
+
+def prediction_distance(probs: Tensor, labels: Tensor) -> Tensor:
+    r"""Distance of predicted probabilities from the labels, :math:`d = |p - y|` of Eq. 8.
+
+    Source: Huang et al. 2025, arXiv 2502.13954, Eq. 8 (which leaves :math:`d` open; this is its simplest reading).
+
+    Args:
+        probs: Tensor (B, Q) of probabilities in [0, 1].
+        labels: Tensor (B, Q) of 0 and 1, any real dtype.
+
+    Returns:
+        Tensor (B, Q) in [0, 1]; `.mean(-1)` is the distance of a sample.
+
+    Raises:
+        ValueError: If shapes or devices disagree, or values are out of range.
+        TypeError: If a dtype is wrong.
+
+    Example:
+        >>> prediction_distance(torch.tensor([[0.25, 0.9]]), torch.tensor([[1, 1]]))
+        tensor([[0.7500, 0.1000]])
+    """
+    sizes: dict[str, int] = {}
+    dims = _any_dims(probs)
+    check_tensor("probs", probs, "floating", dims, sizes)
+    check_tensor("labels", labels, "number", dims, sizes, probs.device)
+    if checks_values(probs, False):
+        check_range("probs", probs, 0, 1)
+        check_labels("labels", labels)
+    return (probs - labels.to(probs.dtype)).abs()
+
+
+def expected_distance(probs: Tensor) -> Tensor:
+    r"""Distance from the labels that the prediction itself expects: :func:`prediction_distance` without labels.
+
+    If the label is 1 with probability :math:`p`, then :math:`\mathbb E|p - y| = p (1 - p) + (1 - p) p = 2 p (1 - p)`: 0 for
+    a certain prediction, 0.5 for an even one.
+
+    Args:
+        probs: Tensor (B, Q) of probabilities in [0, 1].
+
+    Returns:
+        Tensor (B, Q) in [0, 0.5].
+
+    Raises:
+        ValueError: If a value is out of range.
+        TypeError: If the dtype is wrong.
+
+    Example:
+        >>> expected_distance(torch.tensor([[0.0, 0.5, 0.9]]))
+        tensor([[0.0000, 0.5000, 0.1800]])
+    """
+    check_tensor("probs", probs, "floating", _any_dims(probs), {})
+    if checks_values(probs, False):
+        check_range("probs", probs, 0, 1)
+    return 2 * probs * (1 - probs)
+
+
+def soft_rank(scores: Tensor, temperature: float = 1.0, *, mask: Tensor | None = None) -> Tensor:
+    r"""Differentiable ranks in ascending order: the largest score gets the largest rank.
+
+    .. math::
+        \operatorname{rank}_i = 1 + \sum_{j \ne i} \operatorname{sigmoid}\Bigl(\frac{s_i - s_j}{\tau}\Bigr)
+
+    Every pair shares out one point, so the ranks sum to :math:`B(B + 1)/2`. As :math:`\tau \to 0` they become the
+    ordinary ranks, with the average rank for ties. Takes :math:`O(B^2)` time and memory.
+
+    Source: Qin, Liu and Li 2010, doi 10.1007/s10791-009-9124-x (the approximation of positions).
+
+    Args:
+        scores: Tensor (B,).
+        temperature: :math:`\tau`, above 0, in the unit of the scores.
+        mask: Bool tensor (B,), True leaves the score out: it counts for no other rank, and its own is 1.
+
+    Returns:
+        Tensor (B,) with values in [1, B], in at least float32.
+
+    Raises:
+        ValueError: If shapes or devices disagree, or a value is not finite.
+        TypeError: If a dtype is wrong.
+
+    Example:
+        >>> soft_rank(torch.tensor([0.3, 0.1, 0.2, 0.2]), temperature=0.001)
+        tensor([4.0000, 1.0000, 2.5000, 2.5000])
+    """
+    _check_scores({"scores": scores}, mask)
+    check_positive("temperature", temperature)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    if mask is not None:
+        scores = scores.masked_fill(mask, 0)
+    # A score beats itself by half, which is taken off again: 1 - 0.5.
+    beats = torch.sigmoid((scores.unsqueeze(1) - scores.unsqueeze(0)) / temperature)
+    if mask is None:
+        return 0.5 + beats.sum(1)
+    ranks = 0.5 + beats.masked_fill(mask, 0).sum(1)
+    return ranks.masked_fill(mask, 1)
+
+
+def ordinality_divergence(a: Tensor, b: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    r"""Kullback-Leibler divergence both ways between the softmaxes of two scores over the batch (a term of Eq. 15).
+
+    .. math::
+        \mathrm{KL}(P_a \| P_b) + \mathrm{KL}(P_b \| P_a)
+        = \sum_i (P_{a,i} - P_{b,i}) (\log P_{a,i} - \log P_{b,i}), \qquad P_a = \operatorname{softmax}(a)
+
+    Source: Huang et al. 2025, arXiv 2502.13954, Eq. 15.
+
+    Args:
+        a: Tensor (B,), unnormalised log-probabilities.
+        b: Tensor (B,), likewise.
+        mask: Bool tensor (B,), True leaves the entry out.
+
+    Returns:
+        Scalar of at least 0, in nats and in at least float32; 0 with zero gradient for fewer than two entries.
+
+    Raises:
+        ValueError: If shapes or devices disagree, or a value is not finite.
+        TypeError: If a dtype is wrong.
+
+    Example:
+        >>> a = torch.tensor([0.0, 1.0])
+        >>> ordinality_divergence(a, a + 3)  # the same distribution
+        tensor(0.)
+        >>> ordinality_divergence(a, -a)  # 2 tanh(1 / 2)
+        tensor(0.9242)
+    """
+    _check_scores({"a": a, "b": b}, mask)
+    dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+    log_a, log_b = (_log_softmax(x.to(dtype), mask) for x in (a, b))
+    difference = log_a - log_b
+    if mask is not None:
+        difference = difference.masked_fill(mask, 0)
+    return ((log_a.exp() - log_b.exp()) * difference).sum()
+
+
+def _log_softmax(x: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is not None:
+        x = x.masked_fill(mask, torch.finfo(x.dtype).min)
+    return x.log_softmax(0)
+
+
+def _check_scores(scores: dict[str, Tensor], mask: Tensor | None) -> None:
+    sizes: dict[str, int] = {}
+    device: torch.device | None = None
+    for name, score in scores.items():
+        device = check_tensor(name, score, "floating", "B", sizes, device).device
+    if mask is not None:
+        check_tensor("mask", mask, "bool", "B", sizes, device)
+    for name, score in scores.items():
+        if checks_values(score, False):
+            check_finite(name, score, mask)
+
+
+def _any_dims(tensor: object) -> str:
+    """Names for the dimensions of a tensor that may have any number of them."""
+    return " ".join(
+        f"d{index}" for index in range(tensor.dim() if isinstance(tensor, Tensor) else 0)
+    )

@@ -1,0 +1,197 @@
+"""Two readings of the evidence, mixed by uncertainty (Eq. 8-9): :class:`UncertaintyGatedFusion`."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from uncertainty_mm._checks import (
+    check_choice,
+    check_dropout,
+    check_latent,
+    check_positive_int,
+    check_range,
+    check_tensor,
+    checks_values,
+)
+from uncertainty_mm.gaussian import DiagonalGaussian
+
+
+class FusedPrediction(NamedTuple):
+    """What :class:`UncertaintyGatedFusion` returns, each of shape (B, Q) and in at least float32.
+
+    Attributes:
+        logits: Logits of the mixture; `F.binary_cross_entropy_with_logits(logits, y)` is Eq. 9.
+        mean_logits: Logits of the classifier that reads the means.
+        std_logits: Logits of the classifier that reads the standard deviations.
+        mean_weight: Weight of the first in the mixture, in [0, 1].
+    """
+
+    logits: Tensor
+    mean_logits: Tensor
+    std_logits: Tensor
+    mean_weight: Tensor
+
+    @property
+    def probs(self) -> Tensor:
+        """Probabilities of the mixture (Eq. 8), shape (B, Q)."""
+        return self.logits.sigmoid()
+
+
+class UncertaintyGatedFusion(nn.Module):
+    r"""Classifies means and standard deviations apart and mixes both predictions by uncertainty.
+
+    Per label, the means of all modalities are concatenated and classified by one network, the standard deviations by
+    another; both are shared by the labels. With their logits :math:`a` and :math:`b`
+
+    .. math::
+        p = w\, \operatorname{sigmoid}(a) + (1 - w) \operatorname{sigmoid}(b) \qquad \text{(Eq. 8)}
+
+    where :math:`w` is 1 - uncertainty (`"certainty"`: an uncertain sample is judged by its spread, as the paper's text
+    argues) or the uncertainty itself (`"uncertainty"`: Eq. 8 as printed; text and equation disagree). The output is the
+    logit of that mixture, computed in log space:
+
+    .. math::
+        \log \frac{p}{1 - p} =
+        \log\bigl(w \varsigma(a) + (1 - w) \varsigma(b)\bigr) - \log\bigl(w \varsigma(-a) + (1 - w) \varsigma(-b)\bigr)
+
+    Source: Huang et al. 2025, arXiv 2502.13954, section 3.4.1.
+
+    Args:
+        num_modalities: Number of modalities :math:`M`.
+        num_labels: Number of labels :math:`Q`.
+        latent_dim: Number of latent dimensions :math:`K`.
+        hidden_dim: Size of the hidden layer of both classifiers.
+        dropout: Dropout probability after the hidden layer.
+        mean_weight: `"certainty"` or `"uncertainty"`, see above.
+        validate_args: Look at values (NaN, uncertainty out of [0, 1]) also on an accelerator, at the price of a wait for it.
+
+    Raises:
+        ValueError: If an argument is out of range.
+        TypeError: If an argument has the wrong type.
+
+    Example:
+        >>> fusion = UncertaintyGatedFusion(num_modalities=3, num_labels=6, latent_dim=64)
+        >>> latent = DiagonalGaussian(torch.randn(4, 3, 6, 64), torch.ones(4, 3, 6, 64))
+        >>> prediction = fusion(latent, uncertainty=torch.rand(4, 6))
+        >>> prediction.probs.shape
+        torch.Size([4, 6])
+        >>> loss = F.binary_cross_entropy_with_logits(prediction.logits, torch.ones(4, 6))  # Eq. 9
+    """
+
+    def __init__(
+        self,
+        num_modalities: int,
+        num_labels: int,
+        latent_dim: int,
+        *,
+        hidden_dim: int = 128,
+        dropout: float = 0.1,
+        mean_weight: str = "certainty",
+        validate_args: bool = False,
+    ) -> None:
+        super().__init__()
+        check_positive_int("num_modalities", num_modalities)
+        check_positive_int("num_labels", num_labels)
+        check_positive_int("latent_dim", latent_dim)
+        check_positive_int("hidden_dim", hidden_dim)
+        check_dropout(dropout)
+        check_choice("mean_weight", mean_weight, ("certainty", "uncertainty"))
+        self.num_modalities = num_modalities
+        self.num_labels = num_labels
+        self.latent_dim = latent_dim
+        self.mean_weight = mean_weight
+        self.validate_args = validate_args
+
+        def head() -> nn.Sequential:
+            return nn.Sequential(
+                nn.Linear(num_modalities * latent_dim, hidden_dim),
+                nn.ReLU(),
+                nn.Dropout(dropout),
+                nn.Linear(hidden_dim, 1),
+            )
+
+        self.mean_head = head()
+        self.std_head = head()
+
+    def extra_repr(self) -> str:
+        return f"mean_weight={self.mean_weight!r}"
+
+    def forward(
+        self, latent: DiagonalGaussian, uncertainty: Tensor, missing: Tensor | None = None
+    ) -> FusedPrediction:
+        """Predicts every label.
+
+        Args:
+            latent: Gaussians of shape (B, M, Q, K).
+            uncertainty: Tensor (B,) or (B, Q) in [0, 1], such as :func:`~uncertainty_mm.functional.expected_distance`
+                of a first prediction.
+            missing: Bool tensor (B, M), True where a modality is missing: it then contributes nothing to either
+                classifier, as if its columns were not there.
+
+        Returns:
+            Logits of the mixture, of both classifiers, and the weight of the first.
+
+        Raises:
+            ValueError: If shapes or devices disagree, or values are out of range.
+            TypeError: If a dtype is wrong.
+        """
+        sizes = {"M": self.num_modalities, "Q": self.num_labels, "K": self.latent_dim}
+        check_latent(latent, missing, sizes, self.validate_args)
+        per_sample = isinstance(uncertainty, Tensor) and uncertainty.dim() == 1
+        check_tensor(
+            "uncertainty",
+            uncertainty,
+            "floating",
+            "B" if per_sample else "B Q",
+            sizes,
+            latent.mean.device,
+        )
+        if checks_values(uncertainty, self.validate_args):
+            check_range("uncertainty", uncertainty, 0, 1)
+        mean_logits = self._classify(self.mean_head, latent.mean, missing)
+        std_logits = self._classify(self.std_head, latent.std, missing)
+        uncertainty = uncertainty.to(mean_logits.dtype)
+        uncertainty = (uncertainty.unsqueeze(1) if per_sample else uncertainty).expand_as(
+            mean_logits
+        )
+        if self.mean_weight == "uncertainty":
+            weight, logits = uncertainty, _mixture_logits(mean_logits, std_logits, uncertainty)
+        else:  # the weight of the std logits is the uncertainty: exact also where 1 - uncertainty rounds to 1
+            weight, logits = 1 - uncertainty, _mixture_logits(std_logits, mean_logits, uncertainty)
+        return FusedPrediction(logits, mean_logits, std_logits, weight)
+
+    @staticmethod
+    def _classify(head: nn.Sequential, parts: Tensor, missing: Tensor | None) -> Tensor:
+        if missing is not None:
+            parts = parts.masked_fill(missing[:, :, None, None], 0)
+        logits: Tensor = head(parts.transpose(1, 2).flatten(2)).squeeze(-1)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _mixture_logits(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
+    """Logit of weight * sigmoid(a) + (1 - weight) * sigmoid(b), exact for any logits and any weight in [0, 1].
+
+    log(weight) has no gradient at 0, though the mixture has: (sigmoid(a) - sigmoid(b)) / (p (1 - p)). So the weight is
+    held fixed inside the logarithms, and its gradient enters as the slope of a term whose value is 0.
+    """
+    fixed = weight.detach()
+    log_w, log_1_w = fixed.log(), torch.log1p(-fixed)
+    log_p = torch.logaddexp(log_w + F.logsigmoid(a), log_1_w + F.logsigmoid(b))
+    log_1_p = torch.logaddexp(log_w + F.logsigmoid(-a), log_1_w + F.logsigmoid(-b))
+    logits = log_p - log_1_p
+    if not weight.requires_grad:
+        return logits
+    with torch.no_grad():
+        # for a > b: sigmoid(a) - sigmoid(b) = (1 - exp(b - a)) sigmoid(a) sigmoid(-b)
+        log_difference = (
+            torch.log(-torch.expm1(-(a - b).abs()))
+            + F.logsigmoid(torch.maximum(a, b))
+            + F.logsigmoid(-torch.minimum(a, b))
+        )
+        slope = torch.sign(a - b) * torch.exp(log_difference - log_p - log_1_p)
+        slope = slope.nan_to_num(0.0).clamp(-1e30, 1e30)  # 0 for a = b; finite beyond the dtype
+    return logits + (weight - fixed) * slope

@@ -1,0 +1,231 @@
+"""Features as distributions (section 3.3.2): :class:`DiagonalGaussian` and :class:`GaussianDecoupler`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributions import Independent, Normal
+
+from uncertainty_mm._checks import (
+    check_dropout,
+    check_finite,
+    check_missing,
+    check_number,
+    check_positive_int,
+    check_tensor,
+    checks_values,
+)
+from uncertainty_mm.functional import distribution_embedding
+
+
+class DiagonalGaussian(NamedTuple):
+    r"""Independent normal distributions :math:`\mathcal N(\mu, \operatorname{diag}(\sigma^2))`, as mean and standard deviation.
+
+    Attributes:
+        mean: Tensor (..., K), the centre: what the features say.
+        std: Tensor (..., K), the standard deviation, above 0: how sure they are.
+
+    Example:
+        >>> latent = DiagonalGaussian(torch.zeros(2, 3), torch.ones(2, 3))
+        >>> latent.kl_to_standard_normal()
+        tensor([0., 0.])
+        >>> latent.embedding().shape
+        torch.Size([2, 6])
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    @property
+    def variance(self) -> Tensor:
+        r"""Variance :math:`\sigma^2`, shape (..., K)."""
+        return self.std.square()
+
+    @property
+    def log_var(self) -> Tensor:
+        r"""Logarithm of the variance :math:`\log \sigma^2`, shape (..., K)."""
+        return 2 * self.std.log()
+
+    def rsample(self) -> Tensor:
+        r"""One draw :math:`\mu + \sigma \epsilon`, :math:`\epsilon \sim \mathcal N(0, 1)`, with gradient to both; shape (..., K)."""
+        return self.mean + self.std * torch.randn_like(self.std)
+
+    def kl_to_standard_normal(self) -> Tensor:
+        r"""KL divergence to the prior, in nats, summed over the latent dimensions, in at least float32; shape (...).
+
+        .. math::
+            \mathrm{KL}\bigl(\mathcal N(\mu, \sigma^2) \,\|\, \mathcal N(0, 1)\bigr)
+            = \tfrac12 \sum_k \mu_k^2 + \sigma_k^2 - 1 - \log \sigma_k^2
+        """
+        dtype = torch.promote_types(self.mean.dtype, torch.float32)
+        mean, std = self.mean.to(dtype), self.std.to(dtype)
+        return 0.5 * (mean.square() + std.square() - 1 - 2 * std.log()).sum(-1)
+
+    def embedding(self, use_mean: bool = True, use_std: bool = True) -> Tensor:
+        r"""Point that stands for the distribution in the contrastive loss (Eq. 4).
+
+        Args:
+            use_mean: Include the normalised mean.
+            use_std: Include the normalised standard deviation.
+
+        Returns:
+            Tensor (..., 2K), or (..., K) if only one of both is included; see
+            :func:`uncertainty_mm.functional.distribution_embedding`.
+
+        Raises:
+            ValueError: If neither is included.
+        """
+        if not (use_mean or use_std):
+            raise ValueError("Expected `use_mean` or `use_std` to be True, but got False for both")
+        both = distribution_embedding(self.mean, self.std)
+        size = self.mean.shape[-1]
+        return both[..., 0 if use_mean else size : None if use_std else size]
+
+    def to_distribution(self) -> Independent:
+        """The same as a `torch.distributions` object with batch shape (...) and event shape (K,)."""
+        return Independent(Normal(self.mean, self.std), 1)  # type: ignore[no-untyped-call]
+
+
+class _ModalityLinear(nn.Module):
+    """One linear layer per modality, run as one batched matrix product on (M, N, in_dim)."""
+
+    def __init__(self, num_modalities: int, in_dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_modalities, out_dim, in_dim))
+        self.bias = nn.Parameter(torch.empty(num_modalities, out_dim))
+        bound = in_dim**-0.5  # as torch.nn.Linear
+        nn.init.uniform_(self.weight, -bound, bound)
+        nn.init.uniform_(self.bias, -bound, bound)
+
+    def extra_repr(self) -> str:
+        modalities, out_dim, in_dim = self.weight.shape
+        return f"num_modalities={modalities}, in_dim={in_dim}, out_dim={out_dim}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.baddbmm(self.bias.unsqueeze(1), x, self.weight.transpose(1, 2))
+
+
+class GaussianDecoupler(nn.Module):
+    r"""Encodes every (modality, label) vector as a Gaussian in a latent space.
+
+    Each modality has one encoder, shared by its labels: a ReLU network with hidden layers `hidden_dims`, then one linear
+    head for the mean :math:`\mu` and one for the raw log-variance :math:`r`. The standard deviation is
+
+    .. math::
+        \sigma = \sigma_{\min} + \exp\Bigl(\tfrac12\, \frac{r}{\sqrt{1 + (r / h)^2}}\Bigr),
+        \qquad h = -2 \log \sigma_{\min},
+
+    so :math:`\log \sigma^2 \approx r` over the useful range, :math:`\sigma` stays within
+    :math:`[\sigma_{\min}, 1/\sigma_{\min} + \sigma_{\min}]`, and the gradient fades like :math:`|r|^{-3}` instead of
+    exponentially, so an encoder that starts far outside still finds back.
+
+    Source: Huang et al. 2025, arXiv 2502.13954, section 3.3.2 (the bound is ours; the released code has none).
+
+    Args:
+        num_modalities: Number of modalities :math:`M`.
+        in_dim: Size of an input vector.
+        latent_dim: Number of latent dimensions :math:`K`.
+        hidden_dims: Sizes of the hidden layers; empty for linear encoders.
+        dropout: Dropout probability after every hidden layer.
+        min_std: Lower limit of the standard deviation, in (0, 1).
+        validate_args: Look at values (NaN, infinity) also on an accelerator, at the price of a wait for it.
+
+    Raises:
+        ValueError: If an argument is out of range.
+        TypeError: If an argument has the wrong type.
+
+    Example:
+        >>> decoupler = GaussianDecoupler(num_modalities=3, in_dim=128, latent_dim=64)
+        >>> latent = decoupler(torch.randn(4, 3, 6, 128))
+        >>> latent.mean.shape, latent.std.shape
+        (torch.Size([4, 3, 6, 64]), torch.Size([4, 3, 6, 64]))
+        >>> bool((latent.std > 0).all())
+        True
+    """
+
+    def __init__(
+        self,
+        num_modalities: int,
+        in_dim: int,
+        latent_dim: int = 64,
+        *,
+        hidden_dims: Sequence[int] = (128,),
+        dropout: float = 0.1,
+        min_std: float = 1e-4,
+        validate_args: bool = False,
+    ) -> None:
+        super().__init__()
+        check_positive_int("num_modalities", num_modalities)
+        check_positive_int("in_dim", in_dim)
+        check_positive_int("latent_dim", latent_dim)
+        if not isinstance(hidden_dims, Sequence):
+            raise TypeError(f"Expected `hidden_dims` to be a sequence, but got {hidden_dims!r}")
+        for index, size in enumerate(hidden_dims):
+            check_positive_int(f"hidden_dims[{index}]", size)
+        check_dropout(dropout)
+        check_number(
+            "min_std", min_std, "in (0, 1)", isinstance(min_std, (int, float)) and 0 < min_std < 1
+        )
+        self.num_modalities = num_modalities
+        self.in_dim = in_dim
+        self.latent_dim = latent_dim
+        self.min_std = min_std
+        self.validate_args = validate_args
+        layers: list[nn.Module] = []
+        size = in_dim
+        for hidden_dim in hidden_dims:
+            layers += [
+                _ModalityLinear(num_modalities, size, hidden_dim),
+                nn.ReLU(),
+                nn.Dropout(dropout),
+            ]
+            size = hidden_dim
+        self.encoder = nn.Sequential(*layers)
+        self.mean_head = _ModalityLinear(num_modalities, size, latent_dim)
+        self.log_var_head = _ModalityLinear(num_modalities, size, latent_dim)
+
+    def extra_repr(self) -> str:
+        return f"min_std={self.min_std:g}"
+
+    def forward(self, z: Tensor, missing: Tensor | None = None) -> DiagonalGaussian:
+        """Encodes the vectors of all modalities and labels.
+
+        Args:
+            z: Tensor (B, M, Q, in_dim).
+            missing: Bool tensor (B, M), True where a modality is missing. What `z` holds there has no influence.
+
+        Returns:
+            Gaussians of shape (B, M, Q, latent_dim); exactly the prior, mean 0 and standard deviation 1, where missing.
+
+        Raises:
+            ValueError: If shapes or devices disagree, or `z` is not finite.
+            TypeError: If a dtype is wrong.
+        """
+        sizes = {"M": self.num_modalities, "in_dim": self.in_dim}
+        check_tensor("z", z, "floating", "B M Q in_dim", sizes)
+        check_missing(missing, sizes, z.device)
+        left_out = None if missing is None else missing[:, :, None, None]
+        if checks_values(z, self.validate_args):
+            check_finite("z", z, left_out)
+        if left_out is not None:
+            z = z.masked_fill(left_out, 0)
+        batch, modalities, labels, _ = z.shape
+        hidden = self.encoder(z.transpose(0, 1).flatten(1, 2))  # (M, B * Q, in_dim)
+        mean = self.mean_head(hidden).unflatten(1, (batch, labels)).transpose(0, 1)
+        raw = self.log_var_head(hidden).unflatten(1, (batch, labels)).transpose(0, 1)
+        std = self._bounded_std(raw)
+        if left_out is not None:
+            mean, std = mean.masked_fill(left_out, 0), std.masked_fill(left_out, 1)
+        return DiagonalGaussian(mean, std)
+
+    def _bounded_std(self, raw: Tensor) -> Tensor:
+        half_range = -2 * math.log(self.min_std)
+        x = raw.to(torch.promote_types(raw.dtype, torch.float32)) / half_range
+        # x / sqrt(1 + x^2) without overflow of the square
+        log_var = half_range * x / torch.hypot(x, torch.ones_like(x))
+        return (self.min_std + torch.exp(0.5 * log_var)).to(raw.dtype)
