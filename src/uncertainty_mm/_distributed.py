@@ -22,12 +22,16 @@ def rows_of_ranks(tensor: Tensor) -> list[int]:
     return [int(length) for length in lengths]
 
 
-class GatherRows(torch.autograd.Function):
+def gather_rows(rows: Tensor, lengths: list[int]) -> Tensor:
     """Concatenates the rows of all ranks, in the order of the ranks; gradients of all ranks are summed.
 
     Ranks may have different numbers of rows (`lengths`, from :func:`rows_of_ranks`).
     """
+    gathered: Tensor = _GatherRows.apply(rows, lengths)  # type: ignore[no-untyped-call]
+    return gathered
 
+
+class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, lengths: list[int]) -> Tensor:
         ctx.lengths = lengths
@@ -38,7 +42,7 @@ class GatherRows(torch.autograd.Function):
         return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         total = grad.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total)
         return total.split(ctx.lengths)[dist.get_rank()], None

@@ -41,9 +41,9 @@ def supcon(
 ) -> Tensor:
     """The loss for checked arguments; see :func:`uncertainty_mm.functional.supcon_loss`."""
     needs_grad = embeddings.requires_grad and torch.is_grad_enabled()
-    loss, _ = _forward(
+    loss: Tensor = _forward(
         embeddings, classes, anchor_mask, bank, bank_classes, temperature, reduction, needs_grad
-    )
+    )[0]
     return loss
 
 
@@ -250,7 +250,7 @@ def _log_sum_exp(
     temperature: float,
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    """log sum exp of each anchor over its keys, and temperature times the gradient of their weighted sum."""
+    """Log-sum-exp of each anchor over its keys, and temperature times the gradient of their weighted sum."""
     num_rows, dim = rows.shape
     scale = math.log2(math.e) / temperature
     result = rows.new_zeros(num_rows)

@@ -27,6 +27,44 @@ class _ModalityAttention(nn.Module):
         self.key = nn.Linear(in_dim, proj_dim)
         self.out = nn.Linear(proj_dim, out_dim)
 
+    def forward(
+        self,
+        labels: Tensor,
+        sequence: Tensor,
+        mask: Tensor | None,
+        missing: Tensor,
+        scale: float,
+        dropout: float,
+        need_weights: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Vectors (B, Q, out_dim) and, if needed, weights (B, Q, S)."""
+        if mask is not None:
+            sequence = sequence.masked_fill(mask.unsqueeze(-1), 0)
+            # A softmax over nothing is 0/0: rows without any step attend to zeros and are zeroed below.
+            mask = mask & ~missing.unsqueeze(-1)
+        key = self.key(sequence)
+        query = self.query(labels).expand(sequence.shape[0], -1, -1)
+        weights = key.new_empty(0)
+        if need_weights or sequence.shape[1] == 0:
+            dtype = torch.promote_types(key.dtype, torch.float32)
+            with torch.autocast(key.device.type, enabled=False):
+                scores = scale * query.to(dtype) @ key.to(dtype).transpose(1, 2)
+                if mask is not None:
+                    scores = scores.masked_fill(mask.unsqueeze(1), float("-inf"))
+                weights = scores.softmax(-1)
+                gathered = (F.dropout(weights, dropout) @ key.to(dtype)).to(key.dtype)
+            weights = weights.masked_fill(missing[:, None, None], 0).to(key.dtype)
+        else:
+            gathered = F.scaled_dot_product_attention(
+                query.unsqueeze(1),
+                key.unsqueeze(1),
+                key.unsqueeze(1),
+                attn_mask=None if mask is None else ~mask[:, None, None, :],
+                dropout_p=dropout,
+                scale=scale,
+            ).squeeze(1)
+        return self.out(gathered).masked_fill(missing[:, None, None], 0), weights
+
 
 class EmotionQueryAttention(nn.Module):
     r"""One vector for every label and modality, gathered by learned label queries.
@@ -125,6 +163,7 @@ class EmotionQueryAttention(nn.Module):
         )
 
     def extra_repr(self) -> str:
+        """The settings, for `repr`."""
         return f"scale={self.scale:g}, dropout={self.dropout}"
 
     def _check(
@@ -234,8 +273,14 @@ class EmotionQueryAttention(nn.Module):
                 outputs.append(None)
                 continue
             mask = None if padding_mask is None else padding_mask.get(name)
-            output, weights[name] = self._attend(
-                self.attention[name], features[name], mask, missing[:, index], need_weights
+            output, weights[name] = self.attention[name](
+                self.label_embedding.weight,
+                features[name],
+                mask,
+                missing[:, index],
+                self.scale,
+                self.dropout if self.training else 0.0,
+                need_weights,
             )
             outputs.append(output)
         some = next(output for output in outputs if output is not None)
@@ -243,41 +288,3 @@ class EmotionQueryAttention(nn.Module):
             [torch.zeros_like(some) if output is None else output for output in outputs], dim=1
         )
         return (stacked, weights) if need_weights else stacked
-
-    def _attend(
-        self,
-        projections: nn.Module,
-        sequence: Tensor,
-        mask: Tensor | None,
-        missing: Tensor,
-        need_weights: bool,
-    ) -> tuple[Tensor, Tensor]:
-        if mask is not None:
-            sequence = sequence.masked_fill(mask.unsqueeze(-1), 0)
-            # A softmax over nothing is 0/0: rows without any step attend to zeros and are zeroed below.
-            mask = mask & ~missing.unsqueeze(-1)
-        key = projections.key(sequence)
-        query = projections.query(self.label_embedding.weight).expand(sequence.shape[0], -1, -1)
-        dropout = self.dropout if self.training else 0.0
-        weights = key.new_empty(0)
-        if need_weights or sequence.shape[1] == 0:
-            scores = (self.scale * query) @ key.transpose(1, 2)
-            if mask is not None:
-                scores = scores.masked_fill(mask.unsqueeze(1), float("-inf"))
-            weights = scores.softmax(-1, dtype=_at_least_float32(scores)).to(key.dtype)
-            gathered = F.dropout(weights, dropout) @ key
-            weights = weights.masked_fill(missing[:, None, None], 0)
-        else:
-            gathered = F.scaled_dot_product_attention(
-                query.unsqueeze(1),
-                key.unsqueeze(1),
-                key.unsqueeze(1),
-                attn_mask=None if mask is None else ~mask[:, None, None, :],
-                dropout_p=dropout,
-                scale=self.scale,
-            ).squeeze(1)
-        return projections.out(gathered).masked_fill(missing[:, None, None], 0), weights
-
-
-def _at_least_float32(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)

@@ -16,7 +16,7 @@ from uncertainty_mm._checks import (
     check_tensor,
     checks_values,
 )
-from uncertainty_mm._distributed import GatherRows, rows_of_ranks, world_size
+from uncertainty_mm._distributed import gather_rows, rows_of_ranks, world_size
 from uncertainty_mm._supcon import supcon
 from uncertainty_mm.gaussian import DiagonalGaussian
 
@@ -25,17 +25,17 @@ class DistributionSupConLoss(nn.Module):
     r"""Supervised contrastive loss between the Gaussians of a batch and a queue of earlier ones.
 
     The class of a distribution is its modality, its label, and whether the label is present in the sample:
-    :math:`mQ + q` when present, :math:`MQ + mQ + q` when absent. With the embedding :math:`e` of Eq. 4 and the temperature
-    :math:`\tau`, an anchor's loss is
+    :math:`mQ + q` when present, :math:`MQ + mQ + q` when absent. With the embedding :math:`e` of Eq. 4 and the
+    temperature :math:`\tau`, an anchor's loss is
 
     .. math::
         \ell_e = -\frac{1}{|P_e|} \sum_{p \in P_e}
         \log \frac{\exp(e^\top p / \tau)}{\sum_{k \in T_e} \exp(e^\top k / \tau)}
         \qquad \text{(Eq. 5-7)}
 
-    where :math:`T_e` are all distributions of batch and queue except :math:`e` itself and :math:`P_e` those of its class.
-    The batch is compared with the queue as it was and then takes the place of the queue's oldest rows. Time grows with
-    the number of anchors times the number of keys; memory does not (see :func:`uncertainty_mm.functional.supcon_loss`).
+    where :math:`T_e` are all distributions of batch and queue except :math:`e` itself and :math:`P_e` those of its
+    class. The batch is compared with the queue as it was and then takes the place of the queue's oldest rows. Time grows with
+    the number of anchors times the number of keys; memory does not (:func:`~uncertainty_mm.functional.supcon_loss`).
 
     Source: Huang et al. 2025, arXiv 2502.13954, section 3.3.3; queue: He et al. 2020, arXiv 1911.05722.
 
@@ -124,6 +124,7 @@ class DistributionSupConLoss(nn.Module):
         self.register_buffer("queue_pointer", torch.tensor(0))
 
     def extra_repr(self) -> str:
+        """The settings, for `repr`."""
         return (
             f"queue_size={self.queue_size}, temperature={self.temperature}, anchors={self.anchors!r}, "
             f"use_mean={self.use_mean}, use_std={self.use_std}, reduction={self.reduction!r}, gather={self.gather}"
@@ -220,8 +221,8 @@ class DistributionSupConLoss(nn.Module):
         """Loss of this rank's anchors among the keys of all ranks; also returns these keys and their classes."""
         lengths = rows_of_ranks(classes)
         rank = dist.get_rank()
-        keys = GatherRows.apply(embeddings, lengths)
-        tags = GatherRows.apply(torch.stack([classes, anchors.long()], dim=1), lengths)
+        keys = gather_rows(embeddings, lengths)
+        tags = gather_rows(torch.stack([classes, anchors.long()], dim=1), lengths)
         key_classes, all_anchors = tags[:, 0].contiguous(), tags[:, 1].bool()
         own = torch.zeros_like(all_anchors)
         own.split(lengths)[rank].fill_(True)

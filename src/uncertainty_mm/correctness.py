@@ -23,8 +23,8 @@ _UNIT = 2**32
 class CorrectnessTracker(nn.Module):
     r"""Remembers for every sample of the data set the share of correct predictions so far.
 
-    The share :math:`r_i` is the history that :class:`SoftRankOrdinalityLoss` compares uncertainty with: easy samples are
-    learned early and stay learned. All of it lives in buffers, so it is saved with the model.
+    The share :math:`r_i` is the history that :class:`SoftRankOrdinalityLoss` compares uncertainty with: easy samples
+    are learned early and stay learned. All of it lives in buffers, so it is saved with the model.
 
     Source: Huang et al. 2025, arXiv 2502.13954, section 3.4.2; forgetting events: Toneva et al. 2018, arXiv 1812.05159.
 
@@ -80,6 +80,7 @@ class CorrectnessTracker(nn.Module):
         self.register_buffer("last", torch.full(shape, -1, dtype=torch.int8))
 
     def extra_repr(self) -> str:
+        """The settings, for `repr`."""
         labels = "" if self.num_labels is None else f", num_labels={self.num_labels}"
         return f"num_samples={self.num_samples}{labels}, prior={self.prior}"
 
@@ -154,8 +155,8 @@ class CorrectnessTracker(nn.Module):
         """
         self._check_indices(indices, {})
         dtype = torch.get_default_dtype()
-        correct, predictions, _ = self.history[:, indices.long()]
-        share = correct.to(dtype) / _UNIT / predictions.clamp_min(1).to(dtype)
+        correct, predictions = self.history[0, indices.long()], self.history[1, indices.long()]
+        share: Tensor = correct.to(dtype) / _UNIT / predictions.clamp_min(1).to(dtype)
         return share.masked_fill(predictions == 0, self.prior)
 
     def counts(self, indices: Tensor) -> Tensor:

@@ -44,9 +44,9 @@ def supcon_loss(
     .. math::
         \ell_e = \log \sum_{k \in T_e} \exp(e^\top k / \tau) - \frac{1}{|P_e|} \sum_{p \in P_e} e^\top p / \tau
 
-    Time is linear in the number of keys, and the matrix of similarities never exists: tiles of it are reduced as they are
-    made, and the gradient is formed along the way, so that the backward pass only scales it (for `"none"`, where the
-    weights of the anchors are known only then, the backward pass computes it anew).
+    Time is linear in the number of keys, and the matrix of similarities never exists: tiles of it are reduced as they
+    are made, and the gradient is formed along the way, so that the backward pass only scales it (for `"none"`, where
+    the weights of the anchors are known only then, the backward pass computes it anew).
 
     Source: Huang et al. 2025, arXiv 2502.13954, Eq. 5-7; Khosla et al. 2020, arXiv 2004.11362 (:math:`L_{out}`).
 
@@ -139,7 +139,7 @@ def distribution_embedding(mean: Tensor, std: Tensor) -> Tensor:
 
 
 def _unit(x: Tensor) -> Tensor:
-    """x / |x| over the last axis, and 0 for 0; squares neither overflow nor vanish."""
+    """Divides by the norm over the last axis, with 0 for 0; squares neither overflow nor vanish."""
     if x.shape[-1] == 0:
         return x
     y = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -147,7 +147,8 @@ def _unit(x: Tensor) -> Tensor:
     y = y / torch.where(largest > 0, largest, 1)
     # The largest entry is now 1, and so the norm at least 1, except for a zero vector, whose gradient the clamp stops.
     norm = torch.linalg.vector_norm(y, dim=-1, keepdim=True).clamp_min(1)
-    return (y / norm).to(x.dtype)
+    unit: Tensor = y / norm
+    return unit.to(x.dtype)
 
 
 def prediction_distance(probs: Tensor, labels: Tensor) -> Tensor:
@@ -183,8 +184,8 @@ def prediction_distance(probs: Tensor, labels: Tensor) -> Tensor:
 def expected_distance(probs: Tensor) -> Tensor:
     r"""Distance from the labels that the prediction itself expects: :func:`prediction_distance` without labels.
 
-    If the label is 1 with probability :math:`p`, then :math:`\mathbb E|p - y| = p (1 - p) + (1 - p) p = 2 p (1 - p)`: 0 for
-    a certain prediction, 0.5 for an even one.
+    If the label is 1 with probability :math:`p`, then :math:`\mathbb E|p - y| = p (1 - p) + (1 - p) p = 2 p (1 - p)`:
+    0 for a certain prediction, 0.5 for an even one.
 
     Args:
         probs: Tensor (B, Q) of probabilities in [0, 1].

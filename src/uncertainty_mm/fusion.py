@@ -67,7 +67,7 @@ class UncertaintyGatedFusion(nn.Module):
         hidden_dim: Size of the hidden layer of both classifiers.
         dropout: Dropout probability after the hidden layer.
         mean_weight: `"certainty"` or `"uncertainty"`, see above.
-        validate_args: Look at values (NaN, uncertainty out of [0, 1]) also on an accelerator, at the price of a wait for it.
+        validate_args: Look at values (NaN, uncertainty out of [0, 1]) also on an accelerator, at the price of a wait.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -118,6 +118,7 @@ class UncertaintyGatedFusion(nn.Module):
         self.std_head = head()
 
     def extra_repr(self) -> str:
+        """The settings, for `repr`."""
         return f"mean_weight={self.mean_weight!r}"
 
     def forward(

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributions import Independent, Normal
 
@@ -23,8 +22,12 @@ from uncertainty_mm._checks import (
 from uncertainty_mm.functional import distribution_embedding
 
 
+# Upper limit of the standard deviations of GaussianDecoupler; within float16.
+_MAX_STD = 1e4
+
+
 class DiagonalGaussian(NamedTuple):
-    r"""Independent normal distributions :math:`\mathcal N(\mu, \operatorname{diag}(\sigma^2))`, as mean and standard deviation.
+    r"""Independent normal distributions, carried as mean and standard deviation.
 
     Attributes:
         mean: Tensor (..., K), the centre: what the features say.
@@ -52,7 +55,10 @@ class DiagonalGaussian(NamedTuple):
         return 2 * self.std.log()
 
     def rsample(self) -> Tensor:
-        r"""One draw :math:`\mu + \sigma \epsilon`, :math:`\epsilon \sim \mathcal N(0, 1)`, with gradient to both; shape (..., K)."""
+        r"""One draw :math:`\mu + \sigma \epsilon` with :math:`\epsilon \sim \mathcal N(0, 1)`, shape (..., K).
+
+        Gradients reach mean and standard deviation (the reparameterisation of Kingma and Welling 2014).
+        """
         return self.mean + self.std * torch.randn_like(self.std)
 
     def kl_to_standard_normal(self) -> Tensor:
@@ -86,9 +92,9 @@ class DiagonalGaussian(NamedTuple):
         size = self.mean.shape[-1]
         return both[..., 0 if use_mean else size : None if use_std else size]
 
-    def to_distribution(self) -> Independent:
+    def to_distribution(self) -> Independent[Normal]:
         """The same as a `torch.distributions` object with batch shape (...) and event shape (K,)."""
-        return Independent(Normal(self.mean, self.std), 1)  # type: ignore[no-untyped-call]
+        return Independent(Normal(self.mean, self.std), 1)
 
 
 class _ModalityLinear(nn.Module):
@@ -103,6 +109,7 @@ class _ModalityLinear(nn.Module):
         nn.init.uniform_(self.bias, -bound, bound)
 
     def extra_repr(self) -> str:
+        """The settings, for `repr`."""
         modalities, out_dim, in_dim = self.weight.shape
         return f"num_modalities={modalities}, in_dim={in_dim}, out_dim={out_dim}"
 
@@ -113,15 +120,15 @@ class _ModalityLinear(nn.Module):
 class GaussianDecoupler(nn.Module):
     r"""Encodes every (modality, label) vector as a Gaussian in a latent space.
 
-    Each modality has one encoder, shared by its labels: a ReLU network with hidden layers `hidden_dims`, then one linear
-    head for the mean :math:`\mu` and one for the raw log-variance :math:`r`. The standard deviation is
+    Each modality has one encoder, shared by its labels: a ReLU network with hidden layers `hidden_dims`, then one
+    linear head for the mean :math:`\mu` and one for the raw log-variance :math:`r`. The standard deviation is
 
     .. math::
         \sigma = \sigma_{\min} + \exp\Bigl(\tfrac12\, \frac{r}{\sqrt{1 + (r / h)^2}}\Bigr),
-        \qquad h = -2 \log \sigma_{\min},
+        \qquad h = \begin{cases} 2 \log 10^4 & r \ge 0 \\ -2 \log \sigma_{\min} & r < 0 \end{cases}
 
     so :math:`\log \sigma^2 \approx r` over the useful range, :math:`\sigma` stays within
-    :math:`[\sigma_{\min}, 1/\sigma_{\min} + \sigma_{\min}]`, and the gradient fades like :math:`|r|^{-3}` instead of
+    :math:`[\sigma_{\min}, 10^4 + \sigma_{\min}]`, and the gradient fades like :math:`|r|^{-3}` instead of
     exponentially, so an encoder that starts far outside still finds back.
 
     Source: Huang et al. 2025, arXiv 2502.13954, section 3.3.2 (the bound is ours; the released code has none).
@@ -190,6 +197,7 @@ class GaussianDecoupler(nn.Module):
         self.log_var_head = _ModalityLinear(num_modalities, size, latent_dim)
 
     def extra_repr(self) -> str:
+        """The settings, for `repr`."""
         return f"min_std={self.min_std:g}"
 
     def forward(self, z: Tensor, missing: Tensor | None = None) -> DiagonalGaussian:
@@ -214,7 +222,7 @@ class GaussianDecoupler(nn.Module):
             check_finite("z", z, left_out)
         if left_out is not None:
             z = z.masked_fill(left_out, 0)
-        batch, modalities, labels, _ = z.shape
+        batch, _, labels, _ = z.shape
         hidden = self.encoder(z.transpose(0, 1).flatten(1, 2))  # (M, B * Q, in_dim)
         mean = self.mean_head(hidden).unflatten(1, (batch, labels)).transpose(0, 1)
         raw = self.log_var_head(hidden).unflatten(1, (batch, labels)).transpose(0, 1)
@@ -224,8 +232,8 @@ class GaussianDecoupler(nn.Module):
         return DiagonalGaussian(mean, std)
 
     def _bounded_std(self, raw: Tensor) -> Tensor:
-        half_range = -2 * math.log(self.min_std)
-        x = raw.to(torch.promote_types(raw.dtype, torch.float32)) / half_range
-        # x / sqrt(1 + x^2) without overflow of the square
-        log_var = half_range * x / torch.hypot(x, torch.ones_like(x))
+        x = raw.to(torch.promote_types(raw.dtype, torch.float32))
+        half_range = torch.where(x < 0, -2 * math.log(self.min_std), 2 * math.log(_MAX_STD))
+        # hypot does not overflow where the square of x would
+        log_var = half_range * x / torch.hypot(x, half_range)
         return (self.min_std + torch.exp(0.5 * log_var)).to(raw.dtype)

@@ -92,6 +92,7 @@ class SoftRankOrdinalityLoss(nn.Module):
         self.validate_args = validate_args
 
     def extra_repr(self) -> str:
+        """The settings, for `repr`."""
         return f"mode={self.mode!r}, pairs={self.pairs}, temperature={self.temperature}"
 
     def forward(
@@ -138,7 +139,10 @@ class SoftRankOrdinalityLoss(nn.Module):
             "R": correctness.detach(),
         }
         scores = {name: self._transform(score, mask) for name, score in scores.items()}
-        terms = [ordinality_divergence(scores[a], scores[b], mask=mask) for a, b in self.pairs]
+        terms = [
+            ordinality_divergence(scores[pair[0]], scores[pair[1]], mask=mask)
+            for pair in self.pairs
+        ]
         return torch.stack(terms).sum()
 
     def _transform(self, score: Tensor, mask: Tensor | None) -> Tensor:

@@ -1,0 +1,70 @@
+"""Sphinx configuration: `sphinx-build -W -b html docs docs/_build/html`."""
+
+import os
+
+import uncertainty_mm
+
+project = "uncertainty-mm"
+author = "The uncertainty-mm developers"
+copyright = f"2026, {author}"
+version = release = uncertainty_mm.__version__
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.doctest",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.napoleon",
+    "sphinx_copybutton",
+    "sphinxcontrib.bibtex",
+]
+exclude_patterns = ["_build"]
+default_role = "literal"  # `name` in a docstring is code
+html_theme = "furo"
+html_title = f"uncertainty-mm {release}"
+bibtex_bibfiles = ["references.bib"]
+bibtex_default_style = "unsrt"
+copybutton_prompt_text = r">>> |\.\.\. |\$ "
+copybutton_prompt_is_regexp = True
+myst_enable_extensions = ["deflist", "dollarmath"]
+myst_heading_anchors = 3
+
+# Links into the documentation of Python and PyTorch need the network: UNCERTAINTY_MM_INTERSPHINX=1.
+if os.environ.get("UNCERTAINTY_MM_INTERSPHINX") == "1":
+    extensions.append("sphinx.ext.intersphinx")
+    intersphinx_mapping = {
+        "python": ("https://docs.python.org/3", None),
+        "torch": ("https://docs.pytorch.org/docs/stable", None),
+    }
+
+autoclass_content = "class"
+autodoc_default_options = {
+    "members": True,
+    "exclude-members": "extra_repr",
+    "show-inheritance": True,
+}
+autodoc_inherit_docstrings = False
+autodoc_member_order = "bysource"
+autodoc_typehints_format = "short"
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True
+napoleon_use_rtype = False
+
+# The examples in the docstrings see the names of their own module, as under `pytest --doctest-modules`.
+doctest_global_setup = """
+import torch
+import torch.nn.functional as F
+from uncertainty_mm import *
+from uncertainty_mm.functional import *
+"""
+
+
+def skip_tuple_fields(app, what, name, obj, skip, options):
+    """Leaves out "Alias for field number 0": the docstring of the class documents the fields."""
+    return skip or str(getattr(obj, "__doc__", "")).startswith("Alias for field number")
+
+
+def setup(app):
+    """Registers the hook with Sphinx."""
+    app.connect("autodoc-skip-member", skip_tuple_fields)

@@ -1,0 +1,128 @@
+"""Processes joined by gloo, started once and fed with jobs, and the jobs that the tests send."""
+
+import pickle
+import time
+import traceback
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+import uncertainty_mm as umm
+
+START, JOB, COLLECTIVE = 120, 60, 30  # seconds that each may take
+
+
+def _serve(rank, world_size, meeting_point, connection):
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{meeting_point}",
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=COLLECTIVE),
+    )
+    connection.send_bytes(pickle.dumps((True, rank)))
+    while (job := pickle.loads(connection.recv_bytes())) is not None:
+        function, arguments = job
+        try:
+            answer = (True, function(rank, *arguments))
+        except Exception:
+            answer = (False, traceback.format_exc())
+        connection.send_bytes(pickle.dumps(answer))
+    dist.destroy_process_group()
+
+
+class Ranks:
+    """A pool of processes that form one process group."""
+
+    def __init__(self, world_size, meeting_point):
+        context = mp.get_context("spawn")
+        self.connections, self.processes = [], []
+        for rank in range(world_size):
+            ours, theirs = context.Pipe()
+            arguments = (rank, world_size, meeting_point, theirs)
+            self.processes.append(context.Process(target=_serve, args=arguments, daemon=True))
+            self.connections.append(ours)
+        for process in self.processes:
+            process.start()
+        self._answers(START)
+
+    def run(self, function, *arguments):
+        """`function(rank, *arguments)` on all ranks at once; its results by rank."""
+        for connection in self.connections:
+            connection.send_bytes(pickle.dumps((function, arguments)))
+        return self._answers(JOB)
+
+    def _answers(self, seconds):
+        deadline = time.monotonic() + seconds
+        answers = []
+        for rank, connection in enumerate(self.connections):
+            if not connection.poll(max(0, deadline - time.monotonic())):
+                self.stop()
+                raise TimeoutError(f"rank {rank} did not answer within {seconds} s")
+            answers.append(pickle.loads(connection.recv_bytes()))
+        failures = [answer for succeeded, answer in answers if not succeeded]
+        if failures:
+            raise RuntimeError("\n".join(failures))
+        return [answer for _, answer in answers]
+
+    def close(self):
+        for connection in self.connections:
+            connection.send_bytes(pickle.dumps(None))
+        for process in self.processes:
+            process.join(COLLECTIVE)
+        self.stop()
+
+    def stop(self):
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+
+def contrast(rank, shares, batches, settings):
+    """Losses, gradients and queue of a DistributionSupConLoss that sees this rank's share."""
+    modalities, labels, latent = batches[0][0].shape[1:]
+    module = umm.DistributionSupConLoss(modalities, labels, latent, **settings).double()
+    steps = []
+    for mean, std, labels, missing in batches:
+        share = slice(*shares[rank])
+        leaves = [x[share].clone().requires_grad_() for x in (mean, std)]
+        loss = module(umm.DiagonalGaussian(*leaves), labels[share], missing[share])
+        loss.sum().backward()
+        steps.append((loss.detach(), *(x.grad for x in leaves)))
+    return steps, module.state_dict()
+
+
+def average_gradient(rank, shares, batch, settings):
+    """Gradient of a linear encoder wrapped in DistributedDataParallel."""
+    mean, std, labels, missing = batch
+    encoder = torch.nn.Linear(mean.shape[-1], mean.shape[-1], bias=False).double()
+    torch.nn.init.eye_(encoder.weight)
+    parallel = torch.nn.parallel.DistributedDataParallel(encoder)
+    module = umm.DistributionSupConLoss(*mean.shape[1:], **settings).double()
+    share = slice(*shares[rank])
+    latent = umm.DiagonalGaussian(parallel(mean[share]), std[share])
+    module(latent, labels[share], missing[share]).backward()
+    return encoder.weight.grad
+
+
+def track(rank, histories, every):
+    """A tracker after histories[round][rank] = [(index, correct)], synchronised each round.
+
+    Returns for each round the share, the counts and the forgetting events of all samples.
+    """
+    tracker = umm.CorrectnessTracker(len(every))
+    rounds = []
+    for history in histories:
+        for index, correct in history[rank]:
+            tracker.update(torch.tensor([index]), torch.tensor([correct]))
+        tracker.synchronize()
+        rounds.append(
+            [
+                x.tolist()
+                for x in (tracker(every), tracker.counts(every), tracker.forgetting_events(every))
+            ]
+        )
+    return rounds

@@ -1,0 +1,41 @@
+"""Tolerances by dtype and the small builders that the tests share."""
+
+import torch
+
+from uncertainty_mm import DiagonalGaussian
+
+# The dtype in which a value was computed -> (relative, absolute) tolerance.
+TOLERANCE = {
+    torch.float64: (1e-9, 1e-10),
+    torch.float32: (1e-4, 1e-5),
+    torch.float16: (1e-2, 1e-2),
+    torch.bfloat16: (5e-2, 5e-2),
+}
+HALF = (torch.float16, torch.bfloat16)
+
+
+def close(actual, expected, dtype=None):
+    """Assert equal shapes and equal values within the tolerance of `dtype` (that of `actual`)."""
+    actual = actual.detach()
+    rtol, atol = TOLERANCE[dtype or actual.dtype]
+    expected = torch.as_tensor(expected, dtype=torch.float64, device="cpu")
+    torch.testing.assert_close(actual.double().cpu(), expected, rtol=rtol, atol=atol)
+
+
+def gradient(output, *inputs):
+    """Gradients of the sum of `output`, zeros where it does not depend on an input."""
+    return torch.autograd.grad(output.sum(), inputs, materialize_grads=True)
+
+
+def random_latent(*shape, dtype=torch.float64, requires_grad=False):
+    """A Gaussian with random means and stds of 0.1 to 1.1."""
+    mean = torch.randn(*shape, dtype=dtype)
+    std = 0.1 + torch.rand(*shape, dtype=dtype)
+    return DiagonalGaussian(mean.requires_grad_(requires_grad), std.requires_grad_(requires_grad))
+
+
+def poisoned(tensor, where, value=float("nan")):
+    """A copy of `tensor` that holds `value` where `where` (of its leading axes) is True."""
+    tensor = tensor.detach().clone()
+    tensor[where] = value
+    return tensor

@@ -1,0 +1,342 @@
+"""CorrectnessTracker (3.4.2), against a dict of lists."""
+
+import math
+from collections import defaultdict
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from support import close
+from uncertainty_mm import CorrectnessTracker
+
+SAMPLES, LABELS = 6, 3
+EVERY = torch.arange(SAMPLES)
+
+
+def indices(*values):
+    return torch.tensor(values, dtype=torch.long)
+
+
+def naive_forgetting(history):
+    return sum(before >= 0.5 > after for before, after in pairwise(history))
+
+
+# --------------------------------------------------------------------------- proportions and counts
+
+
+def test_unseen_samples_have_the_prior():
+    close(CorrectnessTracker(SAMPLES, prior=0.25)(indices(0, 3)), [0.25, 0.25])
+
+
+def test_prior_is_one_half_by_default():
+    close(CorrectnessTracker(SAMPLES)(indices(0)), [0.5])
+
+
+def test_proportion_of_correct_predictions():
+    tracker = CorrectnessTracker(SAMPLES)
+    for correct in ([True, False], [True, True], [False, False], [True, False]):
+        tracker.update(indices(4, 1), torch.tensor(correct))
+    close(tracker(indices(4, 1, 0)), [0.75, 0.25, 0.5])
+
+
+def test_prior_does_not_weigh_in_once_seen():
+    tracker = CorrectnessTracker(SAMPLES, prior=0.9)
+    tracker.update(indices(2), torch.tensor([False]))
+    close(tracker(indices(2)), [0.0])
+
+
+def test_soft_correctness_is_averaged():
+    tracker = CorrectnessTracker(SAMPLES)
+    tracker.update(indices(2), torch.tensor([0.25]))
+    tracker.update(indices(2), torch.tensor([1.0]))
+    close(tracker(indices(2)), [0.625])
+
+
+def test_duplicates_within_a_batch_count_each():
+    tracker = CorrectnessTracker(SAMPLES)
+    tracker.update(indices(3, 3, 5, 3), torch.tensor([True, False, True, True]))
+    close(tracker(indices(3, 5)), [2 / 3, 1.0])
+    assert tracker.counts(indices(3, 5, 0)).tolist() == [3, 1, 0]
+
+
+def test_labels_are_tracked_one_by_one():
+    tracker = CorrectnessTracker(SAMPLES, LABELS)
+    tracker.update(indices(1), torch.tensor([[True, False, True]]))
+    tracker.update(indices(1), torch.tensor([[True, False, False]]))
+    close(tracker(indices(1, 0)), [[1.0, 0.0, 0.5], [0.5, 0.5, 0.5]])
+
+
+def test_counts_start_at_zero():
+    assert (CorrectnessTracker(SAMPLES).counts(EVERY) == 0).all()
+
+
+def test_indices_may_repeat_when_reading():
+    tracker = CorrectnessTracker(SAMPLES)
+    tracker.update(indices(1), torch.tensor([True]))
+    close(tracker(indices(1, 0, 1)), [1.0, 0.5, 1.0])
+
+
+def test_empty_batch_changes_nothing():
+    tracker = CorrectnessTracker(SAMPLES)
+    tracker.update(indices(), torch.empty(0, dtype=torch.bool))
+    assert (tracker.counts(EVERY) == 0).all()
+    assert tracker(indices()).shape == (0,)
+
+
+def test_reading_has_the_default_float_dtype_and_no_gradient():
+    tracker = CorrectnessTracker(SAMPLES)
+    tracker.update(indices(1), torch.tensor([0.5], dtype=torch.float64, requires_grad=True))
+    proportion = tracker(indices(1))
+    assert proportion.dtype == torch.get_default_dtype()
+    assert not proportion.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float16, torch.bfloat16, torch.float64])
+def test_correct_may_have_any_of_the_dtypes(dtype):
+    tracker = CorrectnessTracker(SAMPLES)
+    tracker.update(indices(0, 1), torch.tensor([1, 0], dtype=dtype))
+    close(tracker(indices(0, 1)), [1.0, 0.0])
+
+
+def test_long_histories_stay_exact():
+    tracker = CorrectnessTracker(1)
+    many = torch.zeros(100_000, dtype=torch.long)
+    for _ in range(3):
+        tracker.update(many, torch.arange(100_000) % 4 == 0)
+    assert tracker.counts(indices(0)).item() == 300_000
+    close(tracker(indices(0)), [0.25])
+
+
+def test_counts_survive_a_move_to_half_precision():
+    tracker = CorrectnessTracker(SAMPLES).half()
+    for step in range(3000):  # float16 counts would stop at 2048
+        tracker.update(indices(0), torch.tensor([step % 2 == 0]))
+    assert tracker.counts(indices(0)).item() == 3000
+    close(tracker(indices(0)), [0.5])
+
+
+def test_reset_forgets_everything():
+    tracker = CorrectnessTracker(SAMPLES)
+    for correct in (True, False):
+        tracker.update(EVERY, torch.full((SAMPLES,), correct))
+    tracker.reset()
+    close(tracker(EVERY), [0.5] * SAMPLES)
+    assert (tracker.counts(EVERY) == 0).all()
+    assert (tracker.forgetting_events(EVERY) == 0).all()
+
+
+def test_reset_forgets_the_last_prediction_too():
+    tracker = CorrectnessTracker(SAMPLES)
+    tracker.update(indices(0), torch.tensor([True]))
+    tracker.reset()
+    tracker.update(indices(0), torch.tensor([False]))
+    assert tracker.forgetting_events(indices(0)).item() == 0
+
+
+def test_synchronize_without_a_process_group_changes_nothing():
+    tracker = CorrectnessTracker(SAMPLES)
+    tracker.update(indices(0, 0), torch.tensor([True, False]))
+    tracker.synchronize()
+    assert tracker.counts(indices(0)).item() == 2
+    close(tracker(indices(0)), [0.5])
+    assert tracker.forgetting_events(indices(0)).item() == 1
+
+
+# --------------------------------------------------------------------------------- forgetting events
+
+
+@pytest.mark.parametrize(
+    ("history", "events"),
+    [
+        ([False], 0),
+        ([True], 0),
+        ([False, False], 0),
+        ([True, True], 0),
+        ([False, True], 0),
+        ([True, False], 1),
+        ([True, False, False], 1),
+        ([True, False, True, False], 2),
+        ([False, True, False, True, True, False], 2),
+    ],
+)
+@pytest.mark.parametrize("at_once", [False, True])
+def test_forgetting_is_correct_then_wrong(history, events, at_once):
+    tracker = CorrectnessTracker(SAMPLES)
+    if at_once:
+        tracker.update(torch.full((len(history),), 2), torch.tensor(history))
+    else:
+        for correct in history:
+            tracker.update(indices(2), torch.tensor([correct]))
+    assert tracker.forgetting_events(indices(2)).item() == events
+
+
+def test_forgetting_within_a_batch_follows_its_order():
+    tracker = CorrectnessTracker(SAMPLES)
+    tracker.update(indices(0, 1, 0, 1), torch.tensor([True, False, False, True]))
+    assert tracker.forgetting_events(indices(0, 1)).tolist() == [1, 0]
+
+
+def test_forgetting_goes_on_after_duplicates():
+    tracker = CorrectnessTracker(SAMPLES)
+    tracker.update(indices(0, 1, 0, 1), torch.tensor([False, True, True, False]))
+    tracker.update(indices(0, 1), torch.tensor([False, False]))
+    assert tracker.forgetting_events(indices(0, 1)).tolist() == [1, 1]
+
+
+def test_forgetting_within_a_large_batch_follows_its_order():
+    # Sorting that does not keep the order of equal indices shows in large batches only.
+    where, correct = torch.randint(SAMPLES, (5000,)), torch.rand(5000) < 0.5
+    tracker = CorrectnessTracker(SAMPLES)
+    tracker.update(where, correct)
+    expected = [naive_forgetting(correct[where == i].tolist()) for i in range(SAMPLES)]
+    assert tracker.forgetting_events(EVERY).tolist() == expected
+
+
+@pytest.mark.parametrize(("after", "events"), [(0.5, 0), (0.49, 1)])
+def test_one_half_counts_as_correct_for_forgetting(after, events):
+    tracker = CorrectnessTracker(SAMPLES)
+    tracker.update(indices(0), torch.tensor([0.5]))
+    tracker.update(indices(0), torch.tensor([after]))
+    assert tracker.forgetting_events(indices(0)).item() == events
+
+
+def test_labels_are_forgotten_one_by_one():
+    tracker = CorrectnessTracker(SAMPLES, LABELS)
+    tracker.update(indices(1), torch.tensor([[True, True, False]]))
+    tracker.update(indices(1), torch.tensor([[False, True, False]]))
+    assert tracker.forgetting_events(indices(1)).tolist() == [[1, 0, 0]]
+
+
+# --------------------------------------------------------------------------------------------- state
+
+
+def test_state_dict_resumes_mid_stream():
+    tracker, fresh = CorrectnessTracker(SAMPLES), CorrectnessTracker(SAMPLES)
+    tracker.update(indices(0, 1, 1), torch.tensor([True, False, True]))
+    fresh.load_state_dict(tracker.state_dict())
+    for each in (tracker, fresh):
+        each.update(indices(0, 1), torch.tensor([False, False]))
+    assert torch.equal(fresh(EVERY), tracker(EVERY))
+    assert fresh.forgetting_events(indices(0, 1)).tolist() == [1, 1]
+    assert fresh.counts(indices(0, 1)).tolist() == [2, 3]
+
+
+class TrackerAgainstLists(RuleBasedStateMachine):
+    """Random batches into a tracker and into a dict of lists."""
+
+    @initialize(prior=st.sampled_from([0.0, 0.5, 1.0]))
+    def build(self, prior):
+        self.prior = prior
+        self.tracker = CorrectnessTracker(SAMPLES, prior=prior)
+        self.history = defaultdict(list)
+
+    batches = st.lists(
+        st.tuples(st.integers(0, SAMPLES - 1), st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0])),
+        max_size=10,
+    )
+
+    @rule(batch=batches)
+    def update(self, batch):
+        where = torch.tensor([i for i, _ in batch], dtype=torch.long)
+        self.tracker.update(where, torch.tensor([c for _, c in batch], dtype=torch.float32))
+        for i, correct in batch:
+            self.history[i].append(correct)
+
+    @rule(batch=batches)
+    def update_bool(self, batch):
+        where = torch.tensor([i for i, _ in batch], dtype=torch.long)
+        self.tracker.update(where, torch.tensor([c > 0.5 for _, c in batch], dtype=torch.bool))
+        for i, correct in batch:
+            self.history[i].append(float(correct > 0.5))
+
+    @rule()
+    def reset(self):
+        self.tracker.reset()
+        self.history.clear()
+
+    @rule()
+    def save_and_load(self):
+        state = self.tracker.state_dict()
+        self.tracker = CorrectnessTracker(SAMPLES, prior=self.prior)
+        self.tracker.load_state_dict(state)
+
+    @invariant()
+    def same_history(self):
+        histories = [self.history[i] for i in range(SAMPLES)]
+        close(self.tracker(EVERY), [sum(h) / len(h) if h else self.prior for h in histories])
+        assert self.tracker.counts(EVERY).tolist() == [len(h) for h in histories]
+        forgotten = [naive_forgetting(h) for h in histories]
+        assert self.tracker.forgetting_events(EVERY).tolist() == forgotten
+
+
+TestTrackerAgainstLists = TrackerAgainstLists.TestCase
+TestTrackerAgainstLists.settings = settings(max_examples=20, stateful_step_count=15)
+
+
+# --------------------------------------------------------------------------------------- bad inputs
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "name"),
+    [
+        ({"num_samples": 0}, ValueError, "num_samples"),
+        ({"num_samples": 1.5}, TypeError, "num_samples"),
+        ({"num_labels": 0}, ValueError, "num_labels"),
+        ({"prior": 1.5}, ValueError, "prior"),
+        ({"prior": math.nan}, ValueError, "prior"),
+    ],
+)
+def test_constructor_rejects(change, error, name):
+    with pytest.raises(error, match=f"`{name}"):
+        CorrectnessTracker(**({"num_samples": SAMPLES} | change))
+
+
+BAD_INDICES = [
+    (torch.tensor([0.0, 1.0]), TypeError),
+    (torch.tensor([True, False]), TypeError),
+    (torch.tensor([[0, 1]]), ValueError),
+    (torch.tensor([0, SAMPLES]), ValueError),
+    (torch.tensor([-1, 0]), ValueError),
+]
+
+
+@pytest.mark.parametrize(("where", "error"), BAD_INDICES)
+@pytest.mark.parametrize("method", ["forward", "counts", "forgetting_events"])
+def test_rejects_indices_when_reading(method, where, error):
+    with pytest.raises(error, match="`indices`"):
+        getattr(CorrectnessTracker(SAMPLES), method)(where)
+
+
+@pytest.mark.parametrize(("where", "error"), BAD_INDICES)
+def test_rejects_indices_when_updating(where, error):
+    with pytest.raises(error, match="`indices`"):
+        CorrectnessTracker(SAMPLES).update(where, torch.tensor([True, False]))
+
+
+@pytest.mark.parametrize(
+    ("num_labels", "correct", "error"),
+    [
+        (None, torch.tensor([True, False, True]), ValueError),
+        (None, torch.ones(2, LABELS, dtype=torch.bool), ValueError),
+        (LABELS, torch.tensor([True, False]), ValueError),
+        (LABELS, torch.ones(2, LABELS + 1, dtype=torch.bool), ValueError),
+        (None, torch.tensor([0.5, 1.5]), ValueError),
+        (None, torch.tensor([-0.5, 0.5]), ValueError),
+        (None, torch.tensor([math.nan, 0.5]), ValueError),
+        (None, torch.tensor([0, 1]), TypeError),
+    ],
+)
+def test_rejects_correct(num_labels, correct, error):
+    with pytest.raises(error, match="`correct`"):
+        CorrectnessTracker(SAMPLES, num_labels).update(indices(0, 1), correct)
+
+
+def test_rejected_batch_changes_nothing():
+    tracker = CorrectnessTracker(SAMPLES)
+    with pytest.raises(ValueError, match="`correct`"):
+        tracker.update(indices(0, 1), torch.tensor([0.5, 1.5]))
+    assert (tracker.counts(EVERY) == 0).all()

@@ -1,0 +1,714 @@
+"""functional: the mathematics, against loops written from the equations."""
+
+import math
+import re
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import rankdata
+from torch.autograd import gradcheck
+from torch.profiler import ProfilerActivity, profile
+
+from support import HALF, close, gradient, poisoned
+from uncertainty_mm import functional
+
+# --------------------------------------------------------------------------- supcon_loss (Eq. 7)
+
+
+def naive_supcon_rows(
+    embeddings, classes, anchors=None, bank=(), bank_classes=(), temperature=0.07
+):
+    """Eq. 7 anchor by anchor and key by key: {anchor: loss}, anchors without a positive left out."""
+    keys = list(embeddings) + [b for b, c in zip(bank, bank_classes, strict=True) if c != -1]
+    key_classes = [int(c) for c in classes] + [int(c) for c in bank_classes if c != -1]
+    losses = {}
+    for i in range(len(classes)):
+        if anchors is not None and not anchors[i]:
+            continue
+        others = [j for j in range(len(keys)) if j != i]
+        positives = [j for j in others if key_classes[j] == key_classes[i]]
+        if not positives:
+            continue
+        similarity = {j: torch.dot(embeddings[i], keys[j]) / temperature for j in others}
+        log_total = torch.logsumexp(torch.stack(list(similarity.values())), 0)
+        losses[i] = sum(log_total - similarity[j] for j in positives) / len(positives)
+    return losses
+
+
+def values(losses, n):
+    """The losses as a list of n numbers, 0 where there is none."""
+    return [losses[i].detach().item() if i in losses else 0.0 for i in range(n)]
+
+
+def naive_supcon(*args, **kwargs):
+    losses = list(naive_supcon_rows(*args, **kwargs).values())
+    return sum(losses) / len(losses)
+
+
+def supcon_batch(n=12, e=5, num_classes=3, dtype=torch.float64):
+    embeddings = torch.randn(n, e, dtype=dtype)
+    return embeddings.requires_grad_(), torch.randint(num_classes, (n,))
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.07, 1.0])
+def test_supcon_equals_the_double_loop(temperature):
+    embeddings, classes = supcon_batch()
+    loss = functional.supcon_loss(embeddings, classes, temperature=temperature)
+    close(loss, naive_supcon(embeddings, classes, temperature=temperature))
+
+
+def test_supcon_gradient_equals_that_of_the_double_loop():
+    embeddings, classes = supcon_batch()
+    (expected,) = gradient(naive_supcon(embeddings, classes), embeddings)
+    close(*gradient(functional.supcon_loss(embeddings, classes), embeddings), expected)
+
+
+def test_supcon_reads_the_bank_as_keys():
+    embeddings, classes = supcon_batch()
+    bank, bank_classes = supcon_batch(7)
+    loss = functional.supcon_loss(embeddings, classes, bank=bank, bank_classes=bank_classes)
+    expected = naive_supcon(embeddings, classes, bank=bank.detach(), bank_classes=bank_classes)
+    close(loss, expected)
+    close(*gradient(loss, embeddings), *gradient(expected, embeddings))
+
+
+def test_supcon_skips_empty_slots_of_the_bank():
+    embeddings, classes = supcon_batch()
+    bank = torch.randn(6, 5, dtype=torch.float64)
+    bank_classes = torch.tensor([0, -1, 2, -1, 1, -1])
+    loss = functional.supcon_loss(embeddings, classes, bank=bank, bank_classes=bank_classes)
+    close(loss, naive_supcon(embeddings, classes, bank=bank, bank_classes=bank_classes))
+
+
+def test_supcon_ignores_what_an_empty_slot_holds():
+    embeddings, classes = supcon_batch()
+    bank = torch.full((2, 5), math.nan, dtype=torch.float64)
+    empty = torch.full((2,), -1)
+    loss = functional.supcon_loss(embeddings, classes, bank=bank, bank_classes=empty)
+    expected = naive_supcon(embeddings, classes)
+    close(loss, expected)
+    close(*gradient(loss, embeddings), *gradient(expected, embeddings))
+
+
+@pytest.mark.parametrize("rows", [0, 1, 4])
+def test_supcon_with_an_empty_bank_equals_no_bank(rows):
+    embeddings, classes = supcon_batch()
+    bank = torch.randn(rows, 5, dtype=torch.float64)
+    empty = torch.full((rows,), -1)
+    loss = functional.supcon_loss(embeddings, classes, bank=bank, bank_classes=empty)
+    close(loss, naive_supcon(embeddings, classes))
+
+
+def test_supcon_finds_positives_in_the_bank_alone():
+    embeddings = torch.randn(3, 4, dtype=torch.float64)
+    bank = torch.randn(3, 4, dtype=torch.float64)
+    classes = torch.arange(3)
+    loss = functional.supcon_loss(embeddings, classes, bank=bank, bank_classes=classes)
+    close(loss, naive_supcon(embeddings, classes, bank=bank, bank_classes=classes))
+
+
+def test_supcon_takes_its_anchors_from_anchor_mask_and_all_rows_as_keys():
+    embeddings, classes = supcon_batch()
+    anchors = torch.tensor([True, False, False, True] * 3)
+    rows = naive_supcon_rows(embeddings, classes, anchors)
+    loss = functional.supcon_loss(embeddings, classes, anchor_mask=anchors, reduction="none")
+    close(loss, values(rows, 12))
+    close(
+        functional.supcon_loss(embeddings, classes, anchor_mask=anchors),
+        naive_supcon(embeddings, classes, anchors),
+    )
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_supcon_without_anchors_is_zero_with_zero_gradient(reduction):
+    embeddings, classes = supcon_batch()
+    none = torch.zeros(12, dtype=torch.bool)
+    loss = functional.supcon_loss(embeddings, classes, anchor_mask=none, reduction=reduction)
+    loss.sum().backward()
+    assert (loss == 0).all()
+    assert (embeddings.grad == 0).all()
+
+
+def test_supcon_leaves_rows_of_a_negative_class_out():
+    embeddings, classes = supcon_batch()
+    out = torch.tensor([False, True, False, False] * 3)
+    dirty = poisoned(embeddings, out).requires_grad_()
+    loss = functional.supcon_loss(dirty, classes.masked_fill(out, -1))
+    rest = embeddings.detach()[~out].requires_grad_()
+    expected = naive_supcon(rest, classes[~out])
+    close(loss, expected)
+    (actual,) = gradient(loss, dirty)
+    assert (actual[out] == 0).all()
+    close(actual[~out], *gradient(expected, rest))
+
+
+@pytest.mark.parametrize(("n", "bank_rows"), [(300, 9000), (3000, 0), (1500, 3000)])
+def test_supcon_of_many_rows_equals_the_whole_matrix(n, bank_rows):
+    # Large enough that no implementation in tiles gets away with one tile.
+    embeddings, classes = supcon_batch(n, 4, 20, torch.float32)
+    bank, bank_classes = 2 * torch.randn(bank_rows, 4), torch.randint(-1, 20, (bank_rows,))
+    anchors = torch.rand(n) < 0.7
+    loss = functional.supcon_loss(
+        embeddings, classes, anchor_mask=anchors, bank=bank, bank_classes=bank_classes
+    )
+    exact = embeddings.detach().double().requires_grad_()
+    scores = exact @ torch.cat([exact, bank.double()]).T / 0.07
+    key_classes = torch.cat([classes, bank_classes])
+    no_key = (key_classes == -1).expand_as(scores).clone().fill_diagonal_(True)
+    positive = (classes[:, None] == key_classes) & ~no_key
+    log_total = scores.masked_fill(no_key, -math.inf).logsumexp(1)
+    rows = log_total - (scores * positive).sum(1) / positive.sum(1)
+    expected = rows[anchors & positive.any(1)].mean()
+    close(loss, expected.detach())
+    close(*gradient(loss, embeddings), *gradient(expected, exact))
+
+
+def test_supcon_gives_the_bank_no_gradient():
+    embeddings, classes = supcon_batch()
+    bank, bank_classes = supcon_batch(4)
+    functional.supcon_loss(embeddings, classes, bank=bank, bank_classes=bank_classes).backward()
+    assert bank.grad is None
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_supcon_bank_may_change_between_forward_and_backward(reduction):
+    embeddings, classes = supcon_batch()
+    bank, bank_classes = torch.randn(4, 5, dtype=torch.float64), torch.tensor([0, 1, 2, -1])
+    rows = naive_supcon_rows(embeddings, classes, bank=bank.clone(), bank_classes=bank_classes)
+    expected = sum(rows.values()) / (len(rows) if reduction == "mean" else 1)
+    loss = functional.supcon_loss(
+        embeddings, classes, bank=bank, bank_classes=bank_classes, reduction=reduction
+    )
+    bank.normal_()
+    bank_classes.fill_(0)
+    close(*gradient(loss, embeddings), *gradient(expected, embeddings))
+
+
+def test_supcon_passes_gradcheck():
+    embeddings, classes = supcon_batch(6, 3, 2)
+    bank, bank_classes = torch.randn(4, 3, dtype=torch.float64), torch.tensor([0, 1, 1, -1])
+
+    def loss(embeddings):
+        return functional.supcon_loss(
+            embeddings, classes, bank=bank, bank_classes=bank_classes, temperature=0.5
+        )
+
+    assert gradcheck(loss, (embeddings,))
+
+
+def test_supcon_passes_gradcheck_without_reduction():
+    embeddings, classes = supcon_batch(6, 3, 2)
+
+    def loss(embeddings):
+        return functional.supcon_loss(embeddings, classes, temperature=0.5, reduction="none")
+
+    assert gradcheck(loss, (embeddings,))
+
+
+def test_supcon_double_backward_raises():
+    embeddings, classes = supcon_batch()
+    loss = functional.supcon_loss(embeddings, classes)
+    with pytest.raises(RuntimeError):  # noqa: PT012
+        (first,) = torch.autograd.grad(loss, embeddings, create_graph=True)
+        first.square().sum().backward()
+
+
+def test_supcon_scales_the_gradient_by_the_incoming_one():
+    embeddings, classes = supcon_batch()
+    (expected,) = gradient(naive_supcon(embeddings, classes) * -2.5, embeddings)
+    close(*gradient(functional.supcon_loss(embeddings, classes) * -2.5, embeddings), expected)
+
+
+def test_supcon_leaves_self_out_of_the_maximum():
+    # All similarities but those of a row with itself are 0: the loss is the log of 7 equal keys,
+    # although a row's similarity with itself (1 / 0.01 = 100) would dwarf the rest in float32.
+    embeddings = torch.eye(8).requires_grad_()
+    loss = functional.supcon_loss(embeddings, torch.zeros(8, dtype=torch.long), temperature=0.01)
+    close(loss, math.log(7))
+    assert gradient(loss, embeddings)[0].isfinite().all()
+
+
+def test_supcon_of_very_negative_similarities_is_exact():
+    # The only key of either row has similarity -100 / 0.07; all the probability is still its own.
+    embeddings = torch.tensor([[10.0], [-10.0]], dtype=torch.float64, requires_grad=True)
+    loss = functional.supcon_loss(embeddings, torch.zeros(2, dtype=torch.long))
+    close(loss, 0.0)
+    close(*gradient(loss, embeddings), [[0.0], [0.0]])
+
+
+def test_supcon_is_exact_for_large_embeddings():
+    embeddings = (100 * torch.randn(10, 6, dtype=torch.float64)).float().requires_grad_()
+    classes = torch.randint(2, (10,))
+    reference = embeddings.detach().double().requires_grad_()
+    loss = functional.supcon_loss(embeddings, classes)
+    expected = naive_supcon(reference, classes)
+    close(loss, expected)
+    assert gradient(loss, embeddings)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_supcon_computes_in_float32_for_half_precision(dtype):
+    embeddings = (8 * torch.randn(10, 64)).to(dtype)
+    classes = torch.randint(2, (10,))
+    loss = functional.supcon_loss(embeddings, classes)
+    assert loss.dtype == torch.float32
+    close(loss, naive_supcon(embeddings.double(), classes))
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_supcon_computes_in_float32_under_autocast(dtype):
+    embeddings = 8 * torch.randn(10, 64)
+    classes = torch.randint(2, (10,))
+    with torch.autocast("cpu", dtype=dtype):
+        loss = functional.supcon_loss(embeddings, classes)
+    assert loss.dtype == torch.float32
+    close(loss, naive_supcon(embeddings.double(), classes))
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_supcon_gradient_has_the_dtype_of_the_embeddings(dtype):
+    embeddings, classes = supcon_batch(dtype=dtype)
+    functional.supcon_loss(embeddings, classes).backward()
+    reference = embeddings.detach().double().requires_grad_()
+    assert embeddings.grad.dtype == dtype
+    close(embeddings.grad, *gradient(naive_supcon(reference, classes), reference))
+
+
+def test_supcon_without_reduction_gives_zero_where_there_is_no_positive():
+    embeddings = torch.randn(5, 4, dtype=torch.float64)
+    classes = torch.tensor([0, 0, 1, 2, 2])
+    rows = naive_supcon_rows(embeddings, classes)
+    loss = functional.supcon_loss(embeddings, classes, reduction="none")
+    close(loss, values(rows, 5))
+    assert loss[2] == 0
+
+
+def test_supcon_sum_is_over_anchors_with_a_positive():
+    embeddings = torch.randn(5, 4, dtype=torch.float64)
+    classes = torch.tensor([0, 0, 1, 2, 2])
+    loss = functional.supcon_loss(embeddings, classes, reduction="sum")
+    close(loss, sum(naive_supcon_rows(embeddings, classes).values()))
+
+
+def test_supcon_mean_is_over_anchors_with_a_positive():
+    embeddings = torch.randn(5, 4, dtype=torch.float64)
+    classes = torch.tensor([0, 0, 1, 2, 2])
+    rows = naive_supcon_rows(embeddings, classes)
+    assert len(rows) == 4
+    close(functional.supcon_loss(embeddings, classes), sum(rows.values()) / 4)
+
+
+def test_supcon_reads_classes_as_names_only():
+    embeddings, classes = supcon_batch()
+    renamed = torch.tensor([7, 123456789, 3])[classes]
+    close(functional.supcon_loss(embeddings, renamed), naive_supcon(embeddings, classes))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("n", [0, 1])
+def test_supcon_of_too_few_rows_is_zero_with_zero_gradient(n, reduction):
+    embeddings, classes = supcon_batch(n)
+    loss = functional.supcon_loss(embeddings, classes, reduction=reduction)
+    loss.backward()
+    close(loss, 0.0)
+    assert embeddings.grad.shape == (n, 5)
+    assert (embeddings.grad == 0).all()
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_supcon_without_positives_is_zero_with_zero_gradient(reduction):
+    embeddings = torch.randn(4, 5, requires_grad=True)
+    loss = functional.supcon_loss(embeddings, torch.arange(4), reduction=reduction)
+    loss.sum().backward()
+    assert (loss == 0).all()
+    assert (embeddings.grad == 0).all()
+
+
+def matrix_products(work):
+    """How many matrix products run while `work` does, inside custom operators too."""
+    with profile(activities=[ProfilerActivity.CPU]) as recorded:
+        work()
+    return sum(re.match(r"aten::\w*mm_?$", event.name) is not None for event in recorded.events())
+
+
+def test_supcon_does_no_gradient_work_under_no_grad():
+    embeddings, classes = supcon_batch(32, 16)
+    bank, bank_classes = supcon_batch(64, 16)
+
+    def loss():
+        return functional.supcon_loss(embeddings, classes, bank=bank, bank_classes=bank_classes)
+
+    with torch.no_grad():
+        assert not loss().requires_grad
+        without = matrix_products(loss)
+    assert 0 < without < matrix_products(lambda: loss().backward())
+
+
+def test_supcon_leaves_its_inputs_alone():
+    embeddings, classes = supcon_batch()
+    bank, bank_classes = torch.randn(3, 5, dtype=torch.float64), torch.tensor([0, 1, -1])
+    before = [t.detach().clone() for t in (embeddings, classes, bank, bank_classes)]
+    functional.supcon_loss(embeddings, classes, bank=bank, bank_classes=bank_classes).backward()
+    after = (embeddings, classes, bank, bank_classes)
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+
+
+@given(seed=st.integers(0, 2**16), n=st.integers(2, 9), num_classes=st.integers(1, 4))
+def test_supcon_is_equivariant_to_the_order_of_rows(seed, n, num_classes):
+    torch.manual_seed(seed)
+    embeddings, classes = supcon_batch(n, 3, num_classes)
+    order = torch.randperm(n)
+    loss = functional.supcon_loss(embeddings, classes, reduction="none")
+    permuted = functional.supcon_loss(embeddings[order], classes[order], reduction="none")
+    close(permuted, loss[order])
+
+
+@given(seed=st.integers(0, 2**16), n=st.integers(0, 9), bank_rows=st.integers(0, 6))
+def test_supcon_equals_the_double_loop_for_ragged_classes(seed, n, bank_rows):
+    torch.manual_seed(seed)
+    embeddings, classes = supcon_batch(n, 3, 4)
+    bank, bank_classes = torch.randn(bank_rows, 3).double(), torch.randint(-1, 4, (bank_rows,))
+    rows = naive_supcon_rows(embeddings, classes, bank=bank, bank_classes=bank_classes)
+    loss = functional.supcon_loss(
+        embeddings, classes, bank=bank, bank_classes=bank_classes, reduction="none"
+    )
+    close(loss, values(rows, n))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "name"),
+    [
+        ({"embeddings": torch.randn(4)}, ValueError, "embeddings"),
+        ({"embeddings": torch.ones(4, 3, dtype=torch.long)}, TypeError, "embeddings"),
+        ({"embeddings": torch.full((4, 3), math.nan)}, ValueError, "embeddings"),
+        ({"embeddings": torch.full((4, 3), math.inf)}, ValueError, "embeddings"),
+        ({"classes": torch.zeros(5, dtype=torch.long)}, ValueError, "classes"),
+        ({"classes": torch.zeros(4)}, TypeError, "classes"),
+        ({"anchor_mask": torch.zeros(4)}, TypeError, "anchor_mask"),
+        ({"anchor_mask": torch.zeros(3, dtype=torch.bool)}, ValueError, "anchor_mask"),
+        ({"bank": torch.randn(2, 3)}, ValueError, "bank_classes"),
+        ({"bank_classes": torch.zeros(2, dtype=torch.long)}, ValueError, "bank"),
+        (
+            {"bank": torch.randn(2, 4), "bank_classes": torch.zeros(2, dtype=torch.long)},
+            ValueError,
+            "bank",
+        ),
+        (
+            {"bank": torch.randn(2, 3), "bank_classes": torch.zeros(3, dtype=torch.long)},
+            ValueError,
+            "bank_classes",
+        ),
+        ({"bank": torch.randn(2, 3), "bank_classes": torch.zeros(2)}, TypeError, "bank_classes"),
+        ({"temperature": 0.0}, ValueError, "temperature"),
+        ({"temperature": -1.0}, ValueError, "temperature"),
+        ({"temperature": math.nan}, ValueError, "temperature"),
+        ({"reduction": "average"}, ValueError, "reduction"),
+    ],
+)
+def test_supcon_rejects(change, error, name):
+    arguments = {"embeddings": torch.randn(4, 3), "classes": torch.tensor([0, 0, 1, 1])} | change
+    with pytest.raises(error, match=f"`{name}"):
+        functional.supcon_loss(**arguments)
+
+
+# ------------------------------------------------------------------ distribution_embedding (Eq. 4)
+
+
+def naive_embedding(mean, std):
+    halves = []
+    for half in (mean.tolist(), std.tolist()):
+        norm = math.sqrt(sum(x * x for x in half))
+        halves += [x / norm for x in half]
+    return halves
+
+
+def test_distribution_embedding_is_equation_4():
+    mean, std = torch.randn(4, 3, dtype=torch.float64), torch.rand(4, 3, dtype=torch.float64)
+    expected = [naive_embedding(m, s) for m, s in zip(mean, std, strict=True)]
+    close(functional.distribution_embedding(mean, std), expected)
+
+
+def test_distribution_embedding_keeps_leading_axes():
+    mean, std = torch.randn(2, 3, 4, 5), torch.rand(2, 3, 4, 5)
+    assert functional.distribution_embedding(mean, std).shape == (2, 3, 4, 10)
+
+
+def test_distribution_embedding_passes_gradcheck():
+    mean = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    std = torch.rand(3, 4, dtype=torch.float64, requires_grad=True)
+    assert gradcheck(functional.distribution_embedding, (mean, std))
+
+
+def test_distribution_embedding_of_zero_is_finite():
+    mean = torch.zeros(2, 3, requires_grad=True)
+    std = torch.ones(2, 3, requires_grad=True)
+    embedding = functional.distribution_embedding(mean, std)
+    close(embedding[:, :3], torch.zeros(2, 3))
+    assert all(g.isfinite().all() for g in gradient(embedding, mean, std))
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_distribution_embedding_does_not_overflow_in_half_precision(dtype):
+    mean = torch.full((1, 64), 300.0, dtype=dtype)  # the sum of squares is 5.8e6
+    embedding = functional.distribution_embedding(mean, mean)
+    close(embedding, torch.full((1, 128), 0.125), dtype)
+
+
+def test_distribution_embedding_rejects_different_shapes():
+    with pytest.raises(ValueError, match="`std"):
+        functional.distribution_embedding(torch.randn(2, 3), torch.rand(2, 4))
+
+
+# ------------------------------------------------------------------------------- distances (Eq. 8)
+
+
+def test_prediction_distance_is_the_absolute_error():
+    probs = torch.tensor([[0.25, 1.0], [0.0, 0.5]], dtype=torch.float64)
+    labels = torch.tensor([[1, 1], [1, 0]])
+    close(functional.prediction_distance(probs, labels), [[0.75, 0.0], [1.0, 0.5]])
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.float32])
+def test_prediction_distance_takes_labels_of_any_dtype(dtype):
+    probs, labels = torch.rand(3, 2, dtype=torch.float64), torch.tensor([[0, 1]] * 3)
+    expected = [[p, 1 - q] for p, q in probs.tolist()]
+    close(functional.prediction_distance(probs, labels.to(dtype)), expected)
+
+
+def test_prediction_distance_passes_gradcheck():
+    probs = (0.1 + 0.8 * torch.rand(3, 2, dtype=torch.float64)).requires_grad_()
+    labels = torch.tensor([[0, 1], [1, 1], [0, 0]])
+    assert gradcheck(lambda p: functional.prediction_distance(p, labels), (probs,))
+
+
+@pytest.mark.parametrize(
+    ("probs", "labels", "name"),
+    [
+        (torch.full((2, 3), 1.5), torch.zeros(2, 3), "probs"),
+        (torch.full((2, 3), -0.5), torch.zeros(2, 3), "probs"),
+        (torch.full((2, 3), math.nan), torch.zeros(2, 3), "probs"),
+        (torch.rand(2, 3), torch.full((2, 3), 2), "labels"),
+        (torch.rand(2, 3), torch.full((2, 3), 0.5), "labels"),
+        (torch.rand(2, 3), torch.zeros(2, 4), "labels"),
+    ],
+)
+def test_prediction_distance_rejects(probs, labels, name):
+    with pytest.raises(ValueError, match=f"`{name}"):
+        functional.prediction_distance(probs, labels)
+
+
+def test_expected_distance_is_the_mean_distance_over_the_predicted_labels():
+    probs = torch.rand(4, 3, dtype=torch.float64)
+    expected = [[p * (1 - p) + (1 - p) * p for p in row] for row in probs.tolist()]
+    close(functional.expected_distance(probs), expected)
+
+
+def test_expected_distance_passes_gradcheck():
+    probs = (0.1 + 0.8 * torch.rand(3, 2, dtype=torch.float64)).requires_grad_()
+    assert gradcheck(functional.expected_distance, (probs,))
+
+
+@pytest.mark.parametrize("value", [-0.5, 1.5, math.nan])
+def test_expected_distance_rejects_what_is_no_probability(value):
+    with pytest.raises(ValueError, match="`probs"):
+        functional.expected_distance(torch.full((2, 3), value))
+
+
+# ---------------------------------------------------------------------------------------- soft_rank
+
+
+def naive_soft_rank(scores, temperature=1.0):
+    def sigmoid(x):
+        return 1 / (1 + math.exp(-x)) if x > 0 else math.exp(x) / (1 + math.exp(x))
+
+    scores = scores.tolist()
+    return [
+        1 + sum(sigmoid((a - b) / temperature) for j, b in enumerate(scores) if j != i)
+        for i, a in enumerate(scores)
+    ]
+
+
+score_lists = st.lists(st.integers(-50, 50), min_size=1, max_size=12)
+
+
+@pytest.mark.parametrize("temperature", [0.1, 1.0, 10.0])
+def test_soft_rank_equals_the_double_loop(temperature):
+    scores = torch.randn(9, dtype=torch.float64)
+    close(functional.soft_rank(scores, temperature), naive_soft_rank(scores, temperature))
+
+
+@given(scores=score_lists)
+def test_soft_rank_tends_to_average_ranks(scores):
+    ranks = functional.soft_rank(torch.tensor(scores, dtype=torch.float64), temperature=0.01)
+    close(ranks, rankdata(scores, method="average"))
+
+
+@given(scores=score_lists, temperature=st.floats(0.1, 100))
+def test_soft_ranks_sum_to_that_of_ranks(scores, temperature):
+    b = len(scores)
+    ranks = functional.soft_rank(torch.tensor(scores, dtype=torch.float64), temperature)
+    close(ranks.sum(), b * (b + 1) / 2)
+
+
+@given(scores=score_lists, temperature=st.floats(0.01, 100))
+def test_soft_ranks_lie_between_1_and_b(scores, temperature):
+    ranks = functional.soft_rank(torch.tensor(scores, dtype=torch.float64), temperature)
+    assert ranks.min() >= 1
+    assert ranks.max() <= len(scores)
+
+
+@given(scores=score_lists, shift=st.integers(-1000, 1000))
+def test_soft_ranks_do_not_change_with_a_shift(scores, shift):
+    scores = torch.tensor(scores, dtype=torch.float64)
+    close(functional.soft_rank(scores + shift), naive_soft_rank(scores))
+
+
+@given(scores=score_lists)
+def test_soft_ranks_of_negated_scores_are_reversed(scores):
+    scores = torch.tensor(scores, dtype=torch.float64)
+    reverse = [len(scores) + 1 - r for r in naive_soft_rank(scores)]
+    close(functional.soft_rank(-scores), reverse)
+
+
+@given(scores=score_lists, seed=st.integers(0, 2**16))
+def test_soft_rank_is_permutation_equivariant(scores, seed):
+    torch.manual_seed(seed)
+    scores = torch.tensor(scores, dtype=torch.float64)
+    order = torch.randperm(len(scores))
+    close(functional.soft_rank(scores[order]), functional.soft_rank(scores)[order])
+
+
+def test_soft_rank_passes_gradcheck():
+    scores = torch.randn(5, dtype=torch.float64, requires_grad=True)
+    assert gradcheck(functional.soft_rank, (scores,))
+
+
+def test_soft_rank_of_nothing_is_empty():
+    assert functional.soft_rank(torch.empty(0)).shape == (0,)
+
+
+def test_soft_rank_with_a_mask_equals_that_of_the_rest():
+    scores = torch.randn(6, dtype=torch.float64)
+    mask = torch.tensor([False, True, False, False, True, False])
+    ranks = functional.soft_rank(poisoned(scores, mask), mask=mask)
+    close(ranks[~mask], naive_soft_rank(scores[~mask]))
+    assert ranks.isfinite().all()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_soft_rank_gradient_ignores_masked_scores(value):
+    mask = torch.tensor([False, True, False])
+    scores = poisoned(torch.randn(3, dtype=torch.float64), mask, value).requires_grad_()
+    weights = torch.tensor([1.0, 0.0, 3.0], dtype=torch.float64)
+    (actual,) = gradient(weights * functional.soft_rank(scores, mask=mask), scores)
+    rest = scores.detach()[~mask]
+    slope = torch.sigmoid(rest[0] - rest[1]) * torch.sigmoid(rest[1] - rest[0])
+    close(actual, [float(-2 * slope), 0.0, float(2 * slope)])
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_soft_rank_of_large_half_precision_scores_is_finite(dtype):
+    scores = torch.tensor([-6e4, 0.0, 6e4], dtype=dtype, requires_grad=True)
+    ranks = functional.soft_rank(scores, 0.01)
+    close(ranks, [1.0, 2.0, 3.0], dtype)
+    assert gradient(ranks, scores)[0].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "name"),
+    [
+        ({"scores": torch.randn(2, 3)}, ValueError, "scores"),
+        ({"scores": torch.tensor([0.0, math.nan])}, ValueError, "scores"),
+        ({"scores": torch.randn(3), "temperature": 0.0}, ValueError, "temperature"),
+        ({"scores": torch.randn(3), "mask": torch.zeros(3)}, TypeError, "mask"),
+        ({"scores": torch.randn(3), "mask": torch.zeros(2, dtype=torch.bool)}, ValueError, "mask"),
+    ],
+)
+def test_soft_rank_rejects(arguments, error, name):
+    with pytest.raises(error, match=f"`{name}"):
+        functional.soft_rank(**arguments)
+
+
+# -------------------------------------------------------------------- ordinality_divergence (Eq. 15)
+
+
+def naive_divergence(a, b):
+    def softmax(x):
+        top = max(x)
+        powers = [math.exp(v - top) for v in x]
+        return [p / sum(powers) for p in powers]
+
+    p, q = softmax(a.tolist()), softmax(b.tolist())
+    forward = sum(x * math.log(x / y) for x, y in zip(p, q, strict=True))
+    backward = sum(y * math.log(y / x) for x, y in zip(p, q, strict=True))
+    return forward + backward
+
+
+def test_ordinality_divergence_is_the_kl_both_ways():
+    a, b = torch.randn(2, 7, dtype=torch.float64)
+    close(functional.ordinality_divergence(a, b), naive_divergence(a, b))
+
+
+def test_ordinality_divergence_is_symmetric():
+    a, b = torch.randn(2, 7, dtype=torch.float64)
+    close(functional.ordinality_divergence(b, a), naive_divergence(a, b))
+
+
+def test_ordinality_divergence_of_equal_scores_is_zero():
+    a = torch.randn(7, dtype=torch.float64)
+    close(functional.ordinality_divergence(a, a + 3), 0.0)
+
+
+@given(seed=st.integers(0, 2**16), n=st.integers(1, 9))
+def test_ordinality_divergence_is_never_negative(seed, n):
+    torch.manual_seed(seed)
+    a, b = torch.randn(2, n, dtype=torch.float64)
+    assert functional.ordinality_divergence(a, b) >= -1e-12
+
+
+def test_ordinality_divergence_passes_gradcheck():
+    a = torch.randn(5, dtype=torch.float64, requires_grad=True)
+    b = torch.randn(5, dtype=torch.float64, requires_grad=True)
+    assert gradcheck(functional.ordinality_divergence, (a, b))
+
+
+def test_ordinality_divergence_with_a_mask_equals_that_of_the_rest():
+    a, b = torch.randn(2, 6, dtype=torch.float64)
+    mask = torch.tensor([False, True, False, False, True, False])
+    poisoned_a, poisoned_b = poisoned(a, mask), poisoned(b, mask, math.inf)
+    loss = functional.ordinality_divergence(poisoned_a, poisoned_b, mask=mask)
+    close(loss, naive_divergence(a[~mask], b[~mask]))
+
+
+def test_ordinality_divergence_gradient_ignores_masked_scores():
+    a, b = torch.randn(2, 4, dtype=torch.float64)
+    mask = torch.tensor([True, False, False, False])
+    a = poisoned(a, mask).requires_grad_()
+    (actual,) = gradient(functional.ordinality_divergence(a, b, mask=mask), a)
+    rest = a.detach()[1:].requires_grad_()
+    log_p, log_q = rest.log_softmax(0), b[1:].log_softmax(0)
+    divergence = ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum()
+    close(actual, [0.0, *gradient(divergence, rest)[0].tolist()])
+
+
+def test_ordinality_divergence_with_everything_masked_is_zero_with_zero_gradient():
+    a = torch.randn(3, requires_grad=True)
+    loss = functional.ordinality_divergence(a, torch.randn(3), mask=torch.ones(3, dtype=torch.bool))
+    loss.backward()
+    assert loss == 0
+    assert (a.grad == 0).all()
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_ordinality_divergence_computes_in_float32(dtype):
+    a, b = torch.randn(2, 9).to(dtype)
+    loss = functional.ordinality_divergence(a, b)
+    assert loss.dtype == torch.float32
+    close(loss, naive_divergence(a, b))
+
+
+def test_ordinality_divergence_rejects_different_lengths():
+    with pytest.raises(ValueError, match="`b"):
+        functional.ordinality_divergence(torch.randn(3), torch.randn(4))

@@ -1,0 +1,380 @@
+"""UncertaintyGatedFusion (Eq. 8-9), against a mixture computed in 60 decimal digits."""
+
+import math
+from decimal import Decimal, localcontext
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.autograd import gradcheck
+
+from support import HALF, close, gradient, poisoned, random_latent
+from uncertainty_mm import DiagonalGaussian, FusedPrediction, UncertaintyGatedFusion
+
+BATCH, MODALITIES, LABELS, LATENT, HIDDEN = 4, 3, 5, 2, 8
+MISSING = torch.tensor([[False] * 3, [True, False, False], [False, True, True], [True] * 3])
+
+
+def build(**kwargs):
+    settings = {"hidden_dim": HIDDEN, "dropout": 0.0} | kwargs
+    return UncertaintyGatedFusion(MODALITIES, LABELS, LATENT, **settings).double()
+
+
+def random_batch(dtype=torch.float64, requires_grad=False):
+    latent = random_latent(
+        BATCH, MODALITIES, LABELS, LATENT, dtype=dtype, requires_grad=requires_grad
+    )
+    return latent, torch.rand(BATCH, LABELS, dtype=dtype)
+
+
+def constant_heads(mean_logit, std_logit, **kwargs):
+    """A fusion whose heads answer the same logits to everything, through their last bias."""
+    fusion = build(**kwargs).float()
+    for head, logit in ((fusion.mean_head, mean_logit), (fusion.std_head, std_logit)):
+        torch.nn.init.zeros_(head[-1].weight)
+        torch.nn.init.constant_(head[-1].bias, logit)
+    return fusion
+
+
+def exact_mixture_logit(mean_logit, std_logit, weight):
+    """The logit of w * sigmoid(m) + (1 - w) * sigmoid(s); both it and its complement are sums."""
+    with localcontext() as context:
+        context.prec = 60
+        m, s, w = (Decimal(x) for x in (mean_logit, std_logit, weight))
+        present = w / (1 + (-m).exp()) + (1 - w) / (1 + (-s).exp())
+        absent = w / (1 + m.exp()) + (1 - w) / (1 + s.exp())
+        return float((present / absent).ln())
+
+
+def naive_head(head, values):
+    """Logits of a head for values (B, M, Q, K), one (sample, label) at a time."""
+    first, last = head[0], head[-1]
+    rows = []
+    for sample in values:
+        row = []
+        for q in range(LABELS):
+            inputs = torch.cat([sample[m, q] for m in range(MODALITIES)])
+            hidden = (first.weight @ inputs + first.bias).clamp(min=0)
+            row.append(last.weight @ hidden + last.bias)
+        rows.append(torch.cat(row))
+    return torch.stack(rows)
+
+
+# ------------------------------------------------------------------------------------ the equations
+
+
+def test_prediction_is_four_tensors_of_samples_and_labels():
+    out = build()(*random_batch())
+    assert isinstance(out, FusedPrediction)
+    assert out._fields == ("logits", "mean_logits", "std_logits", "mean_weight")
+    assert all(field.shape == (BATCH, LABELS) for field in out)
+
+
+def test_heads_classify_the_concatenated_modalities():
+    fusion, (latent, uncertainty) = build(), random_batch()
+    out = fusion(latent, uncertainty)
+    close(out.mean_logits, naive_head(fusion.mean_head, latent.mean).detach())
+    close(out.std_logits, naive_head(fusion.std_head, latent.std).detach())
+
+
+@pytest.mark.parametrize("mean_weight", ["certainty", "uncertainty"])
+def test_probs_are_the_mixture(mean_weight):
+    fusion, (latent, uncertainty) = build(mean_weight=mean_weight), random_batch()
+    out = fusion(latent, uncertainty)
+    weight = uncertainty if mean_weight == "uncertainty" else 1 - uncertainty
+    mean_probs = torch.sigmoid(naive_head(fusion.mean_head, latent.mean))
+    std_probs = torch.sigmoid(naive_head(fusion.std_head, latent.std))
+    close(out.mean_weight, weight)
+    close(out.probs, (weight * mean_probs + (1 - weight) * std_probs).detach())
+
+
+def test_certainty_is_the_default():
+    latent, _ = random_batch()
+    out = build()(latent, torch.full((BATCH,), 0.25, dtype=torch.float64))
+    close(out.mean_weight, torch.full((BATCH, LABELS), 0.75))
+
+
+def test_uncertainty_of_a_sample_counts_for_its_labels():
+    fusion, (latent, uncertainty) = build(), random_batch()
+    out = fusion(latent, uncertainty[:, 0])
+    expected = fusion(latent, uncertainty[:, :1].expand(BATCH, LABELS))
+    assert out.mean_weight.shape == (BATCH, LABELS)
+    close(out.logits, expected.logits.detach())
+
+
+@pytest.mark.parametrize(("weight", "branch"), [(1.0, "mean_logits"), (0.0, "std_logits")])
+def test_all_the_weight_on_a_branch_gives_that_branch(weight, branch):
+    fusion, (latent, _) = build(mean_weight="uncertainty"), random_batch()
+    out = fusion(latent, torch.full((BATCH,), weight, dtype=torch.float64))
+    close(out.logits, getattr(out, branch).detach())
+
+
+def test_equal_branches_give_their_logit():
+    out = constant_heads(1.5, 1.5)(*random_batch(torch.float32))
+    close(out.logits, torch.full((BATCH, LABELS), 1.5))
+
+
+def test_binary_cross_entropy_of_the_logits_is_equation_9():
+    latent, uncertainty = random_batch()
+    out = build()(latent, uncertainty)
+    labels = torch.randint(2, (BATCH, LABELS)).double()
+    expected = 0.0
+    for p, y in zip(out.probs.flatten().tolist(), labels.flatten().tolist(), strict=True):
+        expected -= (y * math.log(p) + (1 - y) * math.log(1 - p)) / (BATCH * LABELS)
+    close(F.binary_cross_entropy_with_logits(out.logits, labels), expected)
+
+
+@pytest.mark.parametrize("mean_logit", [-100.0, -20.0, 0.5, 20.0, 100.0])
+@pytest.mark.parametrize("std_logit", [-100.0, -20.0, 0.5, 20.0, 100.0])
+@pytest.mark.parametrize("weight", [0.0, 1e-6, 0.3, 1.0])
+def test_logits_are_exact_at_extremes(mean_logit, std_logit, weight):
+    fusion = constant_heads(mean_logit, std_logit, mean_weight="uncertainty")
+    latent, _ = random_batch(torch.float32)
+    uncertainty = torch.full((BATCH,), weight)
+    expected = exact_mixture_logit(mean_logit, std_logit, uncertainty[0].item())
+    close(fusion(latent, uncertainty).logits, torch.full((BATCH, LABELS), expected))
+
+
+logits = st.floats(-100, 100, width=32)
+
+
+@given(mean_logit=logits, std_logit=logits, weight=st.floats(0, 1, width=32))
+def test_mixture_lies_between_its_branches(mean_logit, std_logit, weight):
+    fusion = constant_heads(mean_logit, std_logit, mean_weight="uncertainty")
+    latent, _ = random_batch(torch.float32)
+    out = fusion(latent, torch.full((BATCH,), weight))
+    low, high = sorted([mean_logit, std_logit])
+    slack = 1e-5 * max(1.0, abs(low), abs(high))
+    assert (out.logits >= low - slack).all()
+    assert (out.logits <= high + slack).all()
+
+
+@given(seed=st.integers(0, 2**16))
+def test_permutation_of_samples_and_labels_permutes_the_output(seed):
+    torch.manual_seed(seed)
+    fusion, (latent, uncertainty) = build(), random_batch()
+    samples, labels = torch.randperm(BATCH), torch.randperm(LABELS)
+    moved = DiagonalGaussian(*(x[samples][:, :, labels] for x in latent))
+    out = fusion(moved, uncertainty[samples][:, labels])
+    close(out.logits, fusion(latent, uncertainty).logits[samples][:, labels])
+
+
+# ---------------------------------------------------------------------------------------- gradients
+
+
+def test_passes_gradcheck():
+    fusion = build()
+    latent = random_latent(2, MODALITIES, LABELS, LATENT, requires_grad=True)
+    uncertainty = torch.rand(2, LABELS, dtype=torch.float64, requires_grad=True)
+
+    def forward(mean, std, uncertainty):
+        return fusion(DiagonalGaussian(mean, std), uncertainty).logits
+
+    assert gradcheck(forward, (*latent, uncertainty))
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+@pytest.mark.parametrize("logit", [0.0, 20.0, 100.0])
+def test_gradients_are_finite_at_extremes(weight, logit):
+    fusion = constant_heads(logit, -logit, mean_weight="uncertainty")
+    latent, _ = random_batch(torch.float32)
+    uncertainty = torch.full((BATCH, LABELS), weight, requires_grad=True)
+    labels = torch.tensor([0.0, 1.0, 0.0, 1.0, 1.0]).expand(BATCH, LABELS)
+    loss = F.binary_cross_entropy_with_logits(fusion(latent, uncertainty).logits, labels)
+    grads = gradient(loss, uncertainty, *fusion.parameters())
+    assert all(grad.isfinite().all() for grad in grads)
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_gradient_of_the_uncertainty_is_that_of_the_mixture_at_0_and_1(weight):
+    fusion = constant_heads(1.0, -2.0, mean_weight="uncertainty")
+    latent, _ = random_batch(torch.float32)
+    uncertainty = torch.full((BATCH, LABELS), weight, requires_grad=True)
+    (grad,) = gradient(fusion(latent, uncertainty).probs, uncertainty)
+    difference = 1 / (1 + math.exp(-1.0)) - 1 / (1 + math.exp(2.0))
+    close(grad, torch.full((BATCH, LABELS), difference))
+
+
+# -------------------------------------------------------------------------------- missing modalities
+
+
+def without_modality(fusion, modality):
+    """The same heads for one modality less: its columns of the first layer are taken out."""
+    smaller = UncertaintyGatedFusion(
+        MODALITIES - 1, LABELS, LATENT, hidden_dim=HIDDEN, dropout=0.0
+    ).double()
+    columns = [i for i in range(MODALITIES * LATENT) if i // LATENT != modality]
+    state = fusion.state_dict()
+    for name in ("mean_head.0.weight", "std_head.0.weight"):
+        state[name] = state[name][:, columns]
+    smaller.load_state_dict(state)
+    return smaller
+
+
+@pytest.mark.parametrize("modality", range(MODALITIES))
+def test_missing_modality_equals_a_model_without_it(modality):
+    fusion, (latent, uncertainty) = build(), random_batch()
+    missing = torch.zeros(BATCH, MODALITIES, dtype=torch.bool)
+    missing[:, modality] = True
+    kept = [m for m in range(MODALITIES) if m != modality]
+    smaller = without_modality(fusion, modality)
+    expected = smaller(DiagonalGaussian(*(x[:, kept] for x in latent)), uncertainty)
+    for actual, wanted in zip(fusion(latent, uncertainty, missing), expected, strict=True):
+        close(actual, wanted.detach())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 5.0])
+def test_missing_modality_does_not_influence_the_output(value):
+    fusion, (latent, uncertainty) = build(), random_batch()
+    dirty = DiagonalGaussian(*(poisoned(x, MISSING, value) for x in latent))
+    zeros = [poisoned(x, MISSING, 0.0) for x in latent]
+    out = fusion(dirty, uncertainty, MISSING)
+    close(out.mean_logits, naive_head(fusion.mean_head, zeros[0]).detach())
+    close(out.std_logits, naive_head(fusion.std_head, zeros[1]).detach())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_missing_modality_does_not_influence_gradients(value):
+    fusion, (latent, uncertainty) = build(), random_batch()
+
+    def gradients(value):
+        dirty = [poisoned(x, MISSING, value).requires_grad_() for x in latent]
+        out = fusion(DiagonalGaussian(*dirty), uncertainty, MISSING)
+        return gradient(out.logits.square(), *dirty, *fusion.parameters())
+
+    for actual, expected in zip(gradients(value), gradients(1.0), strict=True):
+        close(actual, expected)
+
+
+def test_missing_modality_gets_no_gradient():
+    fusion, (latent, uncertainty) = build(), random_batch(requires_grad=True)
+    for grad in gradient(fusion(latent, uncertainty, MISSING).logits, *latent):
+        assert (grad[MISSING] == 0).all()
+        assert (grad[~MISSING] != 0).any()
+
+
+# ---------------------------------------------------------------------------------------- precision
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_half_precision_is_near_float64(dtype):
+    fusion, (latent, uncertainty) = build().to(dtype), random_batch(dtype)
+    out = fusion(latent, uncertainty)
+    assert out.logits.dtype == torch.float32
+    fusion.double()
+    mean_probs = torch.sigmoid(naive_head(fusion.mean_head, latent.mean.double()))
+    std_probs = torch.sigmoid(naive_head(fusion.std_head, latent.std.double()))
+    weight = 1 - uncertainty.double()
+    close(out.probs, (weight * mean_probs + (1 - weight) * std_probs).detach(), dtype)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize(("mean_logit", "std_logit"), [(100.0, -100.0), (-100.0, -100.0)])
+def test_mixture_is_safe_under_autocast(dtype, weight, mean_logit, std_logit):
+    fusion = constant_heads(mean_logit, std_logit, mean_weight="uncertainty")
+    latent, _ = random_batch(torch.float32)
+    with torch.autocast("cpu", dtype=dtype):
+        out = fusion(latent, torch.full((BATCH,), weight))
+        loss = F.binary_cross_entropy_with_logits(out.logits, torch.ones(BATCH, LABELS))
+    assert out.logits.dtype == torch.float32
+    expected = exact_mixture_logit(mean_logit, std_logit, torch.tensor(weight).item())
+    close(out.logits, torch.full((BATCH, LABELS), expected))
+    assert all(grad.isfinite().all() for grad in gradient(loss, *fusion.parameters()))
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
+def test_mixture_is_safe_in_half_precision(dtype, weight):
+    fusion = constant_heads(100.0, -100.0, mean_weight="uncertainty").to(dtype)
+    latent, _ = random_batch(dtype)
+    uncertainty = torch.full((BATCH,), weight, dtype=dtype)
+    out = fusion(latent, uncertainty)
+    expected = exact_mixture_logit(100.0, -100.0, uncertainty[0].item())
+    close(out.logits, torch.full((BATCH, LABELS), expected))
+    grads = gradient(out.logits, *fusion.parameters())
+    assert all(grad.isfinite().all() for grad in grads)
+
+
+def test_dropout_is_on_in_training_only():
+    fusion, (latent, uncertainty) = build(dropout=0.5), random_batch()
+    assert not torch.equal(fusion(latent, uncertainty).logits, fusion(latent, uncertainty).logits)
+    fusion.eval()
+    close(
+        fusion(latent, uncertainty).mean_logits, naive_head(fusion.mean_head, latent.mean).detach()
+    )
+
+
+# --------------------------------------------------------------------------------------- bad inputs
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "name"),
+    [
+        ({"num_modalities": 0}, ValueError, "num_modalities"),
+        ({"num_labels": 0}, ValueError, "num_labels"),
+        ({"latent_dim": 1.5}, TypeError, "latent_dim"),
+        ({"hidden_dim": 0}, ValueError, "hidden_dim"),
+        ({"dropout": 2.0}, ValueError, "dropout"),
+        ({"mean_weight": "trust"}, ValueError, "mean_weight"),
+    ],
+)
+def test_constructor_rejects(change, error, name):
+    settings = {"num_modalities": 2, "num_labels": 3, "latent_dim": 4}
+    with pytest.raises(error, match=f"`{name}"):
+        UncertaintyGatedFusion(**(settings | change))
+
+
+@pytest.mark.parametrize(
+    ("uncertainty", "error"),
+    [
+        (torch.rand(BATCH + 1), ValueError),
+        (torch.rand(BATCH, LABELS + 1), ValueError),
+        (torch.rand(BATCH, MODALITIES, LABELS), ValueError),
+        (torch.ones(BATCH, dtype=torch.long), TypeError),
+        (torch.full((BATCH,), 1.5), ValueError),
+        (torch.full((BATCH,), -0.5), ValueError),
+        (torch.full((BATCH, LABELS), math.nan), ValueError),
+    ],
+)
+def test_rejects_uncertainty(uncertainty, error):
+    latent, _ = random_batch(torch.float32)
+    with pytest.raises(error, match="`uncertainty`"):
+        build().float()(latent, uncertainty)
+
+
+@pytest.mark.parametrize(
+    ("mean_shape", "std_shape"),
+    [
+        ((BATCH, MODALITIES, LABELS, LATENT + 1), (BATCH, MODALITIES, LABELS, LATENT + 1)),
+        ((BATCH, MODALITIES + 1, LABELS, LATENT), (BATCH, MODALITIES + 1, LABELS, LATENT)),
+        ((BATCH, MODALITIES, LABELS + 1, LATENT), (BATCH, MODALITIES, LABELS + 1, LATENT)),
+        ((BATCH, MODALITIES, LABELS, LATENT), (BATCH, MODALITIES, LABELS)),
+        ((BATCH, MODALITIES, LABELS, LATENT), (BATCH + 1, MODALITIES, LABELS, LATENT)),
+    ],
+)
+def test_rejects_shapes_of_latent(mean_shape, std_shape):
+    latent = DiagonalGaussian(torch.randn(mean_shape), torch.rand(std_shape))
+    with pytest.raises(ValueError, match="`latent"):
+        build().float()(latent, torch.rand(BATCH))
+
+
+def test_rejects_nan_in_latent():
+    latent, uncertainty = random_batch()
+    latent.mean[0, 0, 0, 0] = math.nan
+    with pytest.raises(ValueError, match="`latent"):
+        build()(latent, uncertainty)
+
+
+@pytest.mark.parametrize(
+    ("missing", "error"),
+    [
+        (torch.zeros(BATCH, MODALITIES), TypeError),
+        (torch.zeros(BATCH, MODALITIES + 1, dtype=torch.bool), ValueError),
+    ],
+)
+def test_rejects_missing(missing, error):
+    with pytest.raises(error, match="`missing`"):
+        build()(*random_batch(), missing)

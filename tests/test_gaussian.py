@@ -1,0 +1,370 @@
+"""DiagonalGaussian, against torch.distributions, and GaussianDecoupler by its properties."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.autograd import gradcheck
+from torch.distributions import Independent, Normal, kl_divergence
+
+from support import HALF, close, gradient, poisoned, random_latent
+from uncertainty_mm import DiagonalGaussian, GaussianDecoupler
+
+BATCH, MODALITIES, LABELS, IN, LATENT = 4, 3, 5, 6, 7
+MISSING = torch.tensor([[False] * 3, [True, False, False], [False, True, True], [True] * 3])
+
+
+def build(**kwargs):
+    settings = {"hidden_dims": (9,), "dropout": 0.0} | kwargs
+    return GaussianDecoupler(MODALITIES, IN, LATENT, **settings).double()
+
+
+def random_input(dtype=torch.float64):
+    return torch.randn(BATCH, MODALITIES, LABELS, IN, dtype=dtype)
+
+
+# --------------------------------------------------------------------------------- DiagonalGaussian
+
+
+def test_gaussian_unpacks_into_mean_and_std():
+    mean, std = DiagonalGaussian(torch.zeros(2), torch.ones(2))
+    assert (mean == 0).all()
+    assert (std == 1).all()
+
+
+def test_variance_is_the_square_of_std():
+    latent = random_latent(3, 4)
+    close(latent.variance, [[s * s for s in row] for row in latent.std.tolist()])
+
+
+def test_log_var_is_the_log_of_the_variance():
+    latent = random_latent(3, 4)
+    close(latent.log_var, [[2 * math.log(s) for s in row] for row in latent.std.tolist()])
+
+
+def test_kl_to_standard_normal_is_that_of_torch():
+    latent = random_latent(3, 2, 4)
+    prior = Independent(Normal(torch.zeros(4).double(), torch.ones(4).double()), 1)
+    expected = kl_divergence(Independent(Normal(*latent), 1), prior.expand((3, 2)))
+    close(latent.kl_to_standard_normal(), expected)
+
+
+def test_kl_of_the_prior_is_zero_with_zero_gradient():
+    latent = DiagonalGaussian(
+        torch.zeros(2, 3, requires_grad=True), torch.ones(2, 3).requires_grad_()
+    )
+    kl = latent.kl_to_standard_normal()
+    close(kl, [0.0, 0.0])
+    assert all((grad == 0).all() for grad in gradient(kl, *latent))
+
+
+@given(seed=st.integers(0, 2**16))
+def test_kl_is_never_negative(seed):
+    torch.manual_seed(seed)
+    assert (random_latent(5, 4).kl_to_standard_normal() >= -1e-12).all()
+
+
+def test_kl_passes_gradcheck():
+    latent = random_latent(2, 3, requires_grad=True)
+    assert gradcheck(lambda m, s: DiagonalGaussian(m, s).kl_to_standard_normal(), tuple(latent))
+
+
+def test_kl_does_not_overflow_in_float16():
+    mean = torch.full((1, 4), 400.0, dtype=torch.float16)  # its square is 1.6e5
+    kl = DiagonalGaussian(mean, torch.ones_like(mean)).kl_to_standard_normal()
+    close(kl, [4 * 400.0**2 / 2], torch.float32)
+
+
+def test_rsample_follows_the_distribution():
+    latent = DiagonalGaussian(torch.full((200_000,), 2.0), torch.full((200_000,), 0.5))
+    sample = latent.rsample()
+    assert sample.mean().item() == pytest.approx(2.0, abs=0.01)
+    assert sample.std().item() == pytest.approx(0.5, abs=0.01)
+
+
+def test_rsample_is_reparameterised():
+    latent = random_latent(3, 4, requires_grad=True)
+    sample = latent.rsample()
+    grad_mean, grad_std = gradient(sample, *latent)
+    close(grad_mean, torch.ones(3, 4))
+    close(grad_std, ((sample - latent.mean) / latent.std).detach())
+
+
+def test_embedding_is_equation_4():
+    latent = random_latent(2, 3)
+    rows = []
+    for mean, std in zip(latent.mean.tolist(), latent.std.tolist(), strict=True):
+        mean_norm, std_norm = math.hypot(*mean), math.hypot(*std)
+        rows.append([x / mean_norm for x in mean] + [x / std_norm for x in std])
+    close(latent.embedding(), rows)
+
+
+def test_embedding_of_one_half_is_that_half():
+    latent = random_latent(2, 3)
+    both = latent.embedding()
+    assert torch.equal(latent.embedding(use_std=False), both[:, :3])
+    assert torch.equal(latent.embedding(use_mean=False), both[:, 3:])
+
+
+def test_embedding_of_nothing_is_an_error():
+    with pytest.raises(ValueError, match="`use_mean"):
+        random_latent(2, 3).embedding(use_mean=False, use_std=False)
+
+
+def test_embedding_norms_are_those_of_unit_halves():
+    close(random_latent(5, 3).embedding().norm(dim=-1), [math.sqrt(2)] * 5)
+
+
+def test_to_distribution_is_independent_over_the_last_axis():
+    latent = random_latent(2, 3, 4)
+    distribution = latent.to_distribution()
+    assert isinstance(distribution, Independent)
+    assert distribution.batch_shape == (2, 3)
+    assert distribution.event_shape == (4,)
+
+
+def test_to_distribution_has_the_density_of_the_gaussian():
+    latent = random_latent(4)
+    x = torch.randn(4, dtype=torch.float64)
+    density = sum(
+        -((a - m) ** 2) / (2 * s * s) - math.log(s) - math.log(2 * math.pi) / 2
+        for a, m, s in zip(x.tolist(), latent.mean.tolist(), latent.std.tolist(), strict=True)
+    )
+    close(latent.to_distribution().log_prob(x), density)
+
+
+# -------------------------------------------------------------------------------- GaussianDecoupler
+
+
+def test_output_shapes():
+    latent = build()(random_input())
+    assert isinstance(latent, DiagonalGaussian)
+    assert latent.mean.shape == latent.std.shape == (BATCH, MODALITIES, LABELS, LATENT)
+
+
+def test_default_latent_width_is_64():
+    latent = GaussianDecoupler(2, 3)(torch.randn(1, 2, 4, 3))
+    assert latent.mean.shape == (1, 2, 4, 64)
+
+
+@pytest.mark.parametrize("hidden_dims", [(8,), (8, 5), (8, 5, 3)])
+def test_hidden_dims_set_the_depth(hidden_dims):
+    module = build(hidden_dims=hidden_dims)
+    latent = module(random_input())
+    assert latent.mean.shape == (BATCH, MODALITIES, LABELS, LATENT)
+    widths = (IN, *hidden_dims)
+    hidden = sum((a + 1) * b for a, b in zip(widths, hidden_dims, strict=False))
+    heads = 2 * (hidden_dims[-1] + 1) * LATENT
+    assert sum(p.numel() for p in module.parameters()) == MODALITIES * (hidden + heads)
+
+
+def test_labels_share_the_encoder_of_their_modality():
+    module, z = build(), random_input()
+    order = torch.tensor([3, 0, 4, 1, 2])
+    permuted, latent = module(z[:, :, order]), module(z)
+    close(permuted.mean, latent.mean[:, :, order])
+    close(permuted.std, latent.std[:, :, order])
+
+
+def test_modalities_have_encoders_of_their_own():
+    z = torch.randn(1, 1, LABELS, IN, dtype=torch.float64).expand(1, MODALITIES, LABELS, IN)
+    mean, std = build()(z)
+    for i, j in [(0, 1), (0, 2), (1, 2)]:
+        assert not torch.allclose(mean[:, i], mean[:, j])
+        assert not torch.allclose(std[:, i], std[:, j])
+
+
+def test_no_cell_depends_on_another():
+    z = random_input().requires_grad_()
+    mean, std = build()(z)
+    (grad,) = gradient(mean[1, 2, 3] + std[1, 2, 3], z)
+    assert (grad[1, 2, 3] != 0).any()
+    grad[1, 2, 3] = 0
+    assert (grad == 0).all()
+
+
+def test_initialisation_has_the_scale_of_torch_layers():
+    # A batched weight of shape (M, in, out) misleads the fan computation of torch.nn.init.
+    module = GaussianDecoupler(3, 256, 64, hidden_dims=(128,), dropout=0.0)
+    twin = nn.Sequential(nn.Linear(256, 128), nn.ReLU(), nn.Linear(128, 64))
+    z = torch.randn(64, 3, 2, 256)
+    ratio = (module(z).mean.std() / twin(z).std()).item()
+    assert 1 / 3 < ratio < 3
+
+
+def test_passes_gradcheck():
+    module = build()
+    z = torch.randn(2, MODALITIES, 2, IN, dtype=torch.float64, requires_grad=True)
+    assert gradcheck(lambda z: tuple(module(z)), (z,))
+
+
+def test_every_parameter_gets_a_gradient():
+    module = build()
+    mean, std = module(random_input())
+    (mean.square().sum() + std.square().sum()).backward()
+    assert all((p.grad != 0).any() for p in module.parameters())
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 1e2, 1e4, 1e10])
+@pytest.mark.parametrize("min_std", [1e-4, 0.5])
+def test_std_is_above_min_std_and_finite(scale, min_std):
+    std = build(min_std=min_std).float()(scale * random_input(torch.float32)).std
+    assert (std > min_std).all()
+    assert std.isfinite().all()
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e2, 1e3, 1e4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gradient_of_std_stays_alive_far_outside(scale, dtype):
+    z = (scale * random_input(dtype)).requires_grad_()
+    (grad,) = gradient(build().to(dtype)(z).std, z)
+    assert grad.isfinite().all()
+    assert (grad != 0).any(-1).all()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "largest"),
+    [(torch.float16, 6e4), (torch.bfloat16, 3e38), (torch.float32, 3e38), (torch.float64, 1e308)],
+)
+def test_std_is_finite_for_the_largest_inputs(dtype, largest):
+    z = largest * random_input(dtype).sign()
+    std = build().to(dtype)(z).std
+    assert std.isfinite().all()
+    assert (std > 0).all()
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_small_min_std_is_finite_in_half_precision(dtype):
+    z = (3e4 * random_input(torch.float64)).clamp(-6e4, 6e4).to(dtype)
+    std = build(min_std=1e-6).to(dtype)(z).std
+    assert std.isfinite().all()
+    assert (std >= torch.tensor(1e-6, dtype=dtype)).all()
+
+
+def test_std_has_some_spread():
+    std = build()(random_input()).std
+    assert std.amax() > 1.01 * std.amin()
+
+
+def test_dropout_is_on_in_training_only():
+    module, z = build(dropout=0.5), random_input()
+    assert not torch.equal(module(z).mean, module(z).mean)
+    module.eval()
+    assert torch.equal(module(z).mean, module(z).mean)
+
+
+# -------------------------------------------------------------------------------- missing modalities
+
+
+@pytest.mark.parametrize("value", [0.0, math.nan, math.inf])
+def test_missing_modality_is_the_prior_exactly(value):
+    mean, std = build()(poisoned(random_input(), MISSING, value), MISSING)
+    assert (mean[MISSING] == 0).all()
+    assert (std[MISSING] == 1).all()
+
+
+def test_missing_modality_leaves_the_others_alone():
+    module, z = build(), random_input()
+    whole, latent = module(z), module(poisoned(z, MISSING), MISSING)
+    close(latent.mean[~MISSING], whole.mean[~MISSING].detach())
+    close(latent.std[~MISSING], whole.std[~MISSING].detach())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_missing_modality_does_not_influence_gradients(value):
+    module, z = build(), random_input()
+
+    def gradients(value):
+        dirty = poisoned(z, MISSING, value).requires_grad_()
+        latent = module(dirty, MISSING)
+        return gradient(latent.mean.square() + latent.std.square(), dirty, *module.parameters())
+
+    for actual, expected in zip(gradients(value), gradients(0.0), strict=True):
+        close(actual, expected)
+
+
+def test_missing_modality_gets_no_gradient():
+    z = random_input().requires_grad_()
+    latent = build()(z, MISSING)
+    (grad,) = gradient(latent.mean.square() + latent.std.square(), z)
+    assert (grad[MISSING] == 0).all()
+    assert (grad[~MISSING] != 0).any(-1).all()
+
+
+# ---------------------------------------------------------------------------------------- precision
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+def test_half_precision_is_finite_and_near_float64(dtype, scale):
+    module, z = build().to(dtype), (scale * random_input()).to(dtype)
+    latent = module(z)
+    expected = module.double()(z.double())
+    assert latent.mean.dtype == dtype
+    close(latent.mean / scale, expected.mean.detach() / scale, dtype)
+    close(latent.std.log(), expected.std.detach().log(), dtype)
+    assert (latent.std > 0).all()
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_autocast_is_finite_and_near_float64(dtype):
+    module, z = build().float(), random_input(torch.float32)
+    with torch.autocast("cpu", dtype=dtype):
+        latent = module(z, MISSING)
+    expected = module.double()(z.double(), MISSING)
+    close(latent.mean, expected.mean.detach(), dtype)
+    close(latent.std, expected.std.detach(), dtype)
+
+
+# --------------------------------------------------------------------------------------- bad inputs
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "name"),
+    [
+        ({"num_modalities": 0}, ValueError, "num_modalities"),
+        ({"num_modalities": "3"}, TypeError, "num_modalities"),
+        ({"in_dim": 0}, ValueError, "in_dim"),
+        ({"latent_dim": 0}, ValueError, "latent_dim"),
+        ({"hidden_dims": (8, 0)}, ValueError, "hidden_dims"),
+        ({"dropout": -0.1}, ValueError, "dropout"),
+        ({"min_std": 0.0}, ValueError, "min_std"),
+        ({"min_std": -1.0}, ValueError, "min_std"),
+    ],
+)
+def test_constructor_rejects(change, error, name):
+    with pytest.raises(error, match=f"`{name}"):
+        GaussianDecoupler(**({"num_modalities": 2, "in_dim": 3} | change))
+
+
+@pytest.mark.parametrize(
+    ("z", "error"),
+    [
+        (torch.randn(BATCH, LABELS, IN), ValueError),
+        (torch.randn(BATCH, MODALITIES + 1, LABELS, IN), ValueError),
+        (torch.randn(BATCH, MODALITIES, LABELS, IN + 1), ValueError),
+        (torch.ones(BATCH, MODALITIES, LABELS, IN, dtype=torch.long), TypeError),
+        (torch.full((BATCH, MODALITIES, LABELS, IN), math.nan), ValueError),
+        (torch.full((BATCH, MODALITIES, LABELS, IN), math.inf), ValueError),
+    ],
+)
+def test_rejects_z(z, error):
+    with pytest.raises(error, match="`z`"):
+        build().float()(z)
+
+
+@pytest.mark.parametrize(
+    ("missing", "error"),
+    [
+        (torch.zeros(BATCH, MODALITIES), TypeError),
+        (torch.zeros(BATCH, MODALITIES, dtype=torch.long), TypeError),
+        (torch.zeros(BATCH, MODALITIES + 1, dtype=torch.bool), ValueError),
+        (torch.zeros(MODALITIES, dtype=torch.bool), ValueError),
+    ],
+)
+def test_rejects_missing(missing, error):
+    with pytest.raises(error, match="`missing`"):
+        build()(random_input(), missing)

@@ -1,0 +1,321 @@
+"""SoftRankOrdinalityLoss (Eq. 10-15), against lists of floats."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.autograd import gradcheck
+
+from support import HALF, close, gradient, poisoned
+from uncertainty_mm import SoftRankOrdinalityLoss
+
+BATCH = 7
+MODES = ["rank", "standardized", "raw"]
+PAIRS = [("SR",), ("DR",), ("DS",), ("SR", "DR"), ("SR", "DR", "DS")]
+
+
+def random_batch(n=BATCH, dtype=torch.float64):
+    """Norms of std, distances and proportions of correct predictions."""
+    return 0.5 + torch.rand(n, dtype=dtype), torch.rand(n, dtype=dtype), torch.rand(n, dtype=dtype)
+
+
+def standardize(scores):
+    n, mean = len(scores), sum(scores) / len(scores)
+    spread = math.sqrt(sum((s - mean) ** 2 for s in scores) / n)
+    return [(s - mean) / spread if spread > 0 else 0.0 for s in scores]
+
+
+def soft_rank_share(scores, temperature):
+    """Soft ranks scaled from [1, n] to [0, 1]."""
+    n = len(scores)
+    ranks = [
+        1 + sum(1 / (1 + math.exp((b - a) / temperature)) for j, b in enumerate(scores) if j != i)
+        for i, a in enumerate(scores)
+    ]
+    return [(rank - 1) / (n - 1) for rank in ranks]
+
+
+def log_softmax(scores):
+    top = max(scores)
+    log_total = top + math.log(sum(math.exp(s - top) for s in scores))
+    return [s - log_total for s in scores]
+
+
+def naive_loss(std_norm, distance, correctness, mode="rank", pairs=("SR", "DR"), temperature=1.0):
+    scores = {
+        "S": [1 / s for s in std_norm.tolist()],
+        "D": [1 - d for d in distance.tolist()],
+        "R": correctness.tolist(),
+    }
+    for name, values in scores.items():
+        if mode == "rank":
+            scores[name] = soft_rank_share(standardize(values), temperature)
+        elif mode == "standardized":
+            scores[name] = [z / temperature for z in standardize(values)]
+        else:
+            scores[name] = [v / temperature for v in values]
+    total = 0.0
+    for pair in pairs:
+        p, q = (log_softmax(scores[name]) for name in pair)
+        total += sum((math.exp(a) - math.exp(b)) * (a - b) for a, b in zip(p, q, strict=True))
+    return total
+
+
+# ------------------------------------------------------------------------------------ the equations
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("pairs", PAIRS)
+def test_equals_the_lists(mode, pairs):
+    batch = random_batch()
+    loss = SoftRankOrdinalityLoss(mode=mode, pairs=pairs)
+    close(loss(*batch), naive_loss(*batch, mode=mode, pairs=pairs))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("temperature", [0.1, 5.0])
+def test_equals_the_lists_at_other_temperatures(mode, temperature):
+    batch = random_batch()
+    loss = SoftRankOrdinalityLoss(mode=mode, temperature=temperature)
+    close(loss(*batch), naive_loss(*batch, mode=mode, temperature=temperature))
+
+
+def test_rank_of_s_and_d_against_r_is_the_default():
+    batch = random_batch()
+    expected = naive_loss(*batch, mode="rank", pairs=("SR", "DR"), temperature=1.0)
+    close(SoftRankOrdinalityLoss()(*batch), expected)
+
+
+def test_raw_is_equation_15_by_hand():
+    # S = (2, 1), R = (1, 0), D = (1, 0): softmax of each is (e, 1) / (e + 1), so nothing diverges.
+    half, one, zero = torch.tensor([0.5, 1.0]), torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
+    loss = SoftRankOrdinalityLoss(mode="raw")
+    close(loss(half, zero, one), 0.0)
+    # R reversed: both pairs cost 2 (p - q) log(p / q) with p = e / (e + 1), q = 1 / (e + 1).
+    cost = 2 * (math.e - 1) / (math.e + 1)
+    close(loss(half, zero, zero), 2 * cost)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_scores_in_step_cost_nothing(mode):
+    correctness = torch.rand(BATCH, dtype=torch.float64)
+    std_norm, distance = 1 / (1 + correctness), 1 - correctness
+    loss = SoftRankOrdinalityLoss(mode=mode, pairs=("SR", "DR", "DS"))
+    close(loss(std_norm, distance, correctness), 0.0)
+
+
+@pytest.mark.parametrize("mode", ["rank", "standardized"])
+def test_reversed_scores_cost_more_than_ranked_ones(mode):
+    correctness = torch.linspace(0, 1, BATCH, dtype=torch.float64)
+    ranked, reverse = 1 / (1 + 5 * correctness), 1 / (6 - 5 * correctness)
+    loss = SoftRankOrdinalityLoss(mode=mode, pairs=("SR",))
+    distance = 1 - correctness
+    assert loss(reverse, distance, correctness) > loss(ranked, distance, correctness) + 0.01
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_equal_scores_cost_nothing_and_have_finite_gradients(mode):
+    batch = [torch.full((BATCH,), 0.5, requires_grad=True) for _ in range(3)]
+    value = SoftRankOrdinalityLoss(mode=mode)(*batch)
+    close(value, 0.0)
+    assert all(grad.isfinite().all() for grad in gradient(value, *batch[:2]))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_one_constant_score_gives_finite_gradients(mode):
+    std_norm, distance, _ = (x.requires_grad_() for x in random_batch())
+    correctness = torch.full((BATCH,), 0.3, dtype=torch.float64)
+    value = SoftRankOrdinalityLoss(mode=mode)(std_norm, distance, correctness)
+    close(value, naive_loss(std_norm, distance, correctness, mode=mode))
+    assert all(grad.isfinite().all() for grad in gradient(value, std_norm, distance))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("n", [0, 1])
+def test_fewer_than_two_samples_give_zero_with_zero_gradient(mode, n):
+    batch = [x.requires_grad_() for x in random_batch(n)]
+    value = SoftRankOrdinalityLoss(mode=mode)(*batch)
+    value.backward()
+    assert value == 0
+    assert (batch[0].grad == 0).all()
+    assert (batch[1].grad == 0).all()
+
+
+scales, shifts = st.floats(0.05, 0.5), st.floats(0.0, 0.5)
+
+
+@pytest.mark.parametrize("mode", ["rank", "standardized"])
+@given(seed=st.integers(0, 2**16), scale=scales, shift=shifts)
+def test_positive_affine_maps_of_a_score_change_nothing(mode, seed, scale, shift):
+    torch.manual_seed(seed)
+    std_norm, distance, correctness = random_batch()
+    expected = naive_loss(std_norm, distance, correctness, mode=mode)
+    loss = SoftRankOrdinalityLoss(mode=mode)
+    close(loss(1 / (scale / std_norm + shift), distance, correctness), expected, torch.float32)
+    close(
+        loss(std_norm, 1 - (scale * (1 - distance) + shift), correctness), expected, torch.float32
+    )
+    close(loss(std_norm, distance, scale * correctness + shift), expected, torch.float32)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@given(seed=st.integers(0, 2**16), n=st.integers(2, 9))
+def test_order_of_samples_does_not_matter(mode, seed, n):
+    torch.manual_seed(seed)
+    batch, order = random_batch(n), torch.randperm(n)
+    expected = naive_loss(*batch, mode=mode)
+    close(SoftRankOrdinalityLoss(mode=mode)(*(x[order] for x in batch)), expected)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@given(seed=st.integers(0, 2**16), n=st.integers(0, 9))
+def test_loss_is_never_negative(mode, seed, n):
+    torch.manual_seed(seed)
+    assert SoftRankOrdinalityLoss(mode=mode)(*random_batch(n)) >= -1e-12
+
+
+# ---------------------------------------------------------------------------------------- gradients
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_passes_gradcheck(mode):
+    std_norm, distance, correctness = random_batch()
+    loss = SoftRankOrdinalityLoss(mode=mode, pairs=("SR", "DR", "DS"))
+    inputs = (std_norm.requires_grad_(), distance.requires_grad_())
+    assert gradcheck(lambda s, d: loss(s, d, correctness), inputs)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_correctness_gets_no_gradient(mode):
+    std_norm, distance, correctness = (x.requires_grad_() for x in random_batch())
+    SoftRankOrdinalityLoss(mode=mode)(std_norm, distance, correctness).backward()
+    assert correctness.grad is None or (correctness.grad == 0).all()
+    assert (std_norm.grad != 0).any()
+    assert (distance.grad != 0).any()
+
+
+def test_rank_mode_has_a_live_gradient_for_nearly_constant_norms():
+    # With 64 latent dimensions 1 / norm hardly varies; "raw" would give a gradient of about 1e-6.
+    std_norm = (8 + 1e-3 * torch.rand(BATCH, dtype=torch.float64)).requires_grad_()
+    correctness = torch.rand(BATCH, dtype=torch.float64)
+    loss = SoftRankOrdinalityLoss(pairs=("SR",))
+    (grad,) = gradient(loss(std_norm, correctness, correctness), std_norm)
+    assert grad.abs().max() > 1
+
+
+# ---------------------------------------------------------------------------------------------- mask
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("value", [math.nan, math.inf, 0.0])
+def test_masked_samples_equal_a_batch_without_them(mode, value):
+    batch, loss = random_batch(), SoftRankOrdinalityLoss(mode=mode)
+    mask = torch.tensor([True, False, False, True, False, False, False])
+    dirty = [poisoned(x, mask, value) for x in batch]
+    close(loss(*dirty, mask), naive_loss(*(x[~mask] for x in batch), mode=mode))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("value", [math.nan, math.inf, 0.0])
+def test_masked_samples_do_not_influence_gradients(mode, value):
+    batch, loss = random_batch(), SoftRankOrdinalityLoss(mode=mode)
+    mask = torch.tensor([True, False, False, True, False, False, False])
+    dirty = [poisoned(x, mask, value).requires_grad_() for x in batch]
+    rest = [x[~mask].requires_grad_() for x in batch]
+    actual = gradient(loss(*dirty, mask), *dirty[:2])
+    expected = gradient(loss(*rest), *rest[:2])
+    for a, e in zip(actual, expected, strict=True):
+        assert (a[mask] == 0).all()
+        close(a[~mask], e)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kept", [0, 1])
+def test_fewer_than_two_unmasked_samples_give_zero_with_zero_gradient(mode, kept):
+    mask = torch.arange(BATCH) >= kept
+    batch = [x.requires_grad_() for x in random_batch()]
+    value = SoftRankOrdinalityLoss(mode=mode)(*batch, mask)
+    value.backward()
+    assert value == 0
+    assert (batch[0].grad == 0).all()
+    assert (batch[1].grad == 0).all()
+
+
+# ---------------------------------------------------------------------------------------- precision
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", HALF)
+def test_half_precision_computes_in_float32(mode, dtype):
+    batch = random_batch(dtype=dtype)
+    value = SoftRankOrdinalityLoss(mode=mode)(*batch)
+    assert value.dtype == torch.float32
+    close(value, naive_loss(*(x.double() for x in batch), mode=mode), dtype)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", HALF)
+def test_autocast_computes_in_float32(mode, dtype):
+    batch = random_batch(dtype=torch.float32)
+    with torch.autocast("cpu", dtype=dtype):
+        value = SoftRankOrdinalityLoss(mode=mode)(*batch)
+    assert value.dtype == torch.float32
+    close(value, naive_loss(*batch, mode=mode))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_tiny_norms_are_finite_in_float16(mode):
+    _, distance, correctness = random_batch(dtype=torch.float16)
+    std_norm = torch.linspace(
+        1e-5, 1e-3, BATCH, dtype=torch.float16
+    ).requires_grad_()  # 1/s > 65504
+    value = SoftRankOrdinalityLoss(mode=mode)(std_norm, distance, correctness)
+    assert value.isfinite()
+
+
+def test_float64_stays_float64():
+    assert SoftRankOrdinalityLoss()(*random_batch()).dtype == torch.float64
+
+
+# --------------------------------------------------------------------------------------- bad inputs
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "name"),
+    [
+        ({"mode": "ranks"}, ValueError, "mode"),
+        ({"pairs": ("SX",)}, ValueError, "pairs"),
+        ({"pairs": ()}, ValueError, "pairs"),
+        ({"temperature": 0.0}, ValueError, "temperature"),
+        ({"temperature": math.inf}, ValueError, "temperature"),
+    ],
+)
+def test_constructor_rejects(change, error, name):
+    with pytest.raises(error, match=f"`{name}"):
+        SoftRankOrdinalityLoss(**change)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "name"),
+    [
+        ({"std_norm": torch.rand(BATCH, 2)}, ValueError, "std_norm"),
+        ({"std_norm": torch.ones(BATCH, dtype=torch.long)}, TypeError, "std_norm"),
+        ({"std_norm": torch.full((BATCH,), math.nan)}, ValueError, "std_norm"),
+        ({"std_norm": torch.full((BATCH,), -1.0)}, ValueError, "std_norm"),
+        ({"std_norm": torch.zeros(BATCH)}, ValueError, "std_norm"),
+        ({"distance": torch.rand(BATCH + 1)}, ValueError, "distance"),
+        ({"distance": torch.full((BATCH,), 1.5)}, ValueError, "distance"),
+        ({"distance": torch.full((BATCH,), math.nan)}, ValueError, "distance"),
+        ({"correctness": torch.rand(BATCH + 1)}, ValueError, "correctness"),
+        ({"correctness": torch.full((BATCH,), -0.5)}, ValueError, "correctness"),
+        ({"correctness": torch.full((BATCH,), math.nan)}, ValueError, "correctness"),
+        ({"mask": torch.zeros(BATCH)}, TypeError, "mask"),
+        ({"mask": torch.zeros(BATCH + 1, dtype=torch.bool)}, ValueError, "mask"),
+    ],
+)
+def test_rejects(change, error, name):
+    batch = dict(zip(("std_norm", "distance", "correctness"), random_batch(), strict=True))
+    with pytest.raises(error, match=f"`{name}"):
+        SoftRankOrdinalityLoss()(**(batch | change))
