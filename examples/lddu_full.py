@@ -5,18 +5,19 @@ r"""LDDU, the paper in one file: train, evaluate and apply it.
     python examples/lddu_full.py --data FILE.npz --ckpt LAST.ckpt # resume
     python examples/lddu_full.py predict --ckpt BEST.ckpt --data FILE.npz --output predictions.csv
 
-LDDU (Huang et al. 2025, arXiv 2502.13954) recognises several emotions at once from sequences of several modalities. Every
-emotion asks every modality what concerns it (Eq. 1-2), and each answer becomes a Gaussian: its mean says what was seen, its
-standard deviation how sure that is. Three ideas shape these Gaussians:
+LDDU (Huang et al. 2025, arXiv 2502.13954) recognises several emotions at once from sequences of several modalities.
+Every emotion asks every modality what concerns it (Eq. 1-2), and each answer becomes a Gaussian: its mean says what was
+seen, its standard deviation how sure that is. Three ideas shape these Gaussians:
 
 1. Gaussians of the same modality and emotion attract each other (Eq. 4-7): `DistributionSupConLoss`.
-2. A first prediction (Eq. 3) is unsure where it stands near 1/2; that gates two final classifiers, one that reads the means
-   and one that reads the standard deviations (Eq. 8-9): `UncertaintyGatedFusion`.
+2. A first prediction (Eq. 3) is unsure where it stands near 1/2; that gates two final classifiers, one that reads the
+   means and one that reads the standard deviations (Eq. 8-9): `UncertaintyGatedFusion`.
 3. Samples that are predicted badly, now or in the past, should have the larger standard deviations (Eq. 10-15):
    `SoftRankOrdinalityLoss` with `CorrectnessTracker`.
 
-The file reads from the model over its training to the data and the command line. Defaults are the paper's, except for the
-learning rate: 2e-5 was chosen for 16,000 samples and 30 epochs and hardly moves a model on a small set, so it is 5e-4 here.
+The file reads from the model over its training to the data and the command line. Defaults are the paper's, except for
+two: a learning rate of 2e-5 was chosen for 16,000 samples and 30 epochs and hardly moves a model on a small set, so it
+is 5e-4 here; and the weight 0.8 of the contrastive loss slows the classifiers down there, so it is 0.1.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,6 +43,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 from torchmetrics.classification import BinaryPrecisionRecallCurve
@@ -83,7 +85,8 @@ class SequenceEncoder(nn.Module):
         self.register_buffer("mean", torch.zeros(in_dim))
         self.register_buffer("std", torch.ones(in_dim))
         self.project = nn.Linear(in_dim, hidden_dim)
-        self.positions = nn.Parameter(0.02 * torch.randn(max_steps, hidden_dim))
+        # as large as the projected features: much smaller ones are hardly seen on small data sets
+        self.positions = nn.Parameter(0.5 * torch.randn(max_steps, hidden_dim))
         layer = nn.TransformerEncoderLayer(
             hidden_dim,
             heads,
@@ -93,6 +96,9 @@ class SequenceEncoder(nn.Module):
             batch_first=True,
             norm_first=True,  # the released code normalises last; first trains at higher learning rates
         )
+        # Dropout after each sublayer only. Dropping attention weights would forbid the fused attention kernel.
+        layer.self_attn.dropout = 0.0
+        layer.dropout.p = 0.0
         self.layers = nn.TransformerEncoder(
             layer, layers, norm=nn.LayerNorm(hidden_dim), enable_nested_tensor=False
         )
@@ -141,7 +147,7 @@ class LDDU(nn.Module):
         gate: str = "expected",
         mean_weight: str = "certainty",
         ordinality: str = "rank",
-        scl_weight: float = 0.8,
+        scl_weight: float = 0.1,
         ocl_weight: float = 0.1,
         dir_weight: float = 0.1,
     ) -> None:
@@ -244,7 +250,7 @@ class LDDU(nn.Module):
 
 
 class LitLDDU(L.LightningModule):
-    """Optimiser, schedule and validation of the model; its hyper-parameters and label names go into every checkpoint."""
+    """Optimiser, schedule and validation; hyper-parameters and label names go into every checkpoint."""
 
     threshold: Tensor
 
@@ -397,8 +403,8 @@ def plot(history: Sequence[Mapping[str, str]], probs: Tensor, labels: Tensor, pa
 # --- Data ------------------------------------------------------------------------------------------------------------
 
 
-class DataError(ValueError):
-    """The data cannot be used; the message says why in one line."""
+class UsageError(ValueError):
+    """A file or an option cannot be used; the message says why in one line."""
 
 
 class Batch(NamedTuple):
@@ -462,22 +468,23 @@ def load_npz(path: Path, *, splits: Sequence[str] = SPLITS) -> dict[str, Data]:
     """Reads `features.<modality>` (N, S, D), `lengths.<modality>` (N,), `labels` (N, Q), `label_names`, `split` (N,).
 
     Steps beyond a length are padding, and so are steps with a value that is not finite (COVAREP has -inf), which are
-    counted and reported. A length of 0 means that the sample lacks the modality. Every name in `splits` must have samples.
+    counted and reported. A length of 0 means that the sample lacks the modality. Every name in `splits` must have
+    samples.
 
     Raises:
-        DataError: If the file cannot be read or breaks the layout.
+        UsageError: If the file cannot be read or breaks the layout.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
     except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
+        raise UsageError(f"{path}: no such file") from None
     except (OSError, ValueError, EOFError, BadZipFile, AttributeError) as error:
-        raise DataError(f"{path}: not a readable .npz file of plain arrays ({error})") from error
+        raise UsageError(f"{path}: not a readable .npz file of plain arrays ({error})") from error
 
     def need(ok: bool, problem: str) -> None:
         if not ok:
-            raise DataError(f"{path}: {problem}")
+            raise UsageError(f"{path}: {problem}")
 
     names = [key.removeprefix("features.") for key in arrays if key.startswith("features.")]
     wanted = ["labels", "label_names", "split", *(f"lengths.{name}" for name in names)]
@@ -615,9 +622,49 @@ class DataModule(L.LightningDataModule):
 # --- Command line ----------------------------------------------------------------------------------------------------
 
 
+def check_options(args: argparse.Namespace) -> None:
+    """Raises UsageError for values that cannot go together or make no sense."""
+    for name in (*TRAINING_OPTIONS, *MODEL_OPTIONS):
+        value, default = getattr(args, name), (TRAINING_OPTIONS | MODEL_OPTIONS)[name][0]
+        counts = isinstance(default, int) and name not in ("seed", "queue_size")
+        if value == 0 and (counts or name in ("lr", "temperature")):
+            raise UsageError(f"--{name.replace('_', '-')} must be above 0")
+    if args.epochs == 0:
+        raise UsageError("--epochs must be above 0")
+    if args.hidden_dim % args.heads:
+        raise UsageError(f"--hidden-dim {args.hidden_dim} is no multiple of --heads {args.heads}")
+    for name in ("dropout", "warmup"):
+        if getattr(args, name) >= 1:
+            raise UsageError(f"--{name} must be below 1, got {getattr(args, name)}")
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Reads a checkpoint without running code from it; raises UsageError if that is impossible."""
+    try:
+        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        content["hyper_parameters"]["label_names"], content["state_dict"]
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such file") from None
+    except Exception as error:  # whatever a foreign or damaged file brings about
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UsageError(f"{path}: not a checkpoint of this program ({reason})") from error
+    return content
+
+
+def check_resumable(path: Path, lit: LitLDDU) -> None:
+    """Raises UsageError unless the checkpoint is of the same model on data of the same shape."""
+    saved = read_checkpoint(path)["hyper_parameters"]
+    for name in ("modality_dims", "max_steps", "label_names", "num_train_samples", "model"):
+        if saved.get(name) != lit.hparams[name]:
+            raise UsageError(
+                f"{path}: cannot resume, `{name}` is {lit.hparams[name]} now and was {saved.get(name)}"
+            )
+
+
 def train(args: argparse.Namespace) -> dict[str, Any]:
     """Trains, selects the checkpoint on the validation split, and evaluates it once on the test split."""
     start = time.perf_counter()
+    check_options(args)
     L.seed_everything(args.seed, workers=True, verbose=False)
     parts = load_npz(args.data) if args.data else synthetic(args.seed)
     name = args.data.stem if args.data else "synthetic"
@@ -625,7 +672,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DataError(f"{folder}: cannot write there ({error.strerror})") from error
+        raise UsageError(f"{folder}: cannot write there ({error.strerror})") from error
     data = parts["train"]
     print(
         f"{name}: {' + '.join(str(len(parts[part])) for part in SPLITS)} samples, "
@@ -637,13 +684,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         data.steps,
         data.label_names,
         len(data),
-        {
-            key: getattr(args, key)
-            for key in (
-                "hidden_dim layers heads dropout z_dim latent_dim queue_size temperature anchors gate mean_weight "
-                "ordinality scl_weight ocl_weight dir_weight"
-            ).split()
-        },
+        {name: getattr(args, name) for name in MODEL_OPTIONS},
         args.lr,
         args.warmup,
         args.weight_decay,
@@ -654,6 +695,14 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         if len(valid):
             encoder.mean.copy_(valid.mean(0))
             encoder.std.copy_(valid.std(0, correction=0).clamp_min(1e-3))
+    if args.ckpt:
+        check_resumable(args.ckpt, lit)
+    epochs = (30 if args.data else 12) if args.epochs is None else args.epochs
+    strategy = args.strategy
+    if (
+        strategy == "ddp"
+    ):  # the tracker of each rank has its own part of the history until epochs end
+        strategy = DDPStrategy(broadcast_buffers=False)
     best = ModelCheckpoint(
         folder, "best", monitor="val/miF1", mode="max", enable_version_counter=False
     )
@@ -662,10 +711,10 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     )
     logger = CSVLogger(folder, name=None, version="")
     trainer = L.Trainer(
-        max_epochs=args.epochs,
+        max_epochs=epochs,
         accelerator=args.accelerator,
         devices=args.devices,
-        strategy=args.strategy,
+        strategy=strategy,
         precision=args.precision,
         gradient_clip_val=1.0,
         logger=logger,
@@ -731,25 +780,20 @@ def apply(lit: LitLDDU, data: Data, args: argparse.Namespace) -> dict[str, Tenso
 
 def predict(args: argparse.Namespace) -> None:
     """Applies a checkpoint to one split and writes one row a sample (.csv) or arrays (.npz)."""
-    try:
-        lit = LitLDDU.load_from_checkpoint(args.ckpt, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise DataError(f"{args.ckpt}: no such file") from None
-    except Exception as error:  # whatever a foreign or damaged file brings about
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else ""
-        raise DataError(f"{args.ckpt}: not a checkpoint of this program ({first_line})") from error
+    read_checkpoint(args.ckpt)
+    lit = LitLDDU.load_from_checkpoint(args.ckpt, map_location="cpu", weights_only=True)
     data = load_npz(args.data, splits=[args.split])[args.split]
     for what, wanted, received in (
         ("modalities and feature sizes", lit.hparams["modality_dims"], data.dims),
         ("labels", lit.hparams["label_names"], data.label_names),
     ):
         if wanted != received:
-            raise DataError(
+            raise UsageError(
                 f"{args.data}: {what} {received} are not those of the checkpoint, {wanted}"
             )
     for name, steps in lit.hparams["max_steps"].items():
         if data.steps[name] > steps:
-            raise DataError(
+            raise UsageError(
                 f"{args.data}: modality `{name}` has {data.steps[name]} steps, the checkpoint knows {steps}"
             )
     outputs = apply(lit, data, args)
@@ -785,103 +829,81 @@ def predict(args: argparse.Namespace) -> None:
     )
 
 
+# Option: default and help. A tuple lists the choices, the default first.
+TRAINING_OPTIONS: dict[str, tuple[Any, str]] = {
+    "seed": (0, "seed of everything random"),
+    "patience": (6, "epochs without a better validation miF1 before stopping"),
+    "batch_size": (128, "samples a step"),
+    "lr": (5e-4, "peak learning rate (paper: 2e-5, see above)"),
+    "warmup": (0.1, "share of the steps in which the learning rate rises"),
+    "weight_decay": (0.0, "decoupled weight decay (paper: Adam, none)"),
+    "devices": (1, "number of devices"),
+    "strategy": ("auto", "auto, ddp, ... (see Lightning)"),
+    "precision": ("32-true", "32-true, bf16-mixed, 16-mixed, ... (see Lightning)"),
+}
+MODEL_OPTIONS: dict[str, tuple[Any, str]] = {
+    "hidden_dim": (256, "width of the Transformer layers"),
+    "layers": (3, "Transformer layers of a modality"),
+    "heads": (8, "attention heads"),
+    "dropout": (0.1, "dropout (not in the paper; released code: 0.1 to 0.3)"),
+    "z_dim": (128, "size of an answer Z"),
+    "latent_dim": (64, "latent dimensions of a Gaussian"),
+    "queue_size": (8192, "Gaussians remembered for the contrastive loss"),
+    "temperature": (0.07, "temperature of Eq. 6 (from the released code)"),
+    "anchors": (("present", "all"), "anchors of Eq. 7"),
+    "gate": (("expected", "oracle", "released"), "uncertainty of Eq. 8"),
+    "mean_weight": (("certainty", "uncertainty"), "what weighs the means in Eq. 8"),
+    "ordinality": (("rank", "standardized", "raw"), "mode of Eq. 15"),
+    "ocl_weight": (0.1, "lambda of Eq. 16, ordinality loss"),
+    "scl_weight": (0.1, "beta of Eq. 16, contrastive loss (paper: 0.8, see above)"),
+    "dir_weight": (0.1, "gamma of Eq. 16, first prediction"),
+}
+
+
+def non_negative(kind: type[int] | type[float]) -> Callable[[str], float]:
+    """Converter of a command-line value, for argparse."""
+
+    def convert(text: str) -> float:
+        value = kind(text)
+        if not 0 <= value < math.inf:
+            raise argparse.ArgumentTypeError(f"must not be negative or infinite, got {text}")
+        return value
+
+    return convert
+
+
 def parser() -> argparse.ArgumentParser:
-    """All options; the help names the paper's value where the default differs from it."""
+    """The commands `train` and `predict` with their options."""
+    style: dict[str, Any] = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter}
     main_parser = argparse.ArgumentParser(
-        description="LDDU (Huang et al. 2025, arXiv 2502.13954). Without a command: train.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="LDDU (Huang et al. 2025, arXiv 2502.13954). Without a command: train.", **style
     )
     commands = main_parser.add_subparsers(dest="command", required=True)
-    formatter = argparse.ArgumentDefaultsHelpFormatter
 
-    train_parser = commands.add_parser(
-        "train", help="train and evaluate", formatter_class=formatter
-    )
+    train_parser = commands.add_parser("train", help="train and evaluate", **style)
     add = train_parser.add_argument
-    add("--data", type=Path, help="an .npz file; None is the built-in synthetic set")
-    add("--output", type=Path, help="run folder; None is runs/<data>-<time>")
+    add("--data", type=Path, help="an .npz file (default: a built-in synthetic set)")
+    add("--output", type=Path, help="run folder (default: runs/DATA-TIME)")
     add("--ckpt", type=Path, help="resume from this checkpoint (last.ckpt)")
-    add("--seed", type=int, default=0, help="seed of everything random")
-    add(
-        "--epochs",
-        type=int,
-        help="number of epochs; None is the paper's 30, or 12 for the synthetic set",
-    )
-    add(
-        "--patience",
-        type=int,
-        default=6,
-        help="epochs without a better validation miF1 before stopping",
-    )
-    add("--batch-size", type=int, default=128, help="samples a step")
-    add(
-        "--lr",
-        type=float,
-        default=5e-4,
-        help="peak learning rate (paper: 2e-5, for longer training on more data)",
-    )
-    add("--warmup", type=float, default=0.1, help="share of steps with rising learning rate")
-    add(
-        "--weight-decay", type=float, default=0.0, help="decoupled weight decay (paper: Adam, none)"
-    )
+    add("--epochs", type=non_negative(int), help="default: the paper's 30; synthetic set: 12")
     add("--accelerator", default="auto", help="auto, cpu, cuda, ... (see Lightning)")
-    add("--devices", type=int, default=1, help="number of devices")
-    add("--strategy", default="auto", help="auto, ddp, ... (see Lightning)")
-    add("--precision", default="32-true", help="32-true, bf16-mixed, 16-mixed, ... (see Lightning)")
-    model = train_parser.add_argument_group("model")
-    add = model.add_argument
-    add("--hidden-dim", type=int, default=256, help="width of the Transformer layers")
-    add("--layers", type=int, default=3, help="Transformer layers a modality")
-    add("--heads", type=int, default=8, help="attention heads")
-    add(
-        "--dropout",
-        type=float,
-        default=0.1,
-        help="dropout everywhere (not in the paper; released code: 0.1 to 0.3)",
-    )
-    add("--z-dim", type=int, default=128, help="size of an answer Z")
-    add("--latent-dim", type=int, default=64, help="latent dimensions of a Gaussian")
-    add(
-        "--queue-size", type=int, default=8192, help="Gaussians remembered for the contrastive loss"
-    )
-    add(
-        "--temperature",
-        type=float,
-        default=0.07,
-        help="temperature of Eq. 6 (from the released code)",
-    )
-    add("--anchors", choices=("present", "all"), default="present", help="anchors of Eq. 7")
-    add(
-        "--gate",
-        choices=("expected", "oracle", "released"),
-        default="expected",
-        help="uncertainty of Eq. 8",
-    )
-    add(
-        "--mean-weight",
-        choices=("certainty", "uncertainty"),
-        default="certainty",
-        help="what weighs the means",
-    )
-    add(
-        "--ordinality",
-        choices=("rank", "standardized", "raw"),
-        default="rank",
-        help="mode of Eq. 15",
-    )
-    add("--ocl-weight", type=float, default=0.1, help="lambda of Eq. 16, the ordinality loss")
-    add("--scl-weight", type=float, default=0.8, help="beta of Eq. 16, the contrastive loss")
-    add("--dir-weight", type=float, default=0.1, help="gamma of Eq. 16, the first prediction")
+    for title, options in (("training", TRAINING_OPTIONS), ("model", MODEL_OPTIONS)):
+        group = train_parser.add_argument_group(title)
+        for name, (default, text) in options.items():
+            option: dict[str, Any] = {"default": default, "help": text}
+            if isinstance(default, tuple):
+                option |= {"default": default[0], "choices": default}
+            elif not isinstance(default, str):
+                option |= {"type": non_negative(type(default))}
+            group.add_argument(f"--{name.replace('_', '-')}", **option)
 
-    predict_parser = commands.add_parser(
-        "predict", help="apply a checkpoint", formatter_class=formatter
-    )
+    predict_parser = commands.add_parser("predict", help="apply a checkpoint", **style)
     add = predict_parser.add_argument
     add("--ckpt", type=Path, required=True, help="checkpoint of a training run")
     add("--data", type=Path, required=True, help="an .npz file")
     add("--output", type=Path, default=Path("predictions.csv"), help="file to write, .csv or .npz")
     add("--split", choices=SPLITS, default="test", help="part of the file")
-    add("--batch-size", type=int, default=128, help="samples a step")
+    add("--batch-size", type=non_negative(int), default=128, help="samples a step")
     add("--accelerator", default="auto", help="auto, cpu, cuda, ... (see Lightning)")
     return main_parser
 
@@ -899,10 +921,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.command == "predict":
             predict(args)
         else:
-            if args.epochs is None:
-                args.epochs = 30 if args.data else 12
             train(args)
-    except DataError as error:
+    except UsageError as error:
         sys.exit(f"error: {error}")
 
 

@@ -16,7 +16,7 @@ settings.register_profile("ci", derandomize=True, deadline=None, max_examples=60
 settings.register_profile("local", deadline=None, max_examples=25)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # the tensors are small
 torch.set_warn_always(True)  # else a warning fails only the first test that meets it
 
 

@@ -204,6 +204,13 @@ def test_padding_mask_may_name_some_modalities_only():
     close(module(features, padding(["voice"])), naive_attention(module, features, full)[0])
 
 
+def test_padding_mask_of_an_absent_modality_is_not_read():
+    module, features, mask = build(), random_features(), padding()
+    del features["voice"]
+    others = {m: p for m, p in mask.items() if m != "voice"}
+    close(module(features, mask), module(features, others))
+
+
 @pytest.mark.parametrize("need_weights", [False, True])
 def test_wholly_padded_sample_gives_zeros(need_weights):
     output = build()(random_features(), padding(), need_weights=need_weights)

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 import uncertainty_mm
 from cases import CASES, DIMS, LABELS, LATENT
-from support import close
+from support import close, gradient
 from uncertainty_mm import functional
 
 ROOT = Path(__file__).parents[1]
@@ -113,6 +113,13 @@ def test_module_on_the_meta_device_gives_shapes(case):
     assert shapes == expected
 
 
+def test_tensors_on_different_devices_are_an_error(case):
+    leaves, structure = pytree.tree_flatten(case.inputs(0))
+    strayed = pytree.tree_unflatten([*leaves[:-1], leaves[-1].to("meta")], structure)
+    with pytest.raises(ValueError, match="to be on cpu, but got meta"):
+        case.run(case.build(), *strayed)
+
+
 # ------------------------------------------------------------------------------ compile and export
 
 
@@ -148,6 +155,18 @@ def test_compiles_whole_and_once(case):
     assert counter.frame_count == 1
     for name, state in module.state_dict().items():
         close(state.double(), twin.state_dict()[name], torch.float32)
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_supcon_compiles_with_its_gradient(reduction):
+    embeddings, classes = torch.randn(6, 4, requires_grad=True), torch.tensor([0, 0, 1, 1, 1, 2])
+
+    def weighted(embeddings):
+        return (functional.supcon_loss(embeddings, classes, reduction=reduction) * 3).sum()
+
+    compiled = torch.compile(weighted, fullgraph=True, backend="aot_eager")
+    close(*gradient(compiled(embeddings), embeddings), *gradient(weighted(embeddings), embeddings))
 
 
 @pytest.mark.usefixtures("_fresh_compiler")

@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -21,10 +22,10 @@ pytestmark = [
     ),  # Lightning's advice on workers and devices
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
-SMALL = (
-    "--hidden-dim 16 --heads 2 --layers 1 --z-dim 8 --latent-dim 4 --queue-size 64 "
-    "--batch-size 16 --accelerator cpu"
-).split()
+SMALL = [
+    *("--hidden-dim=16", "--heads=2", "--layers=1", "--z-dim=8", "--latent-dim=4"),
+    *("--queue-size=64", "--batch-size=16", "--accelerator=cpu"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +125,16 @@ def test_options_train(example, tmp_path, option):
     data = save(tmp_path / "data.npz")
     run(example, "--data", data, "--epochs", 1, option, "--output", tmp_path / "out", *SMALL)
     assert (tmp_path / "out" / "best.ckpt").exists()
+
+
+def test_two_processes_train_and_share_their_history(tmp_path):
+    data = save(tmp_path / "data.npz")
+    command = [sys.executable, ROOT / "examples" / "lddu_full.py", "--data", data, "--epochs", "2"]
+    command += ["--output", tmp_path / "out", "--devices", "2", "--strategy", "ddp", *SMALL]
+    subprocess.run(command, check=True, capture_output=True, timeout=240)
+    state = torch.load(tmp_path / "out" / "last.ckpt", weights_only=True)["state_dict"]
+    assert state["model.tracker.history"][1].tolist() == [2] * 20  # every sample once an epoch
+    assert state["model.contrastive.queue_classes"].ge(0).all()
 
 
 def test_predict_csv_and_npz_agree(example, finished, tmp_path):
@@ -229,11 +240,45 @@ def test_pickled_arrays_are_refused(example, tmp_path):
 def test_predict_refuses_other_labels_and_foreign_checkpoints(example, finished, tmp_path):
     folder, data = finished
     other = save(tmp_path / "other.npz", label_names=np.array(["second", "first"]))
-    with pytest.raises(SystemExit, match="labels .* are not those of the checkpoint"):
+    with pytest.raises(SystemExit, match=r"labels .* are not those of the checkpoint"):
         run(example, "predict", "--ckpt", folder / "best.ckpt", "--data", other)
     for ckpt, message in ((data, "not a checkpoint"), (tmp_path / "none.ckpt", "no such file")):
         with pytest.raises(SystemExit, match=message):
             run(example, "predict", "--ckpt", ckpt, "--data", data)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--epochs", "0"], "--epochs must be above 0"),
+        (["--batch-size", "0"], "--batch-size must be above 0"),
+        (["--heads", "3"], "--hidden-dim 16 is no multiple of --heads 3"),
+        (["--dropout", "1"], "--dropout must be below 1"),
+        (["--ckpt", "nowhere.ckpt"], "nowhere.ckpt: no such file"),
+        (["--output", "/dev/null/folder"], "cannot write there"),
+    ],
+)
+def test_bad_options_end_in_one_line(example, finished, options, message):
+    with pytest.raises(SystemExit) as stop:
+        run(example, "--data", finished[1], *SMALL, *options)
+    assert message in str(stop.value)
+    assert "\n" not in str(stop.value)
+
+
+@pytest.mark.parametrize(
+    "options", [["--lr", "-1"], ["--lr", "x"], ["--layers", "1.5"], ["--gate", "x"]]
+)
+def test_argparse_refuses(example, options, capsys):
+    with pytest.raises(SystemExit):
+        run(example, *options)
+    assert f"argument {options[0]}" in capsys.readouterr().err
+
+
+def test_checkpoint_of_another_model_is_not_resumed(example, finished):
+    folder, data = finished
+    options = ["--data", data, "--ckpt", folder / "last.ckpt", *SMALL, "--latent-dim", 5]
+    with pytest.raises(SystemExit, match="cannot resume, `model` is"):
+        run(example, *options)
 
 
 def test_masked_modality_equals_a_missing_one(example):

@@ -288,6 +288,7 @@ def test_float64_stays_float64():
         ({"mode": "ranks"}, ValueError, "mode"),
         ({"pairs": ("SX",)}, ValueError, "pairs"),
         ({"pairs": ()}, ValueError, "pairs"),
+        ({"pairs": "SR"}, TypeError, "pairs"),
         ({"temperature": 0.0}, ValueError, "temperature"),
         ({"temperature": math.inf}, ValueError, "temperature"),
     ],

@@ -8,13 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from numbers import Real
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from uncertainty_mm.gaussian import DiagonalGaussian
 
 
 def checks_values(tensor: Tensor, validate_args: bool) -> bool:
@@ -154,22 +150,3 @@ def check_missing(
     if missing is not None:
         check_tensor("missing", missing, "bool", "B M", sizes, device)
     return missing
-
-
-def check_latent(
-    latent: DiagonalGaussian, missing: Tensor | None, sizes: dict[str, int], validate_args: bool
-) -> None:
-    """Checks a Gaussian of shape (B, M, Q, K) and the mask of its missing modalities."""
-    mean, std = getattr(latent, "mean", None), getattr(latent, "std", None)
-    if not isinstance(mean, Tensor) or not isinstance(std, Tensor):
-        raise TypeError(
-            f"Expected `latent` to be a DiagonalGaussian, but got {type(latent).__name__}"
-        )
-    check_tensor("latent.mean", mean, "floating", "B M Q K", sizes)
-    check_tensor("latent.std", std, "floating", "B M Q K", sizes, mean.device)
-    check_missing(missing, sizes, mean.device)
-    if checks_values(mean, validate_args):
-        left_out = None if missing is None else missing[:, :, None, None]
-        check_finite("latent.mean", mean, left_out)
-        check_finite("latent.std", std, left_out)
-        check_range("latent.std", std, 0, float("inf"), left_out)

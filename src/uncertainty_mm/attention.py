@@ -191,10 +191,6 @@ class EmotionQueryAttention(nn.Module):
         device: torch.device | None = None
         for name, dim in self.modality_dims.items():
             if name not in features:
-                if padding_mask and name in padding_mask:
-                    raise ValueError(
-                        f"Expected `padding_mask` to hold only modalities of `features`, but got {name!r}"
-                    )
                 continue
             sizes |= {"D": dim}
             sizes.pop("S", None)
@@ -252,7 +248,8 @@ class EmotionQueryAttention(nn.Module):
         Args:
             features: Sequences (B, S_m, D_m) by modality name. Lengths may differ; a modality may be absent.
             padding_mask: Bool masks (B, S_m) by modality name, True means leave out; a modality without a mask is
-                used whole. What stands at padded steps, NaN included, has no influence.
+                used whole, and the mask of an absent modality is not read. What stands at padded steps, NaN
+                included, has no influence.
             need_weights: Also return the attention weights (before dropout), which costs the fused kernel.
 
         Returns:

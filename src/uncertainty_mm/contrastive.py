@@ -10,7 +10,6 @@ from uncertainty_mm._checks import (
     check_choice,
     check_flag,
     check_labels,
-    check_latent,
     check_positive,
     check_positive_int,
     check_tensor,
@@ -18,7 +17,7 @@ from uncertainty_mm._checks import (
 )
 from uncertainty_mm._distributed import gather_rows, rows_of_ranks, world_size
 from uncertainty_mm._supcon import supcon
-from uncertainty_mm.gaussian import DiagonalGaussian
+from uncertainty_mm.gaussian import DiagonalGaussian, check_latent
 
 
 class DistributionSupConLoss(nn.Module):
@@ -34,8 +33,9 @@ class DistributionSupConLoss(nn.Module):
         \qquad \text{(Eq. 5-7)}
 
     where :math:`T_e` are all distributions of batch and queue except :math:`e` itself and :math:`P_e` those of its
-    class. The batch is compared with the queue as it was and then takes the place of the queue's oldest rows. Time grows with
-    the number of anchors times the number of keys; memory does not (:func:`~uncertainty_mm.functional.supcon_loss`).
+    class. The batch is compared with the queue as it was and then takes the place of the queue's oldest rows. Time
+    grows with the number of anchors times the number of keys; memory does not
+    (:func:`~uncertainty_mm.functional.supcon_loss`).
 
     Source: Huang et al. 2025, arXiv 2502.13954, section 3.3.3; queue: He et al. 2020, arXiv 1911.05722.
 

@@ -26,6 +26,9 @@ class CorrectnessTracker(nn.Module):
     The share :math:`r_i` is the history that :class:`SoftRankOrdinalityLoss` compares uncertainty with: easy samples
     are learned early and stay learned. All of it lives in buffers, so it is saved with the model.
 
+    Under `DistributedDataParallel`, pass `broadcast_buffers=False` to it: otherwise every forward pass replaces the
+    history of a rank by that of rank 0, and what the others saw since the last :meth:`synchronize` is lost.
+
     Source: Huang et al. 2025, arXiv 2502.13954, section 3.4.2; forgetting events: Toneva et al. 2018, arXiv 1812.05159.
 
     Args:

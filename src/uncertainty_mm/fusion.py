@@ -11,13 +11,12 @@ from torch import Tensor, nn
 from uncertainty_mm._checks import (
     check_choice,
     check_dropout,
-    check_latent,
     check_positive_int,
     check_range,
     check_tensor,
     checks_values,
 )
-from uncertainty_mm.gaussian import DiagonalGaussian
+from uncertainty_mm.gaussian import DiagonalGaussian, check_latent
 
 
 class FusedPrediction(NamedTuple):

@@ -16,11 +16,11 @@ from uncertainty_mm._checks import (
     check_missing,
     check_number,
     check_positive_int,
+    check_range,
     check_tensor,
     checks_values,
 )
 from uncertainty_mm.functional import distribution_embedding
-
 
 # Upper limit of the standard deviations of GaussianDecoupler; within float16.
 _MAX_STD = 1e4
@@ -95,6 +95,25 @@ class DiagonalGaussian(NamedTuple):
     def to_distribution(self) -> Independent[Normal]:
         """The same as a `torch.distributions` object with batch shape (...) and event shape (K,)."""
         return Independent(Normal(self.mean, self.std), 1)
+
+
+def check_latent(
+    latent: DiagonalGaussian, missing: Tensor | None, sizes: dict[str, int], validate_args: bool
+) -> None:
+    """Checks a Gaussian of shape (B, M, Q, K) and the mask of its missing modalities."""
+    mean, std = getattr(latent, "mean", None), getattr(latent, "std", None)
+    if not isinstance(mean, Tensor) or not isinstance(std, Tensor):
+        raise TypeError(
+            f"Expected `latent` to be a DiagonalGaussian, but got {type(latent).__name__}"
+        )
+    check_tensor("latent.mean", mean, "floating", "B M Q K", sizes)
+    check_tensor("latent.std", std, "floating", "B M Q K", sizes, mean.device)
+    check_missing(missing, sizes, mean.device)
+    if checks_values(mean, validate_args):
+        left_out = None if missing is None else missing[:, :, None, None]
+        check_finite("latent.mean", mean, left_out)
+        check_finite("latent.std", std, left_out)
+        check_range("latent.std", std, 0, float("inf"), left_out)
 
 
 class _ModalityLinear(nn.Module):
@@ -234,6 +253,5 @@ class GaussianDecoupler(nn.Module):
     def _bounded_std(self, raw: Tensor) -> Tensor:
         x = raw.to(torch.promote_types(raw.dtype, torch.float32))
         half_range = torch.where(x < 0, -2 * math.log(self.min_std), 2 * math.log(_MAX_STD))
-        # hypot does not overflow where the square of x would
-        log_var = half_range * x / torch.hypot(x, half_range)
+        log_var = x / torch.hypot(x / half_range, torch.ones_like(x))  # no square to overflow
         return (self.min_std + torch.exp(0.5 * log_var)).to(raw.dtype)
