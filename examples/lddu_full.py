@@ -1,6 +1,6 @@
 r"""LDDU, the paper in one file: train, evaluate and apply it.
 
-    python examples/lddu_full.py                                  # built-in synthetic data, about two minutes on a CPU
+    python examples/lddu_full.py                                  # built-in synthetic data
     python examples/lddu_full.py --data FILE.npz                  # your data
     python examples/lddu_full.py --data FILE.npz --ckpt LAST.ckpt # resume
     python examples/lddu_full.py predict --ckpt BEST.ckpt --data FILE.npz --output predictions.csv
@@ -15,9 +15,11 @@ seen, its standard deviation how sure that is. Three ideas shape these Gaussians
 3. Samples that are predicted badly, now or in the past, should have the larger standard deviations (Eq. 10-15):
    `SoftRankOrdinalityLoss` with `CorrectnessTracker`.
 
-The file reads from the model over its training to the data and the command line. Defaults are the paper's, except for
-two: a learning rate of 2e-5 was chosen for 16,000 samples and 30 epochs and hardly moves a model on a small set, so it
-is 5e-4 here; and the weight 0.8 of the contrastive loss slows the classifiers down there, so it is 0.1.
+The file reads from the model over its training to the data and the command line. Where the paper names a value it is
+the default, but for two: a learning rate of 2e-5 was chosen for 16,000 samples and 30 epochs and hardly moves a model
+on a small set, so it is 5e-4 here; and the weight 0.8 of the contrastive loss slows the classifiers down there, so it
+is 0.1. Ours, where the paper is silent: standardised features, normalisation before the sublayers, the size of the
+positions, labels that scale and shift their Z, dropout, clipped gradients, early stopping.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ import csv
 import json
 import logging
 import math
+import os
 import sys
 import time
 import warnings
@@ -37,13 +40,14 @@ from typing import Any, NamedTuple
 from zipfile import BadZipFile
 
 import lightning as L
-import matplotlib as mpl
 import numpy as np
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities import rank_zero_only
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 from torchmetrics.classification import BinaryPrecisionRecallCurve
@@ -107,8 +111,8 @@ class SequenceEncoder(nn.Module):
     def forward(self, x: Tensor, padding: Tensor) -> Tensor:
         x = self.project((x - self.mean) / self.std) + self.positions[: x.shape[1]]
         # A missing sequence attends to itself, which is harmless: nobody reads it.
-        visible = padding & ~padding.all(dim=1, keepdim=True)
-        return self.layers(self.dropout(x), src_key_padding_mask=visible)
+        left_out = padding & ~padding.all(dim=1, keepdim=True)
+        return self.layers(self.dropout(x), src_key_padding_mask=left_out)
 
 
 class Output(NamedTuple):
@@ -293,9 +297,8 @@ class LitLDDU(L.LightningModule):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         # Dropout depends on seed and step alone, so that a resumed run repeats the uninterrupted one.
-        torch.manual_seed(
-            (self.hparams["seed"] * 1000 + self.global_rank) * 10**9 + self.global_step
-        )
+        place = (self.hparams["seed"] * 1000 + self.global_rank) * 10**9 + self.global_step
+        torch.manual_seed(place % 2**63)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         output = self.model(batch.features, batch.padding, batch.labels)
@@ -342,7 +345,7 @@ class LitLDDU(L.LightningModule):
         }
 
 
-def evaluate(probs: Tensor, labels: Tensor, threshold: float) -> dict[str, float]:
+def evaluate(probs: Tensor, labels: Tensor, threshold: float) -> dict[str, float | None]:
     """The field's measures: Acc is the mean Jaccard index of a sample's label sets, P, R and F1 are micro."""
     labels, size = labels.long(), labels.shape[1]
     predicted = probs > threshold
@@ -357,13 +360,14 @@ def evaluate(probs: Tensor, labels: Tensor, threshold: float) -> dict[str, float
         "mAP": multilabel_average_precision(probs, labels, num_labels=size, average="macro"),
         "Brier": (probs - labels).square().mean(),
     }
-    return {name: round(float(value), 4) for name, value in measures.items()}
+    # not a number (null in JSON): the mean precision of a label that nobody has
+    return {
+        name: None if value.isnan() else round(float(value), 4) for name, value in measures.items()
+    }
 
 
 def plot(history: Sequence[Mapping[str, str]], probs: Tensor, labels: Tensor, path: Path) -> None:
     """Training curves, and how often a label is present where the model says so with probability p (test set)."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(11, 3.8), layout="constrained")
     losses, scores, reliability = figure.subplots(1, 3)
     for axes, keys in ((losses, ("loss/cls", "loss/dir", "val/cls")), (scores, ("val/miF1",))):
@@ -622,11 +626,56 @@ class DataModule(L.LightningDataModule):
 # --- Command line ----------------------------------------------------------------------------------------------------
 
 
+say = rank_zero_only(print)
+
+
+def run_folder(args: argparse.Namespace, name: str) -> Path:
+    """Where the run is written; a resumed run stays in the folder of its checkpoint."""
+    if args.ckpt:
+        folder = args.ckpt.parent
+        if args.output and args.output.resolve() != folder.resolve():
+            raise UsageError(
+                f"--output {args.output}: a run resumes where its checkpoint is, {folder}"
+            )
+    elif args.output:
+        folder = args.output
+    else:
+        # Further processes of the run, which start later, find the time of the first one here.
+        started = time.strftime("%Y%m%d-%H%M%S")
+        if args.devices > 1:
+            started = os.environ.setdefault("LDDU_STARTED", started)
+        folder = Path("runs") / f"{name}-{started}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{folder}: cannot write there ({error.strerror})") from error
+    return folder
+
+
+def collect_history(folder: Path) -> list[dict[str, str]]:
+    """Joins the logs of a run and of its resumptions to metrics.csv, one row an epoch and stage."""
+    history: list[dict[str, str]] = []
+    logs = folder.glob("logs/version_*/metrics.csv")
+    for path in sorted(logs, key=lambda path: int(path.parent.name.removeprefix("version_"))):
+        with open(path, newline="") as file:
+            rows = list(csv.DictReader(file))
+        first = int(rows[0]["epoch"])
+        history = [row for row in history if int(row["epoch"]) < first] + rows
+    columns = sorted({column for row in history for column in row})
+    with open(folder / "metrics.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(history)
+    return history
+
+
 def check_options(args: argparse.Namespace) -> None:
     """Raises UsageError for values that cannot go together or make no sense."""
     for name in (*TRAINING_OPTIONS, *MODEL_OPTIONS):
         value, default = getattr(args, name), (TRAINING_OPTIONS | MODEL_OPTIONS)[name][0]
         counts = isinstance(default, int) and name not in ("seed", "queue_size")
+        if name == "seed" and value >= 2**32:
+            raise UsageError(f"--seed must be below 2**32, got {value}")
         if value == 0 and (counts or name in ("lr", "temperature")):
             raise UsageError(f"--{name.replace('_', '-')} must be above 0")
     if args.epochs == 0:
@@ -651,10 +700,13 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return content
 
 
-def check_resumable(path: Path, lit: LitLDDU) -> None:
-    """Raises UsageError unless the checkpoint is of the same model on data of the same shape."""
-    saved = read_checkpoint(path)["hyper_parameters"]
-    for name in ("modality_dims", "max_steps", "label_names", "num_train_samples", "model"):
+def check_resumable(path: Path, lit: LitLDDU, epochs: int) -> None:
+    """Raises UsageError unless the checkpoint is of the same training and leaves something to do."""
+    checkpoint = read_checkpoint(path)
+    saved = checkpoint["hyper_parameters"]
+    if checkpoint["epoch"] + 1 >= epochs:
+        raise UsageError(f"{path}: {checkpoint['epoch'] + 1} epochs are done, --epochs is {epochs}")
+    for name in lit.hparams:
         if saved.get(name) != lit.hparams[name]:
             raise UsageError(
                 f"{path}: cannot resume, `{name}` is {lit.hparams[name]} now and was {saved.get(name)}"
@@ -668,13 +720,9 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     L.seed_everything(args.seed, workers=True, verbose=False)
     parts = load_npz(args.data) if args.data else synthetic(args.seed)
     name = args.data.stem if args.data else "synthetic"
-    folder = args.output or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"{folder}: cannot write there ({error.strerror})") from error
+    folder = run_folder(args, name)
     data = parts["train"]
-    print(
+    say(
         f"{name}: {' + '.join(str(len(parts[part])) for part in SPLITS)} samples, "
         f"modalities {', '.join(f'{m} {data.steps[m]}x{d}' for m, d in data.dims.items())}, "
         f"labels {', '.join(data.label_names)}"
@@ -695,29 +743,24 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         if len(valid):
             encoder.mean.copy_(valid.mean(0))
             encoder.std.copy_(valid.std(0, correction=0).clamp_min(1e-3))
-    if args.ckpt:
-        check_resumable(args.ckpt, lit)
     epochs = (30 if args.data else 12) if args.epochs is None else args.epochs
-    strategy = args.strategy
-    if (
-        strategy == "ddp"
-    ):  # the tracker of each rank has its own part of the history until epochs end
-        strategy = DDPStrategy(broadcast_buffers=False)
+    if args.ckpt:
+        check_resumable(args.ckpt, lit, epochs)
     best = ModelCheckpoint(
         folder, "best", monitor="val/miF1", mode="max", enable_version_counter=False
     )
     last = ModelCheckpoint(
         folder, "last", save_on_train_epoch_end=True, enable_version_counter=False
     )
-    logger = CSVLogger(folder, name=None, version="")
     trainer = L.Trainer(
         max_epochs=epochs,
         accelerator=args.accelerator,
         devices=args.devices,
-        strategy=strategy,
+        # No broadcast: until an epoch ends, each process has its own part of the tracker's history.
+        strategy=DDPStrategy(broadcast_buffers=False) if args.devices > 1 else "auto",
         precision=args.precision,
         gradient_clip_val=1.0,
-        logger=logger,
+        logger=CSVLogger(folder, name="logs"),
         callbacks=[
             best,
             last,
@@ -749,12 +792,12 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     results["seconds"] = round(time.perf_counter() - start, 1)
     results["command"] = vars(args) | {"data": args.data and str(args.data), "output": str(folder)}
     (folder / "metrics.json").write_text(json.dumps(results, indent=2, default=str) + "\n")
-    with open(folder / "metrics.csv", newline="") as file:
-        plot(list(csv.DictReader(file)), probs, parts["test"].labels, folder / "training.png")
+    plot(collect_history(folder), probs, parts["test"].labels, folder / "training.png")
     measures = list(results["test"])
     print("\n" + "".join(f"{text:>12}" for text in ("", *measures)))
     for part in ("validation", "test"):
-        print(f"{part:>12}" + "".join(f"{results[part][measure]:12.3f}" for measure in measures))
+        values = ("-" if value is None else f"{value:.3f}" for value in results[part].values())
+        print(f"{part:>12}" + "".join(f"{value:>12}" for value in values))
     print(
         f"\nthreshold {threshold:.2f} from validation, {results['epochs']} epochs, "
         f"{results['seconds']:.0f} s, seed {args.seed}\n"
@@ -838,7 +881,7 @@ TRAINING_OPTIONS: dict[str, tuple[Any, str]] = {
     "warmup": (0.1, "share of the steps in which the learning rate rises"),
     "weight_decay": (0.0, "decoupled weight decay (paper: Adam, none)"),
     "devices": (1, "number of devices"),
-    "strategy": ("auto", "auto, ddp, ... (see Lightning)"),
+    "strategy": (("auto", "ddp"), "both divide the batches among several devices by DDP"),
     "precision": ("32-true", "32-true, bf16-mixed, 16-mixed, ... (see Lightning)"),
 }
 MODEL_OPTIONS: dict[str, tuple[Any, str]] = {
@@ -874,37 +917,37 @@ def non_negative(kind: type[int] | type[float]) -> Callable[[str], float]:
 
 def parser() -> argparse.ArgumentParser:
     """The commands `train` and `predict` with their options."""
-    style: dict[str, Any] = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter}
     main_parser = argparse.ArgumentParser(
-        description="LDDU (Huang et al. 2025, arXiv 2502.13954). Without a command: train.", **style
+        description="LDDU (Huang et al. 2025, arXiv 2502.13954). Without a command: train. "
+        "The options of each command: train --help, predict --help."
     )
     commands = main_parser.add_subparsers(dest="command", required=True)
 
-    train_parser = commands.add_parser("train", help="train and evaluate", **style)
+    train_parser = commands.add_parser("train", help="train and evaluate")
     add = train_parser.add_argument
     add("--data", type=Path, help="an .npz file (default: a built-in synthetic set)")
     add("--output", type=Path, help="run folder (default: runs/DATA-TIME)")
     add("--ckpt", type=Path, help="resume from this checkpoint (last.ckpt)")
     add("--epochs", type=non_negative(int), help="default: the paper's 30; synthetic set: 12")
-    add("--accelerator", default="auto", help="auto, cpu, cuda, ... (see Lightning)")
+    add("--accelerator", default="auto", help="auto (default), cpu, cuda, ... (see Lightning)")
     for title, options in (("training", TRAINING_OPTIONS), ("model", MODEL_OPTIONS)):
         group = train_parser.add_argument_group(title)
         for name, (default, text) in options.items():
-            option: dict[str, Any] = {"default": default, "help": text}
+            option: dict[str, Any] = {"default": default, "help": f"{text} (default: %(default)s)"}
             if isinstance(default, tuple):
                 option |= {"default": default[0], "choices": default}
             elif not isinstance(default, str):
                 option |= {"type": non_negative(type(default))}
             group.add_argument(f"--{name.replace('_', '-')}", **option)
 
-    predict_parser = commands.add_parser("predict", help="apply a checkpoint", **style)
+    predict_parser = commands.add_parser("predict", help="apply a checkpoint")
     add = predict_parser.add_argument
     add("--ckpt", type=Path, required=True, help="checkpoint of a training run")
     add("--data", type=Path, required=True, help="an .npz file")
-    add("--output", type=Path, default=Path("predictions.csv"), help="file to write, .csv or .npz")
-    add("--split", choices=SPLITS, default="test", help="part of the file")
+    add("--output", type=Path, default=Path("predictions.csv"), help=".csv or .npz to write")
+    add("--split", choices=SPLITS, default="test", help="part of the file (default: test)")
     add("--batch-size", type=non_negative(int), default=128, help="samples a step")
-    add("--accelerator", default="auto", help="auto, cpu, cuda, ... (see Lightning)")
+    add("--accelerator", default="auto", help="auto (default), cpu, cuda, ... (see Lightning)")
     return main_parser
 
 
@@ -914,7 +957,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not arguments or arguments[0] not in ("train", "predict", "-h", "--help"):
         arguments.insert(0, "train")
     args = parser().parse_args(arguments)
-    mpl.use("Agg")
     warnings.filterwarnings("ignore", module="lightning")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     try:

@@ -340,3 +340,11 @@ def test_rejected_batch_changes_nothing():
     with pytest.raises(ValueError, match="`correct`"):
         tracker.update(indices(0, 1), torch.tensor([0.5, 1.5]))
     assert (tracker.counts(EVERY) == 0).all()
+
+
+def test_a_loaded_history_is_common_to_all_ranks():
+    """Else `synchronize` would count it once for every rank that loaded it."""
+    tracker, loaded = CorrectnessTracker(3), CorrectnessTracker(3)
+    tracker.update(torch.tensor([0, 2]), torch.tensor([True, False]))
+    loaded.load_state_dict(tracker.state_dict())
+    assert loaded.merged.equal(tracker.history)

@@ -104,6 +104,7 @@ def test_resumed_run_equals_the_uninterrupted_one(example, finished, tmp_path, m
         with pytest.raises(RuntimeError, match="power cut"):
             run(example, *arguments)
     run(example, *arguments, "--ckpt", tmp_path / "last.ckpt")
+    assert (tmp_path / "metrics.csv").read_text() == (folder / "metrics.csv").read_text()
     whole, resumed = (
         torch.load(path / "last.ckpt", weights_only=True)["state_dict"]
         for path in (folder, tmp_path)
@@ -130,7 +131,7 @@ def test_options_train(example, tmp_path, option):
 def test_two_processes_train_and_share_their_history(tmp_path):
     data = save(tmp_path / "data.npz")
     command = [sys.executable, ROOT / "examples" / "lddu_full.py", "--data", data, "--epochs", "2"]
-    command += ["--output", tmp_path / "out", "--devices", "2", "--strategy", "ddp", *SMALL]
+    command += ["--output", tmp_path / "out", "--devices", "2", *SMALL]
     subprocess.run(command, check=True, capture_output=True, timeout=240)
     state = torch.load(tmp_path / "out" / "last.ckpt", weights_only=True)["state_dict"]
     assert state["model.tracker.history"][1].tolist() == [2] * 20  # every sample once an epoch
@@ -254,6 +255,7 @@ def test_predict_refuses_other_labels_and_foreign_checkpoints(example, finished,
         (["--batch-size", "0"], "--batch-size must be above 0"),
         (["--heads", "3"], "--hidden-dim 16 is no multiple of --heads 3"),
         (["--dropout", "1"], "--dropout must be below 1"),
+        (["--seed", str(2**32)], "--seed must be below 2**32"),
         (["--ckpt", "nowhere.ckpt"], "nowhere.ckpt: no such file"),
         (["--output", "/dev/null/folder"], "cannot write there"),
     ],
@@ -276,9 +278,13 @@ def test_argparse_refuses(example, options, capsys):
 
 def test_checkpoint_of_another_model_is_not_resumed(example, finished):
     folder, data = finished
-    options = ["--data", data, "--ckpt", folder / "last.ckpt", *SMALL, "--latent-dim", 5]
+    options = ["--data", data, "--ckpt", folder / "last.ckpt", *SMALL, "--lr", 0.01]
     with pytest.raises(SystemExit, match="cannot resume, `model` is"):
-        run(example, *options)
+        run(example, *options, "--latent-dim", 5)
+    with pytest.raises(SystemExit, match="3 epochs are done, --epochs is 3"):
+        run(example, *options, "--epochs", 3)
+    with pytest.raises(SystemExit, match="a run resumes where its checkpoint is"):
+        run(example, *options, "--output", folder / "other")
 
 
 def test_masked_modality_equals_a_missing_one(example):

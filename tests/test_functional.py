@@ -712,3 +712,29 @@ def test_ordinality_divergence_computes_in_float32(dtype):
 def test_ordinality_divergence_rejects_different_lengths():
     with pytest.raises(ValueError, match="`b"):
         functional.ordinality_divergence(torch.randn(3), torch.randn(4))
+
+
+def test_distribution_embedding_of_zero_has_zero_gradient():
+    mean = torch.zeros(3, requires_grad=True)
+    functional.distribution_embedding(mean, torch.ones(3))[:3].sum().backward()
+    assert mean.grad.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("size", [1e-45, 1e-30, 1e-20])
+def test_distribution_embedding_of_tiny_vectors_has_bounded_gradient(size):
+    mean = torch.full((3,), size, requires_grad=True)
+    functional.distribution_embedding(mean, torch.ones(3))[0].backward()
+    assert mean.grad.abs().max() <= 1e12
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_supcon_of_a_transposed_view_compiles(reduction):
+    x = torch.randn(4, 6, requires_grad=True)
+    classes = torch.tensor([0, 1, 0, 1, 0, 1])
+
+    def loss(x):
+        return functional.supcon_loss(x.t(), classes, reduction=reduction).sum()
+
+    expected = torch.autograd.grad(loss(x), x)[0]
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    close(torch.autograd.grad(compiled(x), x)[0], expected)

@@ -374,3 +374,16 @@ def test_rejects_z(z, error):
 def test_rejects_missing(missing, error):
     with pytest.raises(error, match="`missing`"):
         build()(random_input(), missing)
+
+
+def test_variance_does_not_leave_the_range_of_half_precision():
+    latent = DiagonalGaussian(torch.zeros(2).half(), torch.tensor([1e4, 1e-4]).half())
+    close(latent.variance, latent.std.float() ** 2)
+    close(latent.log_var, 2 * latent.std.float().log())
+
+
+def test_tiny_min_std_stays_above_zero_under_float16():
+    std = GaussianDecoupler(1, 1, 1, min_std=1e-8)._bounded_std(
+        torch.tensor([-6e4, -math.inf]).half()
+    )
+    assert (std > 0).all()

@@ -7,7 +7,7 @@ makes the host wait; :func:`checks_values` says when that is acceptable.
 from __future__ import annotations
 
 from collections.abc import Collection
-from numbers import Real
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ def checks_values(tensor: Tensor, validate_args: bool) -> bool:
 
 
 def check_positive_int(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"Expected `{name}` to be a positive integer, but got {value!r}")
     if value < 1:
         raise ValueError(f"Expected `{name}` to be a positive integer, but got {value}")
@@ -86,7 +86,8 @@ def check_tensor(
         "number": not dtype.is_complex,
     }
     if not fits[kind]:
-        raise TypeError(f"Expected `{name}` to have a {kind} dtype, but got {dtype}")
+        article = "an" if kind == "integer" else "a"
+        raise TypeError(f"Expected `{name}` to have {article} {kind} dtype, but got {dtype}")
     names = dims.split()
     known = [sizes.get(dim) for dim in names]
     agrees = value.dim() == len(names) and all(
@@ -105,6 +106,18 @@ def check_tensor(
     if device is not None and value.device != device:
         raise ValueError(f"Expected `{name}` to be on {device}, but got {value.device}")
     return value
+
+
+def check_like_parameters(name: str, tensor: Tensor, parameter: Tensor) -> None:
+    """Raises unless a tensor can meet the parameters of the module: same device and, without autocast, dtype."""
+    if tensor.device != parameter.device:
+        raise ValueError(
+            f"Expected `{name}` to be on {parameter.device}, where the module is, but got {tensor.device}"
+        )
+    if tensor.dtype != parameter.dtype and not torch.is_autocast_enabled(tensor.device.type):
+        raise TypeError(
+            f"Expected `{name}` to have the dtype of the module, {parameter.dtype}, but got {tensor.dtype}"
+        )
 
 
 def check_finite(name: str, tensor: Tensor, left_out: Tensor | None = None) -> None:

@@ -102,7 +102,7 @@ def _backward(
     """Gradient of the weighted sum of the anchors' losses."""
     return _compute(
         embeddings, classes, anchor_mask, bank, bank_classes, temperature, "none", weights, True
-    )[1].to(embeddings.dtype)
+    )[1].to(embeddings.dtype)  # contiguous, as made
 
 
 @_backward.register_fake
@@ -115,7 +115,7 @@ def _(
     temperature: float,
     weights: Tensor,
 ) -> Tensor:
-    return torch.empty_like(embeddings)
+    return torch.empty_like(embeddings, memory_format=torch.contiguous_format)
 
 
 @torch.library.custom_op("uncertainty_mm::supcon_scale", mutates_args=())
@@ -126,7 +126,7 @@ def _scale(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 
 @_scale.register_fake
 def _(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.empty_like(gradient, dtype=dtype)
+    return torch.empty_like(gradient, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -228,8 +228,10 @@ def _class_sums(
     """
     num_rows, dim = rows.shape
     ordered = classes.sort().values
-    segment = torch.searchsorted(ordered, classes)
-    place = torch.searchsorted(ordered, bank_classes.to(classes.dtype)).clamp_max(num_rows - 1)
+    segment = torch.searchsorted(ordered, classes.contiguous())
+    place = torch.searchsorted(ordered, bank_classes.to(classes.dtype).contiguous()).clamp_max(
+        num_rows - 1
+    )
     bank_segment = torch.where(ordered[place] == bank_classes, place, num_rows)
     totals = rows.new_zeros(num_rows + 1, dim).index_add_(0, segment, rows)
     counts = rows.new_zeros(num_rows + 1)
@@ -271,7 +273,9 @@ def _log_sum_exp(
         probs = tile
         for keys, bias, is_batch in _key_tiles(rows, valid, bank, bank_classes):
             probs = tile[: place.shape[0], : keys.shape[0]]
-            torch.addmm(bias, scaled, keys.t(), out=probs)
+            torch.mm(scaled, keys.t(), out=probs)
+            if bias is not None:
+                probs += bias
             if is_batch:  # itself; before the maximum is taken, which it would dominate
                 probs.scatter_(1, place.unsqueeze(1), -math.inf)
             previous, highest = highest, torch.maximum(highest, probs.amax(1, keepdim=True))
@@ -291,7 +295,7 @@ def _log_sum_exp(
 
 def _key_tiles(
     rows: Tensor, valid: Tensor, bank: Tensor, bank_classes: Tensor
-) -> Iterator[tuple[Tensor, Tensor, bool]]:
+) -> Iterator[tuple[Tensor, Tensor | None, bool]]:
     """Keys, what is added to their scores (-inf for no key), and whether they are the batch, which comes last."""
     for keys, classes in zip(bank.split(_TILE_KEYS), bank_classes.split(_TILE_KEYS), strict=True):
         if keys.shape[0]:
@@ -299,5 +303,7 @@ def _key_tiles(
     yield rows, _bias(valid, rows), True
 
 
-def _bias(valid: Tensor, rows: Tensor) -> Tensor:
+def _bias(valid: Tensor, rows: Tensor) -> Tensor | None:
+    if valid.device.type == "cpu" and valid.all():
+        return None
     return torch.zeros_like(valid, dtype=rows.dtype).masked_fill(~valid, -math.inf)

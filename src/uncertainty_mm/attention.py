@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from uncertainty_mm._checks import (
     check_dropout,
     check_finite,
+    check_like_parameters,
     check_positive,
     check_positive_int,
     check_tensor,
@@ -135,10 +136,10 @@ class EmotionQueryAttention(nn.Module):
         for name, dim in modality_dims.items():
             if not isinstance(name, str):
                 raise TypeError(f"Expected `modality_dims` to have str keys, but got {name!r}")
-            if not name or "." in name or hasattr(nn.ModuleDict, name):
+            if not name or "." in name or hasattr(nn.ModuleDict(), name):
                 raise ValueError(
                     "Expected the keys of `modality_dims` to be usable as submodule names "
-                    f"(not empty, no dot, no method of nn.ModuleDict), but got {name!r}"
+                    f"(not empty, no dot, no attribute of nn.ModuleDict), but got {name!r}"
                 )
             check_positive_int(f"modality_dims[{name!r}]", dim)
         check_positive_int("num_labels", num_labels)
@@ -169,7 +170,10 @@ class EmotionQueryAttention(nn.Module):
     def _check(
         self, features: Mapping[str, Tensor], padding_mask: Mapping[str, Tensor] | None
     ) -> None:
-        arguments = {"features": features, "padding_mask": padding_mask or {}}
+        arguments = {
+            "features": features,
+            "padding_mask": {} if padding_mask is None else padding_mask,
+        }
         for argument, mapping in arguments.items():
             if not isinstance(mapping, Mapping):
                 raise TypeError(
@@ -198,6 +202,7 @@ class EmotionQueryAttention(nn.Module):
                 f"features[{name!r}]", features[name], "floating", "B S D", sizes, device
             )
             device = sequence.device
+            check_like_parameters(f"features[{name!r}]", sequence, self.label_embedding.weight)
             mask = None if padding_mask is None else padding_mask.get(name)
             if mask is not None:
                 check_tensor(f"padding_mask[{name!r}]", mask, "bool", "B S", sizes, device)

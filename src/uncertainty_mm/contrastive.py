@@ -53,7 +53,8 @@ class DistributionSupConLoss(nn.Module):
         gather: Under `torch.distributed`, take keys from all ranks, with gradient. After averaging over ranks, as
             `DistributedDataParallel` does, the gradient is that of one process on the joined batch, the value of the
             loss is the same on all ranks, and so is the queue. The ranks may have batches of different sizes; learning
-            these makes the host wait. With `"none"` every rank has the losses of its own anchors.
+            these makes the host wait, and cannot be compiled with `fullgraph=True`. With `"none"` every rank has the
+            losses of its own anchors. An argument that is refused on one rank leaves the others waiting.
         validate_args: Look at values (NaN, labels other than 0 and 1) also on an accelerator, at the price of a wait.
 
     Attributes:

@@ -20,6 +20,11 @@ from uncertainty_mm._distributed import world_size
 _UNIT = 2**32
 
 
+@torch.no_grad()
+def _all_is_common(tracker: CorrectnessTracker, _: object) -> None:
+    tracker.merged.copy_(tracker.history)
+
+
 class CorrectnessTracker(nn.Module):
     r"""Remembers for every sample of the data set the share of correct predictions so far.
 
@@ -77,8 +82,9 @@ class CorrectnessTracker(nn.Module):
         shape = (num_samples,) if num_labels is None else (num_samples, num_labels)
         # rows: correctness in units of 1 / _UNIT, predictions, forgetting events
         self.register_buffer("history", torch.zeros(3, *shape, dtype=torch.int64))
-        # the part of `history` that all ranks already have in common
-        self.register_buffer("merged", torch.zeros(3, *shape, dtype=torch.int64))
+        # the part of `history` that all ranks have in common; after loading, that is all of it
+        self.register_buffer("merged", torch.zeros(3, *shape, dtype=torch.int64), persistent=False)
+        self.register_load_state_dict_post_hook(_all_is_common)  # type: ignore[no-untyped-call]
         # the latest prediction: 1 correct, 0 wrong, -1 none yet
         self.register_buffer("last", torch.full(shape, -1, dtype=torch.int8))
 
@@ -181,13 +187,14 @@ class CorrectnessTracker(nn.Module):
 
     @torch.no_grad()
     def synchronize(self) -> None:
-        """Merges the histories of all ranks; without `torch.distributed` it does nothing.
+        """Merges the histories of all ranks; without `torch.distributed` there is nothing to merge.
 
         Every rank then holds the same history. Only what was added since the last call is exchanged, so nothing is
         counted twice. Call it on all ranks, for example at the end of an epoch. Where several ranks predicted a
         sample since the last call, its latest prediction counts as correct if it was on any of them.
         """
         if world_size() == 1:
+            self.merged.copy_(self.history)
             return
         added = self.history - self.merged
         seen = added[1] > 0

@@ -65,7 +65,7 @@ def supcon_loss(
     Raises:
         ValueError: If shapes or devices disagree, a value is not finite, or an option is unknown.
         TypeError: If a dtype is wrong.
-        RuntimeError: In a double backward pass, which is not implemented.
+        RuntimeError: In a double backward pass and under the transforms of `torch.func`, which are not implemented.
 
     Example:
         >>> embeddings = torch.eye(3)[[0, 0, 1, 1]]
@@ -115,7 +115,7 @@ def distribution_embedding(mean: Tensor, std: Tensor) -> Tensor:
         std: Tensor (..., K), at least 0.
 
     Returns:
-        Tensor (..., 2K). The half of a zero vector is zero, with zero gradient.
+        Tensor (..., 2K). The half of a zero vector is zero, with zero gradient; norms below 1e-12 count as 1e-12.
 
     Raises:
         ValueError: If shapes or devices disagree, a value is not finite, or `std` is negative.
@@ -144,11 +144,11 @@ def _unit(x: Tensor) -> Tensor:
         return x
     y = x.to(torch.promote_types(x.dtype, torch.float32))
     largest = y.detach().abs().amax(-1, keepdim=True)
-    y = y / torch.where(largest > 0, largest, 1)
-    # The largest entry is now 1, and so the norm at least 1, except for a zero vector, whose gradient the clamp stops.
+    y = y / largest.clamp_min(1e-12)  # as F.normalize: what is smaller shrinks to 0
+    # The largest entry is now 1 and the norm at least 1, except for these smallest vectors.
     norm = torch.linalg.vector_norm(y, dim=-1, keepdim=True).clamp_min(1)
     unit: Tensor = y / norm
-    return unit.to(x.dtype)
+    return unit.masked_fill(largest == 0, 0).to(x.dtype)
 
 
 def prediction_distance(probs: Tensor, labels: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from uncertainty_mm._checks import (
     check_choice,
     check_dropout,
+    check_like_parameters,
     check_positive_int,
     check_range,
     check_tensor,
@@ -141,6 +142,7 @@ class UncertaintyGatedFusion(nn.Module):
         """
         sizes = {"M": self.num_modalities, "Q": self.num_labels, "K": self.latent_dim}
         check_latent(latent, missing, sizes, self.validate_args)
+        check_like_parameters("latent", latent.mean, next(self.mean_head.parameters()))
         per_sample = isinstance(uncertainty, Tensor) and uncertainty.dim() == 1
         check_tensor(
             "uncertainty",
@@ -176,7 +178,8 @@ def _mixture_logits(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
     """Logit of weight * sigmoid(a) + (1 - weight) * sigmoid(b), exact for any logits and any weight in [0, 1].
 
     log(weight) has no gradient at 0, though the mixture has: (sigmoid(a) - sigmoid(b)) / (p (1 - p)). So the weight is
-    held fixed inside the logarithms, and its gradient enters as the slope of a term whose value is 0.
+    held fixed inside the logarithms, and its gradient enters as the slope of a term whose value is 0. Hence second
+    derivatives with respect to the weight are not those of the mixture.
     """
     fixed = weight.detach()
     log_w, log_1_w = fixed.log(), torch.log1p(-fixed)
@@ -193,5 +196,5 @@ def _mixture_logits(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
             + F.logsigmoid(-torch.minimum(a, b))
         )
         slope = torch.sign(a - b) * torch.exp(log_difference - log_p - log_1_p)
-        slope = slope.nan_to_num(0.0).clamp(-1e30, 1e30)  # 0 for a = b; finite beyond the dtype
+        slope = slope.nan_to_num(0.0).clamp(-1e15, 1e15)  # 0 for a = b; finite beyond the dtype
     return logits + (weight - fixed) * slope

@@ -13,6 +13,7 @@ from torch.distributions import Independent, Normal
 from uncertainty_mm._checks import (
     check_dropout,
     check_finite,
+    check_like_parameters,
     check_missing,
     check_number,
     check_positive_int,
@@ -24,6 +25,10 @@ from uncertainty_mm.functional import distribution_embedding
 
 # Upper limit of the standard deviations of GaussianDecoupler; within float16.
 _MAX_STD = 1e4
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 class DiagonalGaussian(NamedTuple):
@@ -46,13 +51,13 @@ class DiagonalGaussian(NamedTuple):
 
     @property
     def variance(self) -> Tensor:
-        r"""Variance :math:`\sigma^2`, shape (..., K)."""
-        return self.std.square()
+        r"""Variance :math:`\sigma^2` in at least float32, shape (..., K)."""
+        return _at_least_float32(self.std).square()
 
     @property
     def log_var(self) -> Tensor:
-        r"""Logarithm of the variance :math:`\log \sigma^2`, shape (..., K)."""
-        return 2 * self.std.log()
+        r"""Logarithm of the variance :math:`\log \sigma^2` in at least float32, shape (..., K)."""
+        return 2 * _at_least_float32(self.std).log()
 
     def rsample(self) -> Tensor:
         r"""One draw :math:`\mu + \sigma \epsilon` with :math:`\epsilon \sim \mathcal N(0, 1)`, shape (..., K).
@@ -68,9 +73,8 @@ class DiagonalGaussian(NamedTuple):
             \mathrm{KL}\bigl(\mathcal N(\mu, \sigma^2) \,\|\, \mathcal N(0, 1)\bigr)
             = \tfrac12 \sum_k \mu_k^2 + \sigma_k^2 - 1 - \log \sigma_k^2
         """
-        dtype = torch.promote_types(self.mean.dtype, torch.float32)
-        mean, std = self.mean.to(dtype), self.std.to(dtype)
-        return 0.5 * (mean.square() + std.square() - 1 - 2 * std.log()).sum(-1)
+        mean = _at_least_float32(self.mean)
+        return 0.5 * (mean.square() + self.variance - 1 - self.log_var).sum(-1)
 
     def embedding(self, use_mean: bool = True, use_std: bool = True) -> Tensor:
         r"""Point that stands for the distribution in the contrastive loss (Eq. 4).
@@ -94,7 +98,7 @@ class DiagonalGaussian(NamedTuple):
 
     def to_distribution(self) -> Independent[Normal]:
         """The same as a `torch.distributions` object with batch shape (...) and event shape (K,)."""
-        return Independent(Normal(self.mean, self.std), 1)
+        return Independent(Normal(self.mean, self.std, validate_args=False), 1)
 
 
 def check_latent(
@@ -235,6 +239,7 @@ class GaussianDecoupler(nn.Module):
         """
         sizes = {"M": self.num_modalities, "in_dim": self.in_dim}
         check_tensor("z", z, "floating", "B M Q in_dim", sizes)
+        check_like_parameters("z", z, self.mean_head.weight)
         check_missing(missing, sizes, z.device)
         left_out = None if missing is None else missing[:, :, None, None]
         if checks_values(z, self.validate_args):
@@ -251,7 +256,8 @@ class GaussianDecoupler(nn.Module):
         return DiagonalGaussian(mean, std)
 
     def _bounded_std(self, raw: Tensor) -> Tensor:
-        x = raw.to(torch.promote_types(raw.dtype, torch.float32))
+        x = _at_least_float32(raw).clamp(-1e30, 1e30)  # half precision may have overflowed
         half_range = torch.where(x < 0, -2 * math.log(self.min_std), 2 * math.log(_MAX_STD))
         log_var = x / torch.hypot(x / half_range, torch.ones_like(x))  # no square to overflow
-        return (self.min_std + torch.exp(0.5 * log_var)).to(raw.dtype)
+        std = self.min_std + torch.exp(0.5 * log_var)
+        return std.clamp_min(torch.finfo(raw.dtype).tiny).to(raw.dtype)
