@@ -1,6 +1,13 @@
 """Prints what was measured as one Markdown table, relative to the floor of the same run."""
 
-import pytest
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))  # --import-mode=importlib leaves it alone
+
+
+def pytest_configure(config):
+    config.addinivalue_line("filterwarnings", "default")  # others' warnings do not matter here
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -19,10 +26,3 @@ def pytest_terminal_summary(terminalreporter):
         ratio = f"{median / floor:.2f}" if floor else ""
         memory = f"{info['peak_mb']:.0f}" if "peak_mb" in info else ""
         write(f"| {bench.group} | {info.get('name')} | {1e3 * median:.1f} | {ratio} | {memory} |")
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _quiet_dynamo():
-    import torch._dynamo
-
-    torch._dynamo.config.cache_size_limit = 64

@@ -75,7 +75,7 @@ def metric_learning(inputs):
             SupConLoss(temperature=TEMPERATURE), DIM, memory_size=len(inputs.bank) + len(rows)
         ).to(rows.device)
         memory.embedding_memory[: len(inputs.bank)] = inputs.bank
-        memory.label_memory[: len(inputs.bank), 0] = inputs.bank_classes
+        memory.label_memory[: len(inputs.bank)] = inputs.bank_classes
         memory.queue_idx = len(inputs.bank)
         return memory(rows, inputs.classes)
 

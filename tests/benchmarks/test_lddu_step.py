@@ -4,6 +4,7 @@ python -m pytest tests/benchmarks/test_lddu_step.py
 """
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
@@ -14,6 +15,9 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DIMS = {"text": 768, "audio": 74, "vision": 35}
+
+
+torch.set_num_threads(os.cpu_count() or 1)  # the tests take one
 
 
 def load_example():
