@@ -47,6 +47,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, TQDMProg
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
@@ -632,6 +633,7 @@ say = rank_zero_only(print)
 def run_folder(args: argparse.Namespace, name: str) -> Path:
     """Where the run is written; a resumed run stays in the folder of its checkpoint."""
     if args.ckpt:
+        read_checkpoint(args.ckpt)
         folder = args.ckpt.parent
         if args.output and args.output.resolve() != folder.resolve():
             raise UsageError(
@@ -659,7 +661,7 @@ def collect_history(folder: Path) -> list[dict[str, str]]:
     for path in sorted(logs, key=lambda path: int(path.parent.name.removeprefix("version_"))):
         with open(path, newline="") as file:
             rows = list(csv.DictReader(file))
-        first = int(rows[0]["epoch"])
+        first = min((int(row["epoch"]) for row in rows), default=math.inf)
         history = [row for row in history if int(row["epoch"]) < first] + rows
     columns = sorted({column for row in history for column in row})
     with open(folder / "metrics.csv", "w", newline="") as file:
@@ -752,7 +754,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     last = ModelCheckpoint(
         folder, "last", save_on_train_epoch_end=True, enable_version_counter=False
     )
-    trainer = L.Trainer(
+    trainer = make_trainer(
         max_epochs=epochs,
         accelerator=args.accelerator,
         devices=args.devices,
@@ -769,7 +771,6 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         ],
         log_every_n_steps=1_000_000,  # once an epoch is enough, and never waits for the device
         num_sanity_val_steps=0,
-        enable_model_summary=False,
     )
     trainer.fit(
         lit, DataModule(parts, args.batch_size, args.seed), ckpt_path=args.ckpt, weights_only=True
@@ -806,14 +807,21 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     return results
 
 
+def make_trainer(**options: Any) -> L.Trainer:
+    """A Lightning trainer; options that this machine cannot satisfy end in one line."""
+    try:
+        return L.Trainer(enable_model_summary=False, **options)
+    except (ValueError, MisconfigurationException) as error:
+        raise UsageError(" ".join(str(error).split())) from error
+
+
 def apply(lit: LitLDDU, data: Data, args: argparse.Namespace) -> dict[str, Tensor]:
     """The outputs of `predict_step` for a whole split."""
-    trainer = L.Trainer(
+    trainer = make_trainer(
         accelerator=args.accelerator,
         devices=1,
         logger=False,
         enable_checkpointing=False,
-        enable_model_summary=False,
         enable_progress_bar=False,
     )
     steps = trainer.predict(lit, data.loader(args.batch_size))

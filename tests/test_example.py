@@ -258,6 +258,8 @@ def test_predict_refuses_other_labels_and_foreign_checkpoints(example, finished,
         (["--seed", str(2**32)], "--seed must be below 2**32"),
         (["--ckpt", "nowhere.ckpt"], "nowhere.ckpt: no such file"),
         (["--output", "/dev/null/folder"], "cannot write there"),
+        (["--accelerator", "abacus"], "accelerator"),
+        (["--precision", "7"], "recision"),
     ],
 )
 def test_bad_options_end_in_one_line(example, finished, options, message):
