@@ -754,12 +754,13 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     last = ModelCheckpoint(
         folder, "last", save_on_train_epoch_end=True, enable_version_counter=False
     )
+    distributed = args.strategy == "ddp" or args.devices > 1
     trainer = make_trainer(
         max_epochs=epochs,
         accelerator=args.accelerator,
         devices=args.devices,
         # No broadcast: until an epoch ends, each process has its own part of the tracker's history.
-        strategy=DDPStrategy(broadcast_buffers=False) if args.devices > 1 else "auto",
+        strategy=DDPStrategy(broadcast_buffers=False) if distributed else "auto",
         precision=args.precision,
         gradient_clip_val=1.0,
         logger=CSVLogger(folder, name="logs"),
@@ -889,7 +890,7 @@ TRAINING_OPTIONS: dict[str, tuple[Any, str]] = {
     "warmup": (0.1, "share of the steps in which the learning rate rises"),
     "weight_decay": (0.0, "decoupled weight decay (paper: Adam, none)"),
     "devices": (1, "number of devices"),
-    "strategy": (("auto", "ddp"), "both divide the batches among several devices by DDP"),
+    "strategy": (("auto", "ddp"), "ddp, or auto: ddp for several devices"),
     "precision": ("32-true", "32-true, bf16-mixed, 16-mixed, ... (see Lightning)"),
 }
 MODEL_OPTIONS: dict[str, tuple[Any, str]] = {
