@@ -57,9 +57,14 @@ def _forward(
     temperature: float,
     reduction: str,
     needs_grad: bool,
-) -> tuple[Tensor, Tensor]:
-    """Loss and, for a scalar loss, its gradient; an operator, so that compilers take it as one step."""
-    return _compute(
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss and what its gradient needs; an operator, so that compilers take it as one step.
+
+    For a scalar loss that is the gradient itself. For `"none"` it is the bank: copied here, because the queue may be
+    overwritten before the backward pass, to which a compiler may put off any other copy.
+    """
+    scalar = reduction != "none"
+    loss, grad = _compute(
         embeddings,
         classes,
         anchor_mask,
@@ -68,8 +73,10 @@ def _forward(
         temperature,
         reduction,
         None,
-        needs_grad and reduction != "none",
+        needs_grad and scalar,
     )
+    kept = slice(None if needs_grad and not scalar else 0)
+    return loss, grad, bank[kept].clone(), bank_classes[kept].clone()
 
 
 @_forward.register_fake
@@ -82,11 +89,13 @@ def _(
     temperature: float,
     reduction: str,
     needs_grad: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = torch.promote_types(embeddings.dtype, torch.float32)
-    loss = embeddings.new_empty(classes.shape if reduction == "none" else (), dtype=dtype)
-    stored = embeddings.shape if needs_grad and reduction != "none" else (0,)
-    return loss, embeddings.new_empty(stored, dtype=dtype)
+    scalar = reduction != "none"
+    loss = embeddings.new_empty(() if scalar else classes.shape, dtype=dtype)
+    grad = embeddings.new_empty(embeddings.shape if needs_grad and scalar else (0,), dtype=dtype)
+    kept = slice(None if needs_grad and not scalar else 0)
+    return loss, grad, torch.empty_like(bank[kept]), torch.empty_like(bank_classes[kept])
 
 
 @torch.library.custom_op("uncertainty_mm::supcon_backward", mutates_args=())
@@ -129,20 +138,19 @@ def _(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(gradient, dtype=dtype, memory_format=torch.contiguous_format)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    embeddings, classes, anchor_mask, bank, bank_classes, temperature, reduction, needs_grad = (
-        inputs
-    )
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    embeddings, classes, anchor_mask, _, _, temperature, reduction, needs_grad = inputs
+    _, grad, bank, bank_classes = output
     ctx.dtype, ctx.temperature, ctx.scalar = embeddings.dtype, temperature, reduction != "none"
     if not needs_grad:
         return
     if ctx.scalar:
-        ctx.save_for_backward(output[1])
-    else:  # the bank may be overwritten before the backward pass
-        ctx.save_for_backward(embeddings, classes, anchor_mask, bank.clone(), bank_classes.clone())
+        ctx.save_for_backward(grad)
+    else:
+        ctx.save_for_backward(embeddings, classes, anchor_mask, bank, bank_classes)
 
 
-def _differentiate(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, grad_loss: Tensor, *_: object) -> tuple[Tensor | None, ...]:
     if ctx.scalar:
         (gradient,) = ctx.saved_tensors
         return (_scale(gradient, grad_loss, ctx.dtype), *[None] * 7)
