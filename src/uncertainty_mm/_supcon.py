@@ -39,7 +39,10 @@ def supcon(
     temperature: float,
     reduction: str,
 ) -> Tensor:
-    """The loss for checked arguments; see :func:`uncertainty_mm.functional.supcon_loss`."""
+    """The loss for checked arguments; see :func:`uncertainty_mm.functional.supcon_loss`.
+
+    `anchor_mask` may be shorter than the batch: the other rows are keys alone, and have no entry in the result.
+    """
     needs_grad = embeddings.requires_grad and torch.is_grad_enabled()
     loss: Tensor = _forward(
         embeddings, classes, anchor_mask, bank, bank_classes, temperature, reduction, needs_grad
@@ -92,7 +95,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = torch.promote_types(embeddings.dtype, torch.float32)
     scalar = reduction != "none"
-    loss = embeddings.new_empty(() if scalar else classes.shape, dtype=dtype)
+    loss = embeddings.new_empty(() if scalar else anchor_mask.shape, dtype=dtype)
     grad = embeddings.new_empty(embeddings.shape if needs_grad and scalar else (0,), dtype=dtype)
     kept = slice(None if needs_grad and not scalar else 0)
     return loss, grad, torch.empty_like(bank[kept]), torch.empty_like(bank_classes[kept])
@@ -191,10 +194,12 @@ def _compute(
         bank, bank_classes = _without_empty_slots(bank, bank_classes)
 
         totals, counts, segment = _class_sums(rows, classes, bank, bank_classes)
-        num_positives = counts[segment] - 1
-        anchors = anchor_mask & valid & (num_positives > 0)
+        first = slice(anchor_mask.shape[0])
+        anchor_rows, anchor_segment = rows[first], segment[first]
+        num_positives = counts[anchor_segment] - 1
+        anchors = anchor_mask & valid[first] & (num_positives > 0)
         inverse = num_positives.clamp_min(1).reciprocal()
-        mean_positive = (totals[segment] - rows) * inverse.unsqueeze(1)
+        mean_positive = (totals[anchor_segment] - anchor_rows) * inverse.unsqueeze(1)
         if weights is None:
             weights = anchors.to(dtype)
             if reduction == "mean":
@@ -204,12 +209,13 @@ def _compute(
         losses, grad = _log_sum_exp(
             rows, valid, anchors, weights, bank, bank_classes, temperature, needs_grad
         )
-        losses = losses - (rows * mean_positive).sum(1) / temperature
+        losses = losses - (anchor_rows * mean_positive).sum(1) / temperature
         losses = losses.masked_fill(~anchors, 0)
         if needs_grad:
-            weighted = rows * (weights * inverse).unsqueeze(1)
-            per_class = torch.zeros_like(rows).index_add_(0, segment, weighted)
-            grad -= weights.unsqueeze(1) * mean_positive + per_class[segment] - weighted
+            weighted = anchor_rows * (weights * inverse).unsqueeze(1)
+            per_class = torch.zeros_like(rows).index_add_(0, anchor_segment, weighted)
+            grad -= per_class[segment]
+            grad[first] -= weights.unsqueeze(1) * mean_positive - weighted
             grad /= temperature
         loss = losses if reduction == "none" else (losses * weights).sum()
         return loss, grad
@@ -263,10 +269,10 @@ def _log_sum_exp(
     """Log-sum-exp of each anchor over its keys, and temperature times the gradient of their weighted sum."""
     num_rows, dim = rows.shape
     scale = math.log2(math.e) / temperature
-    result = rows.new_zeros(num_rows)
+    result = torch.zeros_like(weights)
     grad = rows.new_zeros(num_rows, dim) if needs_grad else rows.new_zeros(0)
     on_cpu = rows.device.type == "cpu"
-    places = torch.arange(num_rows, device=rows.device)
+    places = torch.arange(anchors.shape[0], device=rows.device)
     if on_cpu:
         places = places[anchors]
     size, num_keys = (_CPU_TILE, _CPU_KEYS) if on_cpu else (_ACCELERATOR_TILE, _ACCELERATOR_KEYS)

@@ -255,16 +255,16 @@ class DistributionSupConLoss(nn.Module):
             F.pad(embeddings, (0, 0, 0, capacity - num_rows)),
             F.pad(classes, (0, capacity - num_rows), value=-1),
         )
-        start = dist.get_rank() * capacity
-        all_anchors = self._anchors(key_classes)
-        own_anchors = torch.zeros_like(all_anchors)
-        own_anchors[start : start + num_rows] = all_anchors[start : start + num_rows]
+        # For the loss, rows of this rank come first: its anchors are among them.
+        own_first = -dist.get_rank() * capacity
+        batch, batch_classes = keys.roll(own_first, 0), key_classes.roll(own_first, 0)
+        anchors = self._anchors(batch_classes)
         if self.reduction == "none":
-            losses = self._loss(keys, key_classes, own_anchors, "none")
-            return losses[start : start + num_rows], keys, key_classes
-        loss = self._loss(keys, key_classes, own_anchors, "sum")
+            losses = self._loss(batch, batch_classes, anchors[:capacity], "none")
+            return losses[:num_rows], keys, key_classes
+        loss = self._loss(batch, batch_classes, anchors[:capacity], "sum")
         if self.reduction == "mean":
-            loss = loss / self._count_anchors(key_classes, all_anchors).clamp_min(1)
+            loss = loss / self._count_anchors(batch_classes, anchors).clamp_min(1)
         # The value of the joined batch, with this rank's share of the gradient, which averaging will divide.
         share = loss * world_size()
         return sum_over_ranks(loss.detach()) + (share - share.detach()), keys, key_classes
