@@ -745,6 +745,8 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         if len(valid):
             encoder.mean.copy_(valid.mean(0))
             encoder.std.copy_(valid.std(0, correction=0).clamp_min(1e-3))
+    # With this bound several processes need not ask each other at every step how large their batches are.
+    lit.model.contrastive.max_batch_size = args.batch_size
     epochs = (30 if args.data else 12) if args.epochs is None else args.epochs
     if args.ckpt:
         check_resumable(args.ckpt, lit, epochs)

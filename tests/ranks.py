@@ -39,6 +39,7 @@ class Ranks:
 
     def __init__(self, world_size, meeting_point):
         context = mp.get_context("spawn")
+        self.world_size = world_size
         self.connections, self.processes = [], []
         for rank in range(world_size):
             ours, theirs = context.Pipe()
@@ -83,8 +84,23 @@ class Ranks:
 
 def contrast(rank, shares, batches, settings):
     """Losses, gradients and queue of a DistributionSupConLoss that sees this rank's share."""
+    return _contrast(rank, shares, batches, settings)
+
+
+def contrast_compiled(rank, shares, batches, settings):
+    """The same, compiled whole and only once."""
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        try:
+            return _contrast(rank, shares, batches, settings, fullgraph=True, backend="aot_eager")
+        finally:
+            torch.compiler.reset()
+
+
+def _contrast(rank, shares, batches, settings, **compiler):
     modalities, labels, latent = batches[0][0].shape[1:]
     module = umm.DistributionSupConLoss(modalities, labels, latent, **settings).double()
+    if compiler:
+        module.compile(**compiler)
     steps = []
     for mean, std, labels, missing in batches:
         share = slice(*shares[rank])

@@ -171,6 +171,21 @@ def test_supcon_compiles_with_its_gradient(reduction):
 
 
 @pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_compiled_gradient_is_that_before_the_batch_entered_the_queue(reduction):
+    case = CASES["DistributionSupConLoss"]
+    module, twin = case.build(reduction=reduction), case.build(reduction=reduction)
+    module.compile(fullgraph=True, backend="aot_eager")
+    for step in range(3):
+        for actual, expected in zip(
+            case.results(module, case.inputs(step)),
+            case.results(twin, case.inputs(step)),
+            strict=True,
+        ):
+            close(actual, expected)
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # from the compiler itself
 @pytest.mark.parametrize("name", ["DistributionSupConLoss", "UncertaintyGatedFusion"])
 def test_default_compiler_gives_the_same_results(name):

@@ -466,6 +466,8 @@ def test_module_of_half_precision_still_computes_in_float32():
         ({"temperature": "0.07"}, TypeError, "temperature"),
         ({"anchors": "absent"}, ValueError, "anchors"),
         ({"gather": "yes"}, TypeError, "gather"),
+        ({"max_batch_size": 0}, ValueError, "max_batch_size"),
+        ({"max_batch_size": 8.0}, TypeError, "max_batch_size"),
         ({"reduction": "avg"}, ValueError, "reduction"),
         ({"use_mean": False, "use_std": False}, ValueError, "use_mean"),
     ],
@@ -507,6 +509,14 @@ def test_rejects_shapes_of_latent(mean_shape, std_shape):
     latent = DiagonalGaussian(torch.randn(mean_shape).double(), torch.rand(std_shape).double())
     with pytest.raises(ValueError, match="`latent"):
         build()(latent, random_batch()[1])
+
+
+def test_rejects_a_batch_larger_than_the_largest():
+    build(max_batch_size=BATCH)(*random_batch())
+    with pytest.raises(
+        ValueError, match=f"`max_batch_size` = {BATCH - 1} samples, but got {BATCH}"
+    ):
+        build(max_batch_size=BATCH - 1)(*random_batch())
 
 
 @pytest.mark.parametrize("field", ["mean", "std"])

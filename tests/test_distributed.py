@@ -1,25 +1,38 @@
-"""Two processes against one: the loss with `gather=True` and the tracker's `synchronize`."""
+"""Several processes against one: the loss with `gather=True` and the tracker's `synchronize`."""
+
+from itertools import accumulate, pairwise
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from ranks import Ranks, average_gradient, contrast, track
+from ranks import Ranks, average_gradient, contrast, contrast_compiled, track
 from support import close
 from uncertainty_mm import DiagonalGaussian, DistributionSupConLoss
 
 if not (dist.is_available() and dist.is_gloo_available()):
     pytest.skip("needs gloo", allow_module_level=True)
 
-BATCH, MODALITIES, LABELS, LATENT = 8, 2, 3, 4
-EVEN, RAGGED, LOPSIDED = [(0, 4), (4, 8)], [(0, 3), (3, 8)], [(0, 7), (7, 8)]
+BATCH, MODALITIES, LABELS, LATENT = 12, 2, 3, 4
+# How the batch is divided among two and among three ranks.
+DIVISIONS = {
+    "even": {2: (6, 6), 3: (4, 4, 4)},
+    "ragged": {2: (3, 9), 3: (3, 7, 2)},
+    "lopsided": {2: (11, 1), 3: (1, 1, 10)},
+    "one empty": {2: (12, 0), 3: (5, 0, 7)},
+}
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    pool = Ranks(2, tmp_path_factory.mktemp("gloo") / "meeting-point")
+@pytest.fixture(scope="module", params=[2, 3])
+def ranks(request, tmp_path_factory):
+    pool = Ranks(request.param, tmp_path_factory.mktemp("gloo") / "meeting-point")
     yield pool
     pool.close()
+
+
+def divide(ranks, division):
+    """[(start, end)] of the samples of each rank."""
+    return list(pairwise(accumulate(DIVISIONS[division][ranks.world_size], initial=0)))
 
 
 def random_batch():
@@ -34,92 +47,122 @@ def joined(batches, settings):
     return contrast(0, [(0, BATCH)], batches, settings)
 
 
-def compare(ranks, shares, batches, **settings):
+def compare(ranks, division, batches, *, max_batch_size=None, job=contrast, **settings):
     """Loss and gradient, averaged over the ranks, and queues: as in one process."""
-    (left, left_state), (right, right_state) = ranks.run(
-        contrast, shares, batches, settings | {"gather": True}
-    )
+    several = settings | {"gather": True, "max_batch_size": max_batch_size}
+    results = ranks.run(job, divide(ranks, division), batches, several)
     expected, state = joined(batches, settings)
-    for a, b, (loss, *grads) in zip(left, right, expected, strict=True):
-        close((a[0] + b[0]) / 2, loss)
-        for i, grad in enumerate(grads, start=1):
-            close(torch.cat([a[i], b[i]]) / 2, grad)
+    for step, (loss, *grads) in enumerate(expected):
+        losses, *shares = zip(*(steps[step] for steps, _ in results), strict=True)
+        if settings.get("reduction") == "none":  # each rank has its own; their sum is not averaged
+            close(torch.cat(losses), loss)
+            divisor = 1
+        else:
+            assert all(torch.equal(value, losses[0]) for value in losses)
+            close(losses[0], loss)
+            divisor = ranks.world_size
+        for share, grad in zip(shares, grads, strict=True):
+            close(torch.cat(share) / divisor, grad)
     for name, expected_buffer in state.items():
-        assert torch.equal(left_state[name], right_state[name]), name
-        close(left_state[name].double(), expected_buffer)
+        buffers = [state[name] for _, state in results]
+        assert all(torch.equal(buffer, buffers[0]) for buffer in buffers), name
+        close(buffers[0].double(), expected_buffer)
 
 
-@pytest.mark.parametrize("shares", [EVEN, RAGGED, LOPSIDED])
+@pytest.mark.parametrize("max_batch_size", [None, BATCH, 20])
+@pytest.mark.parametrize("division", DIVISIONS)
 @pytest.mark.parametrize("anchors", ["present", "all"])
-def test_gathered_loss_equals_that_of_one_process(ranks, shares, anchors):
-    batches = [random_batch() for _ in range(3)]
-    compare(ranks, shares, batches, queue_size=100, anchors=anchors)
+def test_gathered_loss_equals_that_of_one_process(ranks, division, anchors, max_batch_size):
+    compare(
+        ranks,
+        division,
+        [random_batch() for _ in range(3)],
+        max_batch_size=max_batch_size,
+        queue_size=150,
+        anchors=anchors,
+    )
+
+
+@pytest.mark.parametrize("ranks", [2], indirect=True, scope="module")
+@pytest.mark.parametrize("division", ["ragged", "one empty"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_gathered_loss_compiles_whole_and_once(ranks, division, reduction):
+    compare(
+        ranks,
+        division,
+        [random_batch() for _ in range(4)],  # the queue fills up in the third step
+        max_batch_size=BATCH,
+        job=contrast_compiled,
+        queue_size=150,
+        reduction=reduction,
+    )
 
 
 def test_gathered_sum_equals_that_of_one_process(ranks):
-    compare(ranks, RAGGED, [random_batch() for _ in range(2)], queue_size=100, reduction="sum")
+    compare(ranks, "ragged", [random_batch() for _ in range(2)], queue_size=100, reduction="sum")
 
 
-@pytest.mark.parametrize("queue_size", [0, 7, 50])
-def test_gathered_queue_wraps_as_that_of_one_process(ranks, queue_size):
-    compare(ranks, RAGGED, [random_batch() for _ in range(4)], queue_size=queue_size)
+@pytest.mark.parametrize("max_batch_size", [None, 20])
+@pytest.mark.parametrize("queue_size", [0, 7, 100])
+def test_gathered_queue_wraps_as_that_of_one_process(ranks, queue_size, max_batch_size):
+    batches = [random_batch() for _ in range(4)]
+    compare(ranks, "ragged", batches, max_batch_size=max_batch_size, queue_size=queue_size)
 
 
 def test_rank_without_anchors_takes_part(ranks):
     mean, std, labels, missing = random_batch()
-    labels[4:] = 0
-    compare(ranks, EVEN, [(mean, std, labels, missing)], queue_size=100)
+    labels[6:] = 0
+    compare(ranks, "even", [(mean, std, labels, missing)], queue_size=100)
 
 
 def test_rank_with_everything_missing_takes_part(ranks):
     mean, std, labels, missing = random_batch()
-    missing[4:] = True
-    compare(ranks, EVEN, [(mean, std, labels, missing)], queue_size=100)
+    missing[6:] = True
+    compare(ranks, "even", [(mean, std, labels, missing)], queue_size=100)
 
 
-def test_rank_without_samples_takes_part(ranks):
-    compare(ranks, [(0, 8), (8, 8)], [random_batch()], queue_size=100)
+@pytest.mark.parametrize("max_batch_size", [None, 2])
+def test_no_samples_anywhere_change_nothing(ranks, max_batch_size):
+    nowhere = [(0, 0)] * ranks.world_size
+    settings = {"gather": True, "max_batch_size": max_batch_size, "queue_size": 10}
+    for steps, state in ranks.run(contrast, nowhere, [random_batch()], settings):
+        assert steps[0][0] == 0
+        assert (state["queue_classes"] == -1).all()
+        assert state["queue_pointer"] == 0
 
 
 def test_no_anchor_anywhere_gives_zero_with_zero_gradient(ranks):
     mean, std, labels, missing = random_batch()
     batch = (mean, std, torch.zeros_like(labels), missing)
-    for steps, _ in ranks.run(contrast, EVEN, [batch], {"gather": True}):
+    for steps, _ in ranks.run(contrast, divide(ranks, "even"), [batch], {"gather": True}):
         loss, *grads = steps[0]
         assert loss == 0
         assert all((grad == 0).all() for grad in grads)
 
 
-def test_value_of_the_gathered_loss_is_the_same_on_all_ranks(ranks):
-    (left, _), (right, _) = ranks.run(contrast, RAGGED, [random_batch()], {"gather": True})
-    close(left[0][0], right[0][0])
-
-
-def test_gathered_losses_of_the_anchors_are_those_of_one_process(ranks):
-    batch = random_batch()
-    (left, _), (right, _) = ranks.run(
-        contrast, RAGGED, [batch], {"gather": True, "reduction": "none"}
-    )
-    expected, _ = joined([batch], {"reduction": "none"})
-    close(torch.cat([left[0][0], right[0][0]]), expected[0][0])
+@pytest.mark.parametrize("max_batch_size", [None, 20])
+def test_gathered_losses_of_the_anchors_are_those_of_one_process(ranks, max_batch_size):
+    batches = [random_batch() for _ in range(2)]
+    compare(ranks, "ragged", batches, max_batch_size=max_batch_size, reduction="none")
 
 
 def test_gradient_of_an_encoder_under_ddp_equals_that_of_one_process(ranks):
     mean, std, labels, missing = random_batch()
-    left, right = ranks.run(
-        average_gradient, RAGGED, (mean, std, labels, missing), {"gather": True}
+    grads = ranks.run(
+        average_gradient, divide(ranks, "ragged"), (mean, std, labels, missing), {"gather": True}
     )
     weight = torch.eye(LATENT, dtype=torch.float64, requires_grad=True)
     loss = DistributionSupConLoss(MODALITIES, LABELS, LATENT).double()
     loss(DiagonalGaussian(mean @ weight.T, std), labels, missing).backward()
-    close(left, weight.grad)
-    close(right, weight.grad)
+    for grad in grads:
+        close(grad, weight.grad)
 
 
 def test_without_gather_ranks_know_nothing_of_each_other(ranks):
     mean, std, labels, missing = random_batch()
-    results = ranks.run(contrast, EVEN, [(mean, std, labels, missing)], {"queue_size": 100})
-    for (start, end), (steps, _) in zip(EVEN, results, strict=True):
+    shares = divide(ranks, "even")
+    results = ranks.run(contrast, shares, [(mean, std, labels, missing)], {"queue_size": 100})
+    for (start, end), (steps, _) in zip(shares, results, strict=True):
         share = [(mean[start:end], std[start:end], labels[start:end], missing[start:end])]
         expected, _ = contrast(0, [(0, end - start)], share, {"queue_size": 100})
         for actual, wanted in zip(steps[0], expected[0], strict=True):
@@ -130,10 +173,16 @@ def test_without_gather_ranks_know_nothing_of_each_other(ranks):
 
 
 def follow(ranks, *histories, samples=4):
-    """[(share, counts, forgetting)] by round, after making sure that both ranks agree."""
-    left, right = ranks.run(track, histories, torch.arange(samples))
-    assert left == right
-    return left
+    """[(share, counts, forgetting)] by round, after making sure that all ranks agree.
+
+    Ranks that `histories` does not name see nothing.
+    """
+    idle = [[]] * (ranks.world_size - len(histories[0]))
+    first, *others = ranks.run(
+        track, [[*history, *idle] for history in histories], torch.arange(samples)
+    )
+    assert all(other == first for other in others)
+    return first
 
 
 def test_synchronize_joins_disjoint_samples(ranks):
@@ -178,3 +227,26 @@ def test_forgetting_is_seen_when_a_sample_moves_to_another_rank(ranks, before, a
 def test_last_prediction_survives_rounds_of_other_samples(ranks):
     rounds = follow(ranks, ([(0, True)], []), ([(1, True)], [(2, True)]), ([], [(0, False)]))
     assert rounds[2][2][0] == 1
+
+
+def test_synchronize_equals_a_history_kept_by_hand(ranks):
+    samples, rounds = 6, 5
+    draw = torch.randint(2 * samples, (rounds, ranks.world_size, 8)).tolist()
+    histories = [[[(x // 2, x % 2 == 1) for x in seen] for seen in round] for round in draw]
+    correct, counts, events = ([0] * samples for _ in range(3))
+    last = [None] * samples
+    for history, actual in zip(histories, follow(ranks, *histories, samples=samples), strict=True):
+        latest = []
+        for seen in history:
+            mine = list(last)
+            for i, now in seen:
+                correct[i] += now
+                counts[i] += 1
+                events[i] += mine[i] is True and not now
+                mine[i] = now
+            latest.append({i: mine[i] for i, _ in seen})
+        for i in set().union(*latest):
+            last[i] = any(mine.get(i, False) for mine in latest)
+        share = [c / n if n else 0.5 for c, n in zip(correct, counts, strict=True)]
+        assert actual[0] == pytest.approx(share)
+        assert actual[1:] == [counts, events]

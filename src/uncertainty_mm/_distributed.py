@@ -1,4 +1,4 @@
-"""Rank helpers that are safe without a process group."""
+"""Exchange between ranks: operators, so that compilers take each as one step."""
 
 from __future__ import annotations
 
@@ -14,35 +14,58 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def rows_of_ranks(tensor: Tensor) -> list[int]:
-    """Length of `tensor` on every rank; makes the host wait, since shapes live there."""
-    length = torch.tensor([tensor.shape[0]], device=tensor.device)
-    lengths = [torch.empty_like(length) for _ in range(dist.get_world_size())]
-    dist.all_gather(lengths, length)
-    return [int(length) for length in lengths]
+def largest_of_ranks(number: int, device: torch.device) -> int:
+    """The largest `number` that a rank passes; makes the host wait."""
+    largest = torch.tensor(number, device=device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return int(largest)
 
 
-def gather_rows(rows: Tensor, lengths: list[int]) -> Tensor:
-    """Concatenates the rows of all ranks, in the order of the ranks; gradients of all ranks are summed.
+@torch.library.custom_op("uncertainty_mm::sum_over_ranks", mutates_args=())
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """Sum of the tensors of all ranks; has no derivative."""
+    total = tensor.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total)
+    return total
 
-    Ranks may have different numbers of rows (`lengths`, from :func:`rows_of_ranks`).
+
+@sum_over_ranks.register_fake
+def _(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("uncertainty_mm::gather_rows", mutates_args=())
+def gather_rows(rows: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows and classes of all ranks, in the order of the ranks; the gradients of all ranks are summed.
+
+    Every rank passes as many. One operator for both, so that all ranks exchange them in the same order, however each
+    of them was compiled.
     """
-    gathered: Tensor = _GatherRows.apply(rows, lengths)  # type: ignore[no-untyped-call]
-    return gathered
+    return _gather(rows), _gather(classes)
 
 
-class _GatherRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, lengths: list[int]) -> Tensor:
-        ctx.lengths = lengths
-        padded = rows.new_zeros(max(lengths), *rows.shape[1:])
-        padded[: rows.shape[0]] = rows
-        parts = [torch.empty_like(padded) for _ in lengths]
-        dist.all_gather(parts, padded)
-        return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
+def _gather(tensor: Tensor) -> Tensor:
+    tensor = tensor.contiguous()
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, tensor)
+    return torch.cat(parts)
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        total = grad.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total)
-        return total.split(ctx.lengths)[dist.get_rank()], None
+
+@gather_rows.register_fake
+def _(rows: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
+    ranks = dist.get_world_size()
+    return rows.new_empty(ranks * rows.shape[0], *rows.shape[1:]), classes.new_empty(
+        ranks * classes.shape[0]
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
+    ctx.num_rows = inputs[0].shape[0]
+
+
+def _own_gradient(ctx: Any, grad: Tensor, _: object) -> tuple[Tensor, None]:
+    start = dist.get_rank() * ctx.num_rows
+    return sum_over_ranks(grad)[start : start + ctx.num_rows], None
+
+
+gather_rows.register_autograd(_own_gradient, setup_context=_setup_context)

@@ -39,7 +39,10 @@ def supcon(
     temperature: float,
     reduction: str,
 ) -> Tensor:
-    """The loss for checked arguments; see :func:`uncertainty_mm.functional.supcon_loss`."""
+    """The loss for checked arguments; see :func:`uncertainty_mm.functional.supcon_loss`.
+
+    `anchor_mask` may be shorter than the batch: the other rows are keys alone, and have no entry in the result.
+    """
     needs_grad = embeddings.requires_grad and torch.is_grad_enabled()
     loss: Tensor = _forward(
         embeddings, classes, anchor_mask, bank, bank_classes, temperature, reduction, needs_grad
@@ -57,9 +60,14 @@ def _forward(
     temperature: float,
     reduction: str,
     needs_grad: bool,
-) -> tuple[Tensor, Tensor]:
-    """Loss and, for a scalar loss, its gradient; an operator, so that compilers take it as one step."""
-    return _compute(
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss and what its gradient needs; an operator, so that compilers take it as one step.
+
+    For a scalar loss that is the gradient itself. For `"none"` it is the bank: copied here, because the queue may be
+    overwritten before the backward pass, to which a compiler may put off any other copy.
+    """
+    scalar = reduction != "none"
+    loss, grad = _compute(
         embeddings,
         classes,
         anchor_mask,
@@ -68,8 +76,10 @@ def _forward(
         temperature,
         reduction,
         None,
-        needs_grad and reduction != "none",
+        needs_grad and scalar,
     )
+    kept = slice(None if needs_grad and not scalar else 0)
+    return loss, grad, bank[kept].clone(), bank_classes[kept].clone()
 
 
 @_forward.register_fake
@@ -82,11 +92,13 @@ def _(
     temperature: float,
     reduction: str,
     needs_grad: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = torch.promote_types(embeddings.dtype, torch.float32)
-    loss = embeddings.new_empty(classes.shape if reduction == "none" else (), dtype=dtype)
-    stored = embeddings.shape if needs_grad and reduction != "none" else (0,)
-    return loss, embeddings.new_empty(stored, dtype=dtype)
+    scalar = reduction != "none"
+    loss = embeddings.new_empty(() if scalar else anchor_mask.shape, dtype=dtype)
+    grad = embeddings.new_empty(embeddings.shape if needs_grad and scalar else (0,), dtype=dtype)
+    kept = slice(None if needs_grad and not scalar else 0)
+    return loss, grad, torch.empty_like(bank[kept]), torch.empty_like(bank_classes[kept])
 
 
 @torch.library.custom_op("uncertainty_mm::supcon_backward", mutates_args=())
@@ -129,20 +141,19 @@ def _(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(gradient, dtype=dtype, memory_format=torch.contiguous_format)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    embeddings, classes, anchor_mask, bank, bank_classes, temperature, reduction, needs_grad = (
-        inputs
-    )
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    embeddings, classes, anchor_mask, _, _, temperature, reduction, needs_grad = inputs
+    _, grad, bank, bank_classes = output
     ctx.dtype, ctx.temperature, ctx.scalar = embeddings.dtype, temperature, reduction != "none"
     if not needs_grad:
         return
     if ctx.scalar:
-        ctx.save_for_backward(output[1])
-    else:  # the bank may be overwritten before the backward pass
-        ctx.save_for_backward(embeddings, classes, anchor_mask, bank.clone(), bank_classes.clone())
+        ctx.save_for_backward(grad)
+    else:
+        ctx.save_for_backward(embeddings, classes, anchor_mask, bank, bank_classes)
 
 
-def _differentiate(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, grad_loss: Tensor, *_: object) -> tuple[Tensor | None, ...]:
     if ctx.scalar:
         (gradient,) = ctx.saved_tensors
         return (_scale(gradient, grad_loss, ctx.dtype), *[None] * 7)
@@ -183,10 +194,12 @@ def _compute(
         bank, bank_classes = _without_empty_slots(bank, bank_classes)
 
         totals, counts, segment = _class_sums(rows, classes, bank, bank_classes)
-        num_positives = counts[segment] - 1
-        anchors = anchor_mask & valid & (num_positives > 0)
+        first = slice(anchor_mask.shape[0])
+        anchor_rows, anchor_segment = rows[first], segment[first]
+        num_positives = counts[anchor_segment] - 1
+        anchors = anchor_mask & valid[first] & (num_positives > 0)
         inverse = num_positives.clamp_min(1).reciprocal()
-        mean_positive = (totals[segment] - rows) * inverse.unsqueeze(1)
+        mean_positive = (totals[anchor_segment] - anchor_rows) * inverse.unsqueeze(1)
         if weights is None:
             weights = anchors.to(dtype)
             if reduction == "mean":
@@ -196,12 +209,13 @@ def _compute(
         losses, grad = _log_sum_exp(
             rows, valid, anchors, weights, bank, bank_classes, temperature, needs_grad
         )
-        losses = losses - (rows * mean_positive).sum(1) / temperature
+        losses = losses - (anchor_rows * mean_positive).sum(1) / temperature
         losses = losses.masked_fill(~anchors, 0)
         if needs_grad:
-            weighted = rows * (weights * inverse).unsqueeze(1)
-            per_class = torch.zeros_like(rows).index_add_(0, segment, weighted)
-            grad -= weights.unsqueeze(1) * mean_positive + per_class[segment] - weighted
+            weighted = anchor_rows * (weights * inverse).unsqueeze(1)
+            per_class = torch.zeros_like(rows).index_add_(0, anchor_segment, weighted)
+            grad -= per_class[segment]
+            grad[first] -= weights.unsqueeze(1) * mean_positive - weighted
             grad /= temperature
         loss = losses if reduction == "none" else (losses * weights).sum()
         return loss, grad
@@ -255,10 +269,10 @@ def _log_sum_exp(
     """Log-sum-exp of each anchor over its keys, and temperature times the gradient of their weighted sum."""
     num_rows, dim = rows.shape
     scale = math.log2(math.e) / temperature
-    result = rows.new_zeros(num_rows)
+    result = torch.zeros_like(weights)
     grad = rows.new_zeros(num_rows, dim) if needs_grad else rows.new_zeros(0)
     on_cpu = rows.device.type == "cpu"
-    places = torch.arange(num_rows, device=rows.device)
+    places = torch.arange(anchors.shape[0], device=rows.device)
     if on_cpu:
         places = places[anchors]
     size, num_keys = (_CPU_TILE, _CPU_KEYS) if on_cpu else (_ACCELERATOR_TILE, _ACCELERATOR_KEYS)

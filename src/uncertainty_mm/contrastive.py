@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from uncertainty_mm._checks import (
     check_choice,
@@ -15,7 +16,12 @@ from uncertainty_mm._checks import (
     check_tensor,
     checks_values,
 )
-from uncertainty_mm._distributed import gather_rows, rows_of_ranks, world_size
+from uncertainty_mm._distributed import (
+    gather_rows,
+    largest_of_ranks,
+    sum_over_ranks,
+    world_size,
+)
 from uncertainty_mm._supcon import supcon
 from uncertainty_mm.gaussian import DiagonalGaussian, check_latent
 
@@ -52,9 +58,13 @@ class DistributionSupConLoss(nn.Module):
         reduction: `"mean"` over the anchors that have a positive, `"sum"`, or `"none"`.
         gather: Under `torch.distributed`, take keys from all ranks, with gradient. After averaging over ranks, as
             `DistributedDataParallel` does, the gradient is that of one process on the joined batch, the value of the
-            loss is the same on all ranks, and so is the queue. The ranks may have batches of different sizes; learning
-            these makes the host wait, and cannot be compiled with `fullgraph=True`. With `"none"` every rank has the
-            losses of its own anchors. An argument that is refused on one rank leaves the others waiting.
+            loss is the same on all ranks, and so is the queue. The ranks may have batches of different sizes, none at
+            all included. With `"none"` every rank has the losses of its own anchors. An argument that is refused on
+            one rank leaves the others waiting.
+        max_batch_size: Largest batch that any rank will ever have; a larger one is refused. Pass it with `gather`: all
+            ranks then exchange as many rows, smaller batches being padded with rows that take no part. None makes the
+            ranks ask each other for the largest batch at every step, for which the host waits, and which cannot be
+            compiled with `fullgraph=True`.
         validate_args: Look at values (NaN, labels other than 0 and 1) also on an accelerator, at the price of a wait.
 
     Attributes:
@@ -93,6 +103,7 @@ class DistributionSupConLoss(nn.Module):
         use_std: bool = True,
         reduction: str = "mean",
         gather: bool = False,
+        max_batch_size: int | None = None,
         validate_args: bool = False,
     ) -> None:
         super().__init__()
@@ -109,6 +120,8 @@ class DistributionSupConLoss(nn.Module):
             raise ValueError("Expected `use_mean` or `use_std` to be True, but got False for both")
         check_choice("reduction", reduction, ("none", "mean", "sum"))
         check_flag("gather", gather)
+        if max_batch_size is not None:
+            check_positive_int("max_batch_size", max_batch_size)
         self.num_modalities = num_modalities
         self.num_labels = num_labels
         self.latent_dim = latent_dim
@@ -119,6 +132,7 @@ class DistributionSupConLoss(nn.Module):
         self.use_std = use_std
         self.reduction = reduction
         self.gather = gather
+        self.max_batch_size = max_batch_size
         self.validate_args = validate_args
         self.register_buffer("queue", torch.zeros(queue_size, latent_dim * (use_mean + use_std)))
         self.register_buffer("queue_classes", torch.full((queue_size,), -1))
@@ -128,7 +142,8 @@ class DistributionSupConLoss(nn.Module):
         """The settings, for `repr`."""
         return (
             f"queue_size={self.queue_size}, temperature={self.temperature}, anchors={self.anchors!r}, "
-            f"use_mean={self.use_mean}, use_std={self.use_std}, reduction={self.reduction!r}, gather={self.gather}"
+            f"use_mean={self.use_mean}, use_std={self.use_std}, reduction={self.reduction!r}, gather={self.gather}, "
+            f"max_batch_size={self.max_batch_size}"
         )
 
     @property
@@ -165,7 +180,8 @@ class DistributionSupConLoss(nn.Module):
             float32. 0 with zero gradient if there is no anchor with a positive.
 
         Raises:
-            ValueError: If shapes or devices disagree, or values are out of range.
+            ValueError: If shapes or devices disagree, the batch is larger than `max_batch_size`, or values are out of
+                range.
             TypeError: If a dtype is wrong.
         """
         sizes = {"M": self.num_modalities, "Q": self.num_labels, "K": self.latent_dim}
@@ -175,22 +191,26 @@ class DistributionSupConLoss(nn.Module):
             raise ValueError(
                 f"Expected `latent` to be on {self.queue.device}, but got {labels.device}"
             )
+        if self.max_batch_size is not None and labels.shape[0] > self.max_batch_size:
+            raise ValueError(
+                f"Expected `latent` to have at most `max_batch_size` = {self.max_batch_size} samples, "
+                f"but got {labels.shape[0]}"
+            )
         if checks_values(labels, self.validate_args):
             check_labels("labels", labels)
-        embeddings, classes, anchors = self._distributions(latent, labels != 0, missing)
+        embeddings, classes = self._distributions(latent, labels != 0, missing)
         if self.gather and world_size() > 1:
-            loss, embeddings, classes = self._gathered_loss(embeddings, classes, anchors)
+            loss, embeddings, classes = self._gathered_loss(embeddings, classes)
         else:
-            loss = self._loss(embeddings, classes, anchors, self.reduction)
+            loss = self._loss(embeddings, classes, self._anchors(classes), self.reduction)
         if self.training if enqueue is None else enqueue:
             self._enqueue(embeddings.detach(), classes)
         return loss.unflatten(0, latent.mean.shape[:3]) if self.reduction == "none" else loss
 
     def _distributions(
         self, latent: DiagonalGaussian, present: Tensor, missing: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Embedding, class (-1 if missing) and whether it is an anchor, for each distribution of the batch."""
-        shape = latent.mean.shape[:3]
+    ) -> tuple[Tensor, Tensor]:
+        """Embedding and class (-1 if missing) of each distribution of the batch."""
         dtype = torch.promote_types(latent.mean.dtype, torch.float32)
         mean, std = latent.mean.to(dtype), latent.std.to(dtype)
         per_modality = present.unsqueeze(1)
@@ -202,8 +222,12 @@ class DistributionSupConLoss(nn.Module):
             classes = classes.masked_fill(left_out, -1)
             mean, std = (x.masked_fill(left_out.unsqueeze(-1), 0) for x in (mean, std))
         embeddings = DiagonalGaussian(mean, std).embedding(self.use_mean, self.use_std)
-        anchors = per_modality if self.anchors == "present" else torch.ones_like(per_modality)
-        return embeddings.flatten(0, 2), classes.flatten(), anchors.expand(shape).flatten()
+        return embeddings.flatten(0, 2), classes.flatten()
+
+    def _anchors(self, classes: Tensor) -> Tensor:
+        """Which distributions are anchors if they have a positive."""
+        present = self.num_modalities * self.num_labels
+        return (classes >= 0) & (classes < (present if self.anchors == "present" else 2 * present))
 
     def _loss(self, embeddings: Tensor, classes: Tensor, anchors: Tensor, reduction: str) -> Tensor:
         return supcon(
@@ -216,35 +240,41 @@ class DistributionSupConLoss(nn.Module):
             reduction,
         )
 
-    def _gathered_loss(
-        self, embeddings: Tensor, classes: Tensor, anchors: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss of this rank's anchors among the keys of all ranks; also returns these keys and their classes."""
-        lengths = rows_of_ranks(classes)
-        rank = dist.get_rank()
-        keys = gather_rows(embeddings, lengths)
-        tags = gather_rows(torch.stack([classes, anchors.long()], dim=1), lengths)
-        key_classes, all_anchors = tags[:, 0].contiguous(), tags[:, 1].bool()
-        own = torch.zeros_like(all_anchors)
-        own.split(lengths)[rank].fill_(True)
+    def _gathered_loss(self, embeddings: Tensor, classes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss of this rank's anchors among the keys of all ranks; also returns these keys and their classes.
+
+        Every rank contributes the same number of rows, the last of them of class -1.
+        """
+        per_sample = self.num_modalities * self.num_labels
+        num_rows = classes.shape[0]
+        largest = self.max_batch_size
+        if largest is None:
+            largest = largest_of_ranks(num_rows // per_sample, classes.device)
+        capacity = largest * per_sample
+        keys, key_classes = gather_rows(
+            F.pad(embeddings, (0, 0, 0, capacity - num_rows)),
+            F.pad(classes, (0, capacity - num_rows), value=-1),
+        )
+        # For the loss, rows of this rank come first: its anchors are among them.
+        own_first = -dist.get_rank() * capacity
+        batch, batch_classes = keys.roll(own_first, 0), key_classes.roll(own_first, 0)
+        anchors = self._anchors(batch_classes)
         if self.reduction == "none":
-            losses = self._loss(keys, key_classes, all_anchors & own, "none")
-            return losses.split(lengths)[rank], keys, key_classes
-        loss = self._loss(keys, key_classes, all_anchors & own, "sum")
+            losses = self._loss(batch, batch_classes, anchors[:capacity], "none")
+            return losses[:num_rows], keys, key_classes
+        loss = self._loss(batch, batch_classes, anchors[:capacity], "sum")
         if self.reduction == "mean":
-            loss = loss / self._count_anchors(key_classes, all_anchors).clamp_min(1)
-        total = loss.detach().clone()
-        dist.all_reduce(total)
+            loss = loss / self._count_anchors(batch_classes, anchors).clamp_min(1)
         # The value of the joined batch, with this rank's share of the gradient, which averaging will divide.
-        share = loss * len(lengths)
-        return share + (total - share).detach(), keys, key_classes
+        share = loss * world_size()
+        return sum_over_ranks(loss.detach()) + (share - share.detach()), keys, key_classes
 
     def _count_anchors(self, classes: Tensor, anchors: Tensor) -> Tensor:
         """Number of anchors that have a positive in batch or queue."""
         keys = torch.cat([classes, self.queue_classes]) + 1  # class -1 is counted apart, at 0
         counts = torch.zeros(2 * self.num_modalities * self.num_labels + 1, device=keys.device)
         counts = counts.index_add_(0, keys, torch.ones_like(keys, dtype=counts.dtype))
-        return (anchors & (classes >= 0) & (counts[classes + 1] > 1)).sum()
+        return (anchors & (counts[classes + 1] > 1)).sum()
 
     @torch.no_grad()
     def _enqueue(self, embeddings: Tensor, classes: Tensor) -> None:
