@@ -135,10 +135,10 @@ def distribution_embedding(mean: Tensor, std: Tensor) -> Tensor:
         check_finite("mean", mean)
         check_finite("std", std)
         check_range("std", std, 0, float("inf"))
-    return torch.cat([_unit(mean), _unit(std)], dim=-1)
+    return torch.cat([unit(mean), unit(std)], dim=-1)
 
 
-def _unit(x: Tensor) -> Tensor:
+def unit(x: Tensor) -> Tensor:
     """Divides by the norm over the last axis, with 0 for 0; squares neither overflow nor vanish."""
     if x.shape[-1] == 0:
         return x

@@ -58,7 +58,12 @@ class UncertaintyGatedFusion(nn.Module):
         \log \frac{p}{1 - p} =
         \log\bigl(w \varsigma(a) + (1 - w) \varsigma(b)\bigr) - \log\bigl(w \varsigma(-a) + (1 - w) \varsigma(-b)\bigr)
 
-    Source: Huang et al. 2025, arXiv 2502.13954, section 3.4.1.
+    With `combine="product"` the Gaussians of the modalities are first multiplied
+    (:meth:`~uncertainty_mm.DiagonalGaussian.product`) and the classifiers read the one Gaussian that results, so that a
+    modality counts by its precision and its standard deviation acts. The mean of the prior is learned for each label:
+    what to expect when nothing was seen.
+
+    Source: Huang et al. 2025, arXiv 2502.13954, section 3.4.1; the product is ours.
 
     Args:
         num_modalities: Number of modalities :math:`M`.
@@ -67,6 +72,7 @@ class UncertaintyGatedFusion(nn.Module):
         hidden_dim: Size of the hidden layer of both classifiers.
         dropout: Dropout probability after the hidden layer.
         mean_weight: `"certainty"` or `"uncertainty"`, see above.
+        combine: How the modalities meet: `"concat"` (the paper) or `"product"`.
         validate_args: Look at values (NaN, uncertainty out of [0, 1]) also on an accelerator, at the price of a wait.
 
     Raises:
@@ -91,6 +97,7 @@ class UncertaintyGatedFusion(nn.Module):
         hidden_dim: int = 128,
         dropout: float = 0.1,
         mean_weight: str = "certainty",
+        combine: str = "concat",
         validate_args: bool = False,
     ) -> None:
         super().__init__()
@@ -100,26 +107,30 @@ class UncertaintyGatedFusion(nn.Module):
         check_positive_int("hidden_dim", hidden_dim)
         check_dropout(dropout)
         check_choice("mean_weight", mean_weight, ("certainty", "uncertainty"))
+        check_choice("combine", combine, ("concat", "product"))
         self.num_modalities = num_modalities
         self.num_labels = num_labels
         self.latent_dim = latent_dim
         self.mean_weight = mean_weight
+        self.combine = combine
         self.validate_args = validate_args
 
         def head() -> nn.Sequential:
             return nn.Sequential(
-                nn.Linear(num_modalities * latent_dim, hidden_dim),
+                nn.Linear(latent_dim * (num_modalities if combine == "concat" else 1), hidden_dim),
                 nn.ReLU(),
                 nn.Dropout(dropout),
                 nn.Linear(hidden_dim, 1),
             )
 
+        if combine == "product":
+            self.prior_mean = nn.Parameter(torch.zeros(num_labels, latent_dim))
         self.mean_head = head()
         self.std_head = head()
 
     def extra_repr(self) -> str:
         """The settings, for `repr`."""
-        return f"mean_weight={self.mean_weight!r}"
+        return f"mean_weight={self.mean_weight!r}, combine={self.combine!r}"
 
     def forward(
         self, latent: DiagonalGaussian, uncertainty: Tensor, missing: Tensor | None = None
@@ -131,7 +142,7 @@ class UncertaintyGatedFusion(nn.Module):
             uncertainty: Tensor (B,) or (B, Q) in [0, 1], such as :func:`~uncertainty_mm.functional.expected_distance`
                 of a first prediction.
             missing: Bool tensor (B, M), True where a modality is missing: it then contributes nothing to either
-                classifier, as if its columns were not there.
+                classifier, as if its columns were not there, or its factor of the product.
 
         Returns:
             Logits of the mixture, of both classifiers, and the weight of the first.
@@ -154,6 +165,9 @@ class UncertaintyGatedFusion(nn.Module):
         )
         if checks_values(uncertainty, self.validate_args):
             check_range("uncertainty", uncertainty, 0, 1)
+        if self.combine == "product":
+            latent = latent.product(missing, self.prior_mean)
+            latent, missing = DiagonalGaussian(*(x.unsqueeze(1) for x in latent)), None
         mean_logits = self._classify(self.mean_head, latent.mean, missing)
         std_logits = self._classify(self.std_head, latent.std, missing)
         uncertainty = uncertainty.to(mean_logits.dtype)

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributions import Independent, Normal
 
 from uncertainty_mm._checks import (
     check_dropout,
     check_finite,
+    check_flag,
     check_like_parameters,
     check_missing,
     check_number,
@@ -21,7 +23,7 @@ from uncertainty_mm._checks import (
     check_tensor,
     checks_values,
 )
-from uncertainty_mm.functional import distribution_embedding
+from uncertainty_mm.functional import distribution_embedding, unit
 
 # Upper limit of the standard deviations of GaussianDecoupler; within float16.
 _MAX_STD = 1e4
@@ -96,6 +98,56 @@ class DiagonalGaussian(NamedTuple):
         size = self.mean.shape[-1]
         return both[..., 0 if use_mean else size : None if use_std else size]
 
+    def product(
+        self, missing: Tensor | None = None, prior_mean: Tensor | None = None
+    ) -> DiagonalGaussian:
+        r"""What the modalities say together: the product of their Gaussians and of a prior, renormalised.
+
+        .. math::
+            \frac{1}{\sigma^2} = 1 + \sum_m \frac{1}{\sigma_m^2}, \qquad
+            \mu = \sigma^2 \Bigl( \mu_0 + \sum_m \frac{\mu_m}{\sigma_m^2} \Bigr)
+
+        Each modality counts by its precision; a missing one does not count, and without any the prior remains. Computed
+        by a softmax over log-precisions, which neither overflows nor divides by zero.
+
+        Source: Hinton 2002, doi 10.1162/089976602760128018; with missing modalities: Wu and Goodman 2018,
+        arXiv 1802.05335.
+
+        Args:
+            missing: Bool tensor (B, M), True where a modality is missing. What stands there has no influence.
+            prior_mean: Mean of the prior, broadcastable to (B, Q, K); None for 0. Its standard deviation is 1.
+
+        Returns:
+            Gaussians of shape (B, Q, K), for a latent of shape (B, M, Q, K).
+
+        Raises:
+            ValueError: If shapes or devices disagree.
+            TypeError: If a dtype is wrong.
+
+        Example:
+            >>> latent = DiagonalGaussian(torch.ones(1, 2, 1, 1), torch.ones(1, 2, 1, 1))
+            >>> latent.product()
+            DiagonalGaussian(mean=tensor([[[0.6667]]]), std=tensor([[[0.5774]]]))
+            >>> latent.product(torch.tensor([[True, True]]))
+            DiagonalGaussian(mean=tensor([[[0.]]]), std=tensor([[[1.]]]))
+        """
+        sizes: dict[str, int] = {}
+        check_tensor("mean", self.mean, "floating", "B M Q K", sizes)
+        check_tensor("std", self.std, "floating", "B M Q K", sizes, self.mean.device)
+        check_missing(missing, sizes, self.mean.device)
+        mean, log_precision = _at_least_float32(self.mean), -self.log_var
+        if missing is not None:
+            left_out = missing[:, :, None, None]
+            mean = mean.masked_fill(left_out, 0)
+            log_precision = log_precision.masked_fill(left_out, -math.inf)
+        log_precision = F.pad(log_precision, (0, 0, 0, 0, 1, 0))  # log 1, of the prior, comes first
+        weight = log_precision.softmax(1)
+        fused = (weight[:, 1:] * mean).sum(1)
+        if prior_mean is not None:
+            fused = fused + weight[:, 0] * prior_mean
+        std = torch.exp(-0.5 * log_precision.logsumexp(1))
+        return DiagonalGaussian(fused.to(self.mean.dtype), std.to(self.std.dtype))
+
     def to_distribution(self) -> Independent[Normal]:
         """The same as a `torch.distributions` object with batch shape (...) and event shape (K,)."""
         return Independent(Normal(self.mean, self.std, validate_args=False), 1)
@@ -163,6 +215,9 @@ class GaussianDecoupler(nn.Module):
         hidden_dims: Sizes of the hidden layers; empty for linear encoders.
         dropout: Dropout probability after every hidden layer.
         min_std: Lower limit of the standard deviation, in (0, 1).
+        normalize_mean: Give every mean the length :math:`\sqrt K`. It then says what was seen but not how clearly; only
+            the standard deviation can, which makes it mean something where it acts
+            (:meth:`DiagonalGaussian.product`).
         validate_args: Look at values (NaN, infinity) also on an accelerator, at the price of a wait for it.
 
     Raises:
@@ -187,6 +242,7 @@ class GaussianDecoupler(nn.Module):
         hidden_dims: Sequence[int] = (128,),
         dropout: float = 0.1,
         min_std: float = 1e-4,
+        normalize_mean: bool = False,
         validate_args: bool = False,
     ) -> None:
         super().__init__()
@@ -201,10 +257,12 @@ class GaussianDecoupler(nn.Module):
         check_number(
             "min_std", min_std, "in (0, 1)", isinstance(min_std, (int, float)) and 0 < min_std < 1
         )
+        check_flag("normalize_mean", normalize_mean)
         self.num_modalities = num_modalities
         self.in_dim = in_dim
         self.latent_dim = latent_dim
         self.min_std = min_std
+        self.normalize_mean = normalize_mean
         self.validate_args = validate_args
         layers: list[nn.Module] = []
         size = in_dim
@@ -221,7 +279,7 @@ class GaussianDecoupler(nn.Module):
 
     def extra_repr(self) -> str:
         """The settings, for `repr`."""
-        return f"min_std={self.min_std:g}"
+        return f"min_std={self.min_std:g}, normalize_mean={self.normalize_mean}"
 
     def forward(self, z: Tensor, missing: Tensor | None = None) -> DiagonalGaussian:
         """Encodes the vectors of all modalities and labels.
@@ -251,6 +309,8 @@ class GaussianDecoupler(nn.Module):
         mean = self.mean_head(hidden).unflatten(1, (batch, labels)).transpose(0, 1)
         raw = self.log_var_head(hidden).unflatten(1, (batch, labels)).transpose(0, 1)
         std = self._bounded_std(raw)
+        if self.normalize_mean:
+            mean = unit(mean) * math.sqrt(self.latent_dim)
         if left_out is not None:
             mean, std = mean.masked_fill(left_out, 0), std.masked_fill(left_out, 1)
         return DiagonalGaussian(mean, std)
