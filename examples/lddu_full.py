@@ -74,6 +74,58 @@ from uncertainty_mm.functional import expected_distance, prediction_distance
 # --- The model -------------------------------------------------------------------------------------------------------
 
 
+class Steps:
+    """Packs the steps of padded sequences (B, S, D) into one matrix (N, D), and back.
+
+    All but attention treats every step alone and need not compute what stands at padding. To count the steps, however,
+    the host would wait for an accelerator: there N is B * S, padding included.
+    """
+
+    def __init__(self, padding: Tensor) -> None:
+        self.shape = padding.shape
+        rows = torch.arange(padding.numel(), device=padding.device)
+        self.rows = rows[~padding.flatten()] if padding.is_cpu else rows
+
+    def pack(self, x: Tensor) -> Tensor:
+        return x.flatten(0, 1).index_select(0, self.rows)
+
+    def unpack(self, x: Tensor) -> Tensor:
+        padded = x.new_zeros(self.shape.numel(), x.shape[1])
+        return padded.index_copy_(0, self.rows, x).unflatten(0, self.shape)
+
+
+class EncoderLayer(nn.Module):
+    """A Transformer layer; the released code normalises last, first trains at higher learning rates."""
+
+    def __init__(self, dim: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.LayerNorm(dim)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.out = nn.Linear(dim, dim)
+        # Dropout after each sublayer only. Dropping attention weights would forbid the fused attention kernel.
+        self.dropout = nn.Dropout(dropout)
+        self.feed_forward = nn.Sequential(
+            nn.LayerNorm(dim),
+            nn.Linear(dim, dim),  # as narrow as the released configuration has it
+            nn.GELU(),
+            nn.Linear(dim, dim),
+            nn.Dropout(dropout),
+        )
+
+    def forward(self, x: Tensor, steps: Steps, mask: Tensor) -> Tensor:
+        """Expects x packed, (N, dim); True in the mask (B, 1, 1, S) marks steps to attend to."""
+        query, key, value = (
+            steps.unpack(part)
+            .unflatten(2, (self.heads, -1))
+            .transpose(1, 2)  # (B, heads, S, dim / heads)
+            for part in self.qkv(self.norm(x)).chunk(3, dim=1)
+        )
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        x = x + self.dropout(self.out(steps.pack(attended.transpose(1, 2).flatten(2))))
+        return x + self.feed_forward(x)
+
+
 class SequenceEncoder(nn.Module):
     """Features of one modality -> linear to the model's width, learned positions, Transformer layers (section 3.2).
 
@@ -92,28 +144,20 @@ class SequenceEncoder(nn.Module):
         self.project = nn.Linear(in_dim, hidden_dim)
         # as large as the projected features: much smaller ones are hardly seen on small data sets
         self.positions = nn.Parameter(0.5 * torch.randn(max_steps, hidden_dim))
-        layer = nn.TransformerEncoderLayer(
-            hidden_dim,
-            heads,
-            dim_feedforward=hidden_dim,  # as the released configuration has it
-            dropout=dropout,
-            activation="gelu",
-            batch_first=True,
-            norm_first=True,  # the released code normalises last; first trains at higher learning rates
-        )
-        # Dropout after each sublayer only. Dropping attention weights would forbid the fused attention kernel.
-        layer.self_attn.dropout = 0.0
-        layer.dropout.p = 0.0
-        self.layers = nn.TransformerEncoder(
-            layer, layers, norm=nn.LayerNorm(hidden_dim), enable_nested_tensor=False
-        )
         self.dropout = nn.Dropout(dropout)
+        self.layers = nn.ModuleList(EncoderLayer(hidden_dim, heads, dropout) for _ in range(layers))
+        self.norm = nn.LayerNorm(hidden_dim)
 
     def forward(self, x: Tensor, padding: Tensor) -> Tensor:
-        x = self.project((x - self.mean) / self.std) + self.positions[: x.shape[1]]
+        steps = Steps(padding)
         # A missing sequence attends to itself, which is harmless: nobody reads it.
-        left_out = padding & ~padding.all(dim=1, keepdim=True)
-        return self.layers(self.dropout(x), src_key_padding_mask=left_out)
+        mask = ~padding | padding.all(dim=1, keepdim=True)
+        features = (steps.pack(x) - self.mean) / self.std
+        positions = F.embedding(steps.rows % x.shape[1], self.positions)
+        x = self.dropout(self.project(features) + positions)
+        for layer in self.layers:
+            x = layer(x, steps, mask[:, None, None])
+        return steps.unpack(self.norm(x))
 
 
 class Output(NamedTuple):

@@ -326,3 +326,27 @@ def test_accuracy_is_the_mean_jaccard_index(example):
     assert (result["P"], result["R"], result["miF1"]) == pytest.approx(
         (precision, recall, f1), abs=1e-4
     )
+
+
+@pytest.mark.parametrize("lacking", [0, 1, 6])
+def test_encoder_leaves_padding_out(example, monkeypatch, lacking):
+    """Values and gradients are those of the padded computation, whoever lacks the modality."""
+    encoder = example.SequenceEncoder(3, 9, 16, layers=2, heads=2, dropout=0.0).double()
+    x = torch.randn(6, 7, 3, dtype=torch.double)
+    padding = torch.rand(6, 7) < 0.4  # also between steps that are there
+    padding[:lacking] = True
+
+    class Padded(example.Steps):  # as on an accelerator
+        def __init__(self, padding):
+            super().__init__(torch.zeros_like(padding))
+
+    results = []
+    for steps in (example.Steps, Padded):
+        monkeypatch.setattr(example, "Steps", steps)
+        encoder.zero_grad()
+        encoded = encoder(x, padding)
+        assert encoded.isfinite().all()
+        encoded[~padding].square().sum().backward()
+        results.append([encoded[~padding], *(p.grad for p in encoder.parameters())])
+    for packed, padded in zip(*results, strict=True):
+        torch.testing.assert_close(packed, padded)
