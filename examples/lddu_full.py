@@ -129,14 +129,23 @@ class EncoderLayer(nn.Module):
 class SequenceEncoder(nn.Module):
     """Features of one modality -> linear to the model's width, learned positions, Transformer layers (section 3.2).
 
-    Features are standardised with the statistics of the training set, which travel with the model.
+    Features are standardised with the statistics of the training set, which travel with the model. With `size="apart"`
+    each sequence is then divided by its own size, which enters as one more number: normalisation inside the layers
+    would otherwise hide it, and with it how noisy a sequence is.
     """
 
     mean: Tensor
     std: Tensor
 
     def __init__(
-        self, in_dim: int, max_steps: int, hidden_dim: int, layers: int, heads: int, dropout: float
+        self,
+        in_dim: int,
+        max_steps: int,
+        hidden_dim: int,
+        layers: int,
+        heads: int,
+        dropout: float,
+        size: str,
     ) -> None:
         super().__init__()
         self.register_buffer("mean", torch.zeros(in_dim))
@@ -144,6 +153,11 @@ class SequenceEncoder(nn.Module):
         self.project = nn.Linear(in_dim, hidden_dim)
         # as large as the projected features: much smaller ones are hardly seen on small data sets
         self.positions = nn.Parameter(0.5 * torch.randn(max_steps, hidden_dim))
+        self.size = (
+            nn.Sequential(nn.Linear(1, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, hidden_dim))
+            if size == "apart"
+            else None
+        )
         self.dropout = nn.Dropout(dropout)
         self.layers = nn.ModuleList(EncoderLayer(hidden_dim, heads, dropout) for _ in range(layers))
         self.norm = nn.LayerNorm(hidden_dim)
@@ -152,9 +166,16 @@ class SequenceEncoder(nn.Module):
         steps = Steps(padding)
         # A missing sequence attends to itself, which is harmless: nobody reads it.
         mask = ~padding | padding.all(dim=1, keepdim=True)
+        sample, step = steps.rows // x.shape[1], steps.rows % x.shape[1]
         features = (steps.pack(x) - self.mean) / self.std
-        positions = F.embedding(steps.rows % x.shape[1], self.positions)
-        x = self.dropout(self.project(features) + positions)
+        embedded = F.embedding(step, self.positions)
+        if self.size is not None:
+            square = steps.unpack(features.square().mean(1, keepdim=True))
+            valid = (~padding).unsqueeze(2)
+            size = ((square * valid).sum(1) / valid.sum(1).clamp_min(1)).clamp_min(1e-6).sqrt()
+            features = features / size[sample]
+            embedded = embedded + self.size(size.log())[sample]
+        x = self.dropout(self.project(features) + embedded)
         for layer in self.layers:
             x = layer(x, steps, mask[:, None, None])
         return steps.unpack(self.norm(x))
@@ -165,6 +186,7 @@ class Output(NamedTuple):
 
     dir_logits: Tensor  # (B, Q) first prediction, y_dir of Eq. 3
     latent: DiagonalGaussian  # (B, M, Q, K)
+    modality_logits: Tensor  # (B, M, Q) prediction from each modality alone
     fused: FusedPrediction  # final prediction, y_fnl of Eq. 8
     missing: Tensor  # (B, M)
 
@@ -195,18 +217,33 @@ class LDDU(nn.Module):
         anchors: str = "present",
         gate: str = "expected",
         mean_weight: str = "certainty",
+        size: str = "apart",
+        combine: str = "product",
         ordinality: str = "rank",
+        pairs: str = "SR",
+        targets: str = "modality",
+        embedding: str = "both",
         scl_weight: float = 0.1,
-        ocl_weight: float = 0.1,
+        ocl_weight: float = 0.3,
         dir_weight: float = 0.1,
+        modality_weight: float = 0.3,
     ) -> None:
         super().__init__()
         modalities = len(modality_dims)
         self.gate = gate
-        self.weights = {"cls": 1.0, "ocl": ocl_weight, "scl": scl_weight, "dir": dir_weight}
+        self.targets = targets
+        self.weights = {
+            "cls": 1.0,
+            "ocl": ocl_weight,
+            "scl": scl_weight,
+            "dir": dir_weight,
+            "modality": modality_weight,
+        }
         self.encoders = nn.ModuleDict(
             {
-                name: SequenceEncoder(dim, max_steps[name], hidden_dim, layers, heads, dropout)
+                name: SequenceEncoder(
+                    dim, max_steps[name], hidden_dim, layers, heads, dropout, size
+                )
                 for name, dim in modality_dims.items()
             }
         )
@@ -224,8 +261,19 @@ class LDDU(nn.Module):
             nn.Dropout(dropout),
             nn.Linear(z_dim, num_labels),
         )
-        # Section 3.3.2: every answer as a Gaussian
-        self.decoupler = GaussianDecoupler(modalities, z_dim, latent_dim, dropout=dropout)
+        # Section 3.3.2: every answer as a Gaussian. Where precisions act, means of one length leave it to them to say
+        # how much a modality has seen.
+        self.decoupler = GaussianDecoupler(
+            modalities,
+            z_dim,
+            latent_dim,
+            dropout=dropout,
+            normalize_mean=combine == "product",
+        )
+        # What each modality says by itself, so that its standard deviation can be held against its own errors
+        self.modality_classifiers = nn.ModuleList(
+            nn.Linear(num_labels * latent_dim, num_labels) for _ in modality_dims
+        )
         # Eq. 4-7
         self.contrastive = DistributionSupConLoss(
             modalities,
@@ -234,15 +282,24 @@ class LDDU(nn.Module):
             queue_size=queue_size,
             temperature=temperature,
             anchors=anchors,
+            use_mean=embedding != "std",
+            use_std=embedding != "mean",
             gather=True,
         )
         # Eq. 8-9
         self.fusion = UncertaintyGatedFusion(
-            modalities, num_labels, latent_dim, dropout=dropout, mean_weight=mean_weight
+            modalities,
+            num_labels,
+            latent_dim,
+            dropout=dropout,
+            mean_weight=mean_weight,
+            combine=combine,
         )
-        # Eq. 10-15
-        self.tracker = CorrectnessTracker(num_train_samples)
-        self.ordinality = SoftRankOrdinalityLoss(mode=ordinality)
+        # Eq. 10-15, with a history of every sample, or of every sample and modality
+        self.tracker = CorrectnessTracker(
+            num_train_samples, modalities if targets == "modality" else None
+        )
+        self.ordinality = SoftRankOrdinalityLoss(mode=ordinality, pairs=pairs.split("+"))
 
     def forward(
         self,
@@ -260,8 +317,18 @@ class LDDU(nn.Module):
         z = ((1 + scale) * z + shift).masked_fill(missing[:, :, None, None], 0)
         dir_logits = self.info_classifier(z.flatten(1))
         latent = self.decoupler(z, missing)
+        modality_logits = torch.stack(
+            [
+                classify(mean.flatten(1))
+                for classify, mean in zip(
+                    self.modality_classifiers, latent.mean.unbind(1), strict=True
+                )
+            ],
+            dim=1,
+        )
         uncertainty = self.uncertainty(dir_logits.detach().float().sigmoid(), labels)
-        return Output(dir_logits, latent, self.fusion(latent, uncertainty, missing), missing)
+        fused = self.fusion(latent, uncertainty, missing)
+        return Output(dir_logits, latent, modality_logits, fused, missing)
 
     def uncertainty(self, dir_probs: Tensor, labels: Tensor | None) -> Tensor:
         """The gate of Eq. 8, which as printed needs the labels; see `--gate`."""
@@ -274,25 +341,49 @@ class LDDU(nn.Module):
         return expected_distance(dir_probs)
 
     def losses(self, output: Output, labels: Tensor, indices: Tensor) -> dict[str, Tensor]:
-        """The four losses of Eq. 16 and their weighted sum, `total`; the tracker learns of the outcome."""
+        """The losses of Eq. 16, of the modalities alone, and their weighted sum, `total`."""
         target = labels.float()
-        seen = self.tracker.counts(indices) > 0
-        history = self.tracker(indices)
-        correct = (output.fused.probs.detach() > 0.5) == (labels > 0)
-        self.tracker.update(indices, correct.float().mean(1))
+        each = target.unsqueeze(1).expand_as(output.modality_logits)
+        by_modality = F.binary_cross_entropy_with_logits(
+            output.modality_logits.float(), each, reduction="none"
+        ).masked_fill(output.missing.unsqueeze(2), 0)
         losses = {
             "cls": F.binary_cross_entropy_with_logits(output.fused.logits, target),
             "dir": F.binary_cross_entropy_with_logits(output.dir_logits.float(), target),
+            "modality": by_modality.mean(),
             "scl": self.contrastive(output.latent, labels, output.missing),
-            "ocl": self.ordinality(
-                torch.linalg.vector_norm(output.std_norm.flatten(1), dim=1),
-                prediction_distance(output.dir_logits.float().sigmoid(), labels).mean(1),
-                history,
-                mask=~seen,
-            ),
+            "ocl": self.calibration(output, labels, indices),
         }
         total = torch.stack([self.weights[name] * loss for name, loss in losses.items()]).sum()
         return {**losses, "total": total}
+
+    def calibration(self, output: Output, labels: Tensor, indices: Tensor) -> Tensor:
+        """Eq. 10-15: the standard deviations in the order of the errors; the tracker learns of the outcome.
+
+        The paper holds the size of all standard deviations of a sample against the errors of the joint prediction. That
+        does not say which modality is to blame; here each modality answers for its own.
+        """
+        seen = self.tracker.counts(indices) > 0
+        history = self.tracker(indices)
+        if self.targets == "sample":
+            correct = (output.fused.probs.detach() > 0.5) == (labels > 0)
+            self.tracker.update(indices, correct.float().mean(1))
+            std_norm = torch.linalg.vector_norm(output.std_norm.flatten(1), dim=1)
+            distance = prediction_distance(output.dir_logits.float().sigmoid(), labels).mean(1)
+            return self.ordinality(std_norm, distance, history, mask=~seen)
+        std_norm = torch.linalg.vector_norm(output.std_norm, dim=2)
+        probs = output.modality_logits.float().sigmoid()
+        distance = prediction_distance(probs, labels.unsqueeze(1).expand_as(probs)).mean(2)
+        self.tracker.update(indices, 1 - distance.detach())
+        left_out = ~seen | output.missing
+        columns = zip(
+            std_norm.unbind(1),
+            distance.unbind(1),
+            history.unbind(1),
+            left_out.unbind(1),
+            strict=True,
+        )
+        return torch.stack([self.ordinality(*column) for column in columns]).sum()
 
 
 # --- Training --------------------------------------------------------------------------------------------------------
@@ -951,10 +1042,19 @@ MODEL_OPTIONS: dict[str, tuple[Any, str]] = {
     "anchors": (("present", "all"), "anchors of Eq. 7"),
     "gate": (("expected", "oracle", "released"), "uncertainty of Eq. 8"),
     "mean_weight": (("certainty", "uncertainty"), "what weighs the means in Eq. 8"),
+    "size": (("apart", "within"), "size of a sequence: a separate input, or left in the features"),
+    "combine": (
+        ("product", "concat"),
+        "how modalities meet: product of Gaussians, or as in the paper",
+    ),
+    "embedding": (("both", "mean", "std"), "what Eq. 4 embeds"),
     "ordinality": (("rank", "standardized", "raw"), "mode of Eq. 15"),
-    "ocl_weight": (0.1, "lambda of Eq. 16, ordinality loss"),
+    "pairs": (("SR", "SR+DR", "DR", "DS", "SR+DR+DS"), "pairs of Eq. 15"),
+    "targets": (("modality", "sample"), "whose errors the standard deviations are held against"),
+    "ocl_weight": (0.3, "lambda of Eq. 16, ordinality loss (paper: 0.1)"),
     "scl_weight": (0.1, "beta of Eq. 16, contrastive loss (paper: 0.8, see above)"),
     "dir_weight": (0.1, "gamma of Eq. 16, first prediction"),
+    "modality_weight": (0.3, "weight of the predictions from each modality alone"),
 }
 
 
