@@ -56,7 +56,10 @@ doctest_global_setup = """
 import torch
 import torch.nn.functional as F
 from uncertainty_mm import *
+from uncertainty_mm import measures, metrics
 from uncertainty_mm.functional import *
+from uncertainty_mm.measures import *
+from uncertainty_mm.metrics import *
 """
 
 
