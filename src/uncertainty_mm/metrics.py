@@ -146,7 +146,7 @@ class MultilabelBrierDecomposition(_Binned):
     """Brier score and its parts, :func:`~uncertainty_mm.measures.brier_decomposition` over batches.
 
     `update(probs, labels)` takes what the function takes, and the state is that of :class:`MultilabelCalibrationError`.
-    The identity of the parts is exact for both ways of binning. To log the parts: `log_dict(metric.compute()._asdict())`.
+    The identity of the parts is exact for both ways of binning. To log them: `log_dict(metric.compute()._asdict())`.
 
     Args:
         num_labels: Number Q of labels.
