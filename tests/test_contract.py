@@ -262,7 +262,7 @@ FUNCTIONS = [
     "supcon_loss",
 ]
 # Submodules that `import uncertainty_mm` leaves alone, because their users need more than torch.
-SUBMODULES = ["measures", "metrics"]
+SUBMODULES = ["measures", "metrics", "plots"]
 
 
 def names_of(submodule):
