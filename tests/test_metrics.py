@@ -584,6 +584,15 @@ def test_constant_scores():
         close(error, (rate - 0.5).abs())
 
 
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("binning", BINNINGS)
+def test_calibration_error_of_no_samples_is_nan(norm, binning):
+    empty = torch.zeros(0, Q)
+    error = calibration_error(empty, empty, norm=norm, binning=binning, average="none")
+    assert error.shape == (Q,)
+    assert error.isnan().all()
+
+
 def test_empty_rows_give_empty_results():
     assert sample_jaccard(torch.zeros(0, Q), torch.zeros(0, Q)).shape == (0,)
     assert predictive_entropy(torch.zeros(0, Q)).shape == (0,)
