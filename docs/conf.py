@@ -1,6 +1,7 @@
 """Sphinx configuration: `sphinx-build -W -b html docs docs/_build/html`."""
 
 import os
+import re
 
 import uncertainty_mm
 
@@ -46,6 +47,7 @@ autodoc_default_options = {
 autodoc_inherit_docstrings = False
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
+autodoc_type_aliases = {"Array": "Array", "AxesArray": "AxesArray"}  # of uncertainty_mm.plots
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
@@ -56,7 +58,10 @@ doctest_global_setup = """
 import torch
 import torch.nn.functional as F
 from uncertainty_mm import *
+from uncertainty_mm import measures, metrics
 from uncertainty_mm.functional import *
+from uncertainty_mm.measures import *
+from uncertainty_mm.metrics import *
 """
 
 
@@ -65,6 +70,13 @@ def skip_tuple_fields(app, what, name, obj, skip, options):
     return skip or str(getattr(obj, "__doc__", "")).startswith("Alias for field number")
 
 
+def plain_aliases(app, what, name, obj, options, signature, returns):
+    """Writes a type alias by its name also within a union, where Sphinx writes the class that stands for it."""
+    alias = re.compile(r"TypeAliasForwardRef\('(\w+)'\)")
+    return alias.sub(r"\1", signature or "") or None, returns
+
+
 def setup(app):
-    """Registers the hook with Sphinx."""
+    """Registers the hooks with Sphinx."""
     app.connect("autodoc-skip-member", skip_tuple_fields)
+    app.connect("autodoc-process-signature", plain_aliases)

@@ -142,3 +142,24 @@ def track(rank, histories, every):
             ]
         )
     return rounds
+
+
+def evaluate(rank, shares, probs, labels, errors, uncertainty):
+    """What every metric says of the data, of which each rank sees its share."""
+    from uncertainty_mm import metrics
+
+    share = slice(*shares[rank])
+    answers = {}
+    for metric, batch in (
+        (metrics.MultilabelCalibrationError(probs.shape[1]), (probs, labels)),
+        (metrics.MultilabelCalibrationError(probs.shape[1], binning="mass"), (probs, labels)),
+        (metrics.MultilabelBrierDecomposition(probs.shape[1]), (probs, labels)),
+        (metrics.SampleJaccard(), (probs, labels)),
+        (metrics.AURC(), (errors, uncertainty)),
+        (metrics.DetectionAUROC(), (uncertainty, errors)),
+        (metrics.SpearmanCorrelation(), (uncertainty, errors)),
+    ):
+        if shares[rank][0] < shares[rank][1]:  # else this rank never updates
+            metric.update(*(x[share] for x in batch))
+        answers[repr(metric), getattr(metric, "binning", None)] = metric.compute()
+    return answers

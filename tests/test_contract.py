@@ -1,6 +1,7 @@
 """What holds for every public module and for the package as a whole."""
 
 import copy
+import importlib
 import inspect
 import pickle
 import re
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch._dynamo.testing
+import torchmetrics
 from torch import nn
 from torch.utils import _pytree as pytree
 
@@ -259,6 +261,12 @@ FUNCTIONS = [
     "soft_rank",
     "supcon_loss",
 ]
+# Submodules that `import uncertainty_mm` leaves alone, because their users need more than torch.
+SUBMODULES = ["measures", "metrics", "plots"]
+
+
+def names_of(submodule):
+    return importlib.import_module(f"uncertainty_mm.{submodule}").__all__
 
 
 def documented():
@@ -274,13 +282,14 @@ def test_public_names_are_those_of_the_contract():
 
 
 def test_every_public_name_is_documented():
-    assert {f"uncertainty_mm.{name}" for name in uncertainty_mm.__all__} <= documented()
+    names = [*uncertainty_mm.__all__, *SUBMODULES]
+    assert {f"uncertainty_mm.{name}" for name in names} <= documented()
 
 
 def test_every_documented_name_is_public():
-    assert documented() <= {f"uncertainty_mm.{name}" for name in uncertainty_mm.__all__} | {
-        f"uncertainty_mm.functional.{name}" for name in functional.__all__
-    }
+    public = {*uncertainty_mm.__all__, *SUBMODULES}
+    public |= {f"{s}.{name}" for s in ["functional", *SUBMODULES] for name in names_of(s)}
+    assert documented() <= {f"uncertainty_mm.{name}" for name in public}
 
 
 @pytest.mark.parametrize("name", [*PUBLIC_NAMES, *(f"functional.{name}" for name in FUNCTIONS)])
@@ -294,6 +303,17 @@ def test_every_public_name_has_a_docstring(name):
     assert item.__doc__ != nn.Module.__doc__
 
 
+@pytest.mark.parametrize("submodule", SUBMODULES)
+def test_every_name_of_a_submodule_has_a_docstring(submodule):
+    module = importlib.import_module(f"uncertainty_mm.{submodule}")
+    for name in module.__all__:
+        item = getattr(module, name)
+        assert item.__module__ == module.__name__
+        assert item.__doc__
+        assert not item.__doc__.startswith(f"{name}(")
+        assert item.__doc__ != torchmetrics.Metric.__doc__
+
+
 def test_gaussian_of_the_docs_has_the_members_of_the_contract():
     members = {"mean", "std", "log_var", "variance", "rsample", "kl_to_standard_normal"}
     members |= {"embedding", "to_distribution"}
@@ -304,7 +324,7 @@ def test_gaussian_of_the_docs_has_the_members_of_the_contract():
 
 def test_import_is_silent_and_light():
     code = (
-        "import sys, uncertainty_mm\n"
+        "import sys, uncertainty_mm, uncertainty_mm.measures\n"
         "heavy = {'lightning', 'matplotlib', 'sklearn', 'torchmetrics', 'scipy'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )

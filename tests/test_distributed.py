@@ -1,4 +1,4 @@
-"""Several processes against one: the loss with `gather=True` and the tracker's `synchronize`."""
+"""Several processes against one: the loss with `gather=True`, the tracker's `synchronize` and the metrics."""
 
 from itertools import accumulate, pairwise
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ranks import Ranks, average_gradient, contrast, contrast_compiled, track
+from ranks import Ranks, average_gradient, contrast, contrast_compiled, evaluate, track
 from support import close
 from uncertainty_mm import DiagonalGaussian, DistributionSupConLoss
 
@@ -250,3 +250,19 @@ def test_synchronize_equals_a_history_kept_by_hand(ranks):
         share = [c / n if n else 0.5 for c, n in zip(correct, counts, strict=True)]
         assert actual[0] == pytest.approx(share)
         assert actual[1:] == [counts, events]
+
+
+# --------------------------------------------------------------------------------------- metrics
+
+
+@pytest.mark.parametrize("division", ["ragged", "one empty"])
+@pytest.mark.filterwarnings("ignore:The ``compute`` method:UserWarning")  # by the rank without data
+def test_metrics_of_several_processes_are_those_of_one(ranks, division):
+    probs, labels = torch.rand(BATCH, LABELS), torch.randint(2, (BATCH, LABELS))
+    errors, uncertainty = torch.tensor([0, 1] * (BATCH // 2)), torch.randint(3, (BATCH,)).float()
+    data = (probs, labels, errors, uncertainty)
+    expected = evaluate(0, [(0, BATCH)], *data)
+    for answer in ranks.run(evaluate, divide(ranks, division), *data):
+        assert answer.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(answer[name], value)

@@ -163,3 +163,15 @@ def check_missing(
     if missing is not None:
         check_tensor("missing", missing, "bool", "B M", sizes, device)
     return missing
+
+
+def finite_scores(**scores: Tensor) -> list[Tensor]:
+    """The scores in float64, after checking that they are (N,) of finite numbers on one device."""
+    sizes: dict[str, int] = {}
+    device: torch.device | None = None
+    for name, score in scores.items():
+        device = check_tensor(name, score, "number", "N", sizes, device).device
+    doubles = {name: score.double().contiguous() for name, score in scores.items()}
+    for name, score in doubles.items():
+        check_finite(name, score)
+    return list(doubles.values())

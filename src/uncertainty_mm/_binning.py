@@ -1,0 +1,110 @@
+"""Histograms of predictions, from which calibration error and Brier decomposition are read.
+
+A histogram is a tensor (5, Q, R): for each of Q labels and R bins the sums of 1, y, p, p^2 and p y over the samples.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from uncertainty_mm._checks import (
+    check_choice,
+    check_labels,
+    check_positive_int,
+    check_range,
+    check_tensor,
+)
+
+FINE_BINS = 4096  # of which a histogram of constant size makes bins of equal mass
+
+
+def check_predictions(probs: Tensor, labels: Tensor, num_labels: int | None = None) -> None:
+    sizes = {} if num_labels is None else {"Q": num_labels}
+    check_tensor("probs", probs, "floating", "N Q", sizes)
+    check_tensor("labels", labels, "number", "N Q", sizes, probs.device)
+    check_range("probs", probs, 0, 1)
+    check_labels("labels", labels)
+
+
+def check_binning(bins: int, binning: str, average: str) -> None:
+    check_positive_int("bins", bins)
+    check_choice("binning", binning, ("width", "mass"))
+    check_choice("average", average, ("macro", "none"))
+
+
+def equal_width(probs: Tensor, bins: int) -> Tensor:
+    """Bin of every probability: [0, 1/bins), [1/bins, 2/bins), ..., the last one with its upper end."""
+    edges = torch.arange(1, bins, dtype=torch.float64, device=probs.device) / bins
+    return torch.bucketize(probs.contiguous(), edges.to(probs.dtype), right=True)
+
+
+def equal_mass(probs: Tensor, bins: int) -> Tensor:
+    """Bin of every probability (N, Q), label by label, by its average rank; equal ones share a bin."""
+    columns = probs.T.contiguous()
+    ordered = columns.sort(dim=1).values
+    below = torch.searchsorted(ordered, columns)
+    not_above = torch.searchsorted(ordered, columns, right=True)
+    return ((below + not_above) * bins // (2 * max(len(probs), 1))).T
+
+
+def fine_bins(probs: Tensor) -> Tensor:
+    """Bins of equal width in arcsin(sqrt(p)): narrow near 0 and 1, where probabilities of rare labels crowd."""
+    share: Tensor = probs.double().sqrt().asin() * (2 / math.pi)
+    return (share * FINE_BINS).long().clamp_max(FINE_BINS - 1)
+
+
+def histogram(probs: Tensor, labels: Tensor, index: Tensor, bins: int) -> Tensor:
+    """The sums (5, Q, bins) of predictions (N, Q) that fall into the bins `index` (N, Q)."""
+    p, y = probs.double(), labels.double()
+    return _sums_by_bin(torch.stack([torch.ones_like(p), y, p, p * p, p * y]), index, bins)
+
+
+def merged(fine: Tensor, bins: int) -> Tensor:
+    """Joins neighbouring bins to `bins` of about equal mass, by the average rank of what they hold."""
+    count = fine[0].long()
+    twice_rank = 2 * count.cumsum(1) - count
+    index = twice_rank * bins // (2 * count.sum(1, keepdim=True)).clamp_min(1)
+    index = index.clamp_max(bins - 1)  # empty bins behind the last sample
+    return _sums_by_bin(fine.transpose(1, 2), index.T, bins)
+
+
+def _sums_by_bin(values: Tensor, index: Tensor, bins: int) -> Tensor:
+    """Sums (C, Q, bins) of `values` (C, N, Q) with equal `index` (N, Q)."""
+    columns, _, num_labels = values.shape
+    place = torch.arange(num_labels, device=index.device) * bins + index
+    flat = values.new_zeros(columns, num_labels * bins)
+    flat.index_add_(1, place.flatten(), values.flatten(1))
+    return flat.view(columns, num_labels, bins)
+
+
+def calibration_of(sums: Tensor, norm: str) -> Tensor:
+    """Calibration error (Q,) of a histogram; nan without samples."""
+    count, positives, expected = sums[:3]
+    total = count.sum(1)
+    gap: Tensor = (positives - expected).abs() / count.clamp_min(1)
+    share: Tensor = count / total.unsqueeze(1)
+    if norm == "l1":
+        return (share * gap).sum(1)
+    if norm == "l2":
+        return (share * gap.square()).sum(1).sqrt()
+    return gap.amax(1).masked_fill(total == 0, float("nan"))
+
+
+def brier_of(sums: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Brier score, reliability, resolution, uncertainty and the terms within bins, each (Q,); nan without samples."""
+    total, positives, _, squares, products = sums.sum(2)
+    rate = positives / total
+    count, y, p, pp, py = sums
+    share, count = count / total.unsqueeze(1), count.clamp_min(1)
+    y, p = y / count, p / count
+    variance, covariance = pp / count - p * p, py / count - p * y
+    return (
+        (squares - 2 * products + positives) / total,
+        (share * (p - y).square()).sum(1),
+        (share * (y - rate.unsqueeze(1)).square()).sum(1),
+        rate * (1 - rate),
+        (share * (variance - 2 * covariance)).sum(1),
+    )

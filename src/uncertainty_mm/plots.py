@@ -1,0 +1,583 @@
+"""Figures of calibration and uncertainty. They need matplotlib: `pip install 'uncertainty-mm[plots]'`.
+
+Every function takes tensors or arrays and draws into `ax`, or into a new figure when that is None, and returns what it
+has drawn into: one Axes, or an array of them. Nothing global is changed or shown; `ax.figure.savefig(path)` writes it.
+Colours are those of Okabe and Ito, which differ for colour-blind readers too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+from sklearn.manifold import TSNE
+from torch import Tensor
+
+from uncertainty_mm import measures
+from uncertainty_mm._binning import check_predictions, equal_mass, equal_width, histogram
+from uncertainty_mm._checks import (
+    check_finite,
+    check_positive,
+    check_positive_int,
+    check_range,
+    check_tensor,
+)
+
+__all__ = [
+    "attention_map",
+    "label_correlation",
+    "latent_tsne",
+    "modality_attribution",
+    "reliability_diagram",
+    "risk_coverage",
+    "uncertainty_against_noise",
+]
+
+Array = Tensor | npt.ArrayLike
+AxesArray = npt.NDArray[np.object_]
+
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999933")
+MARKERS = ("o", "^", "s", "D", "v", "P", "X", "*")
+GREY = "0.45"
+COLUMNS = 3  # of panels
+GROUPS = 12  # of a running median
+
+
+def reliability_diagram(
+    probs: Array,
+    labels: Array,
+    label_names: Sequence[str] | None = None,
+    bins: int = 10,
+    *,
+    ax: Sequence[Axes] | AxesArray | None = None,
+) -> AxesArray:
+    """How often a label is present where it is predicted with probability p, one panel a label.
+
+    Points are bins of equal width, at the mean probability and the share of positives of what they hold, with the 95 %
+    interval of Wilson 1927. The bars above count the samples of the bins. The title has the expected calibration error
+    over the same bins (:func:`~uncertainty_mm.measures.calibration_error`).
+
+    Args:
+        probs: (N, Q) probabilities in [0, 1].
+        labels: (N, Q) of 0 and 1.
+        label_names: Q names, for the titles.
+        bins: Number of bins.
+        ax: Q Axes to draw into.
+
+    Returns:
+        Array (Q,) of Axes.
+
+    Raises:
+        ValueError: If shapes disagree, values are out of range, or there is no sample.
+        TypeError: If a type is wrong.
+
+    Example:
+        >>> from uncertainty_mm import plots
+        >>> probs = torch.tensor([[0.2, 0.9], [0.4, 0.6]])
+        >>> axes = plots.reliability_diagram(probs, torch.tensor([[0, 1], [1, 1]]), ["sad", "happy"])
+        >>> axes[1].get_title()
+        'happy (ECE 0.250)'
+        >>> axes[0].figure.savefig("reliability.png")  # doctest: +SKIP
+    """
+    p, y = _tensor("probs", probs).double(), _tensor("labels", labels)
+    check_predictions(p, y)
+    check_positive_int("bins", bins)
+    _check_samples("probs", p)
+    names = _names("label_names", label_names, p.shape[1], "label")
+    axes = _panels(ax, p.shape[1], height=3.0)
+    errors = measures.calibration_error(p, y, bins=bins, average="none")
+    sums = histogram(p, y, equal_width(p, bins), bins)[:3].numpy()
+    for panel, name, error, (count, positives, expected) in zip(
+        axes, names, errors.tolist(), sums.swapaxes(0, 1), strict=True
+    ):
+        filled = count > 0
+        n = count[filled]
+        rate = positives[filled] / n
+        low, high = _wilson(rate, n)
+        panel.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle="--", label="calibrated")
+        panel.errorbar(
+            expected[filled] / n,
+            rate,
+            np.clip([rate - low, high - rate], 0, None),
+            color=COLORS[0],
+            marker="o",
+            markersize=4,
+            linewidth=1.2,
+            elinewidth=1,
+            label="observed, 95 %",
+            clip_on=False,
+        )
+        panel.set(xlim=(0, 1), ylim=(0, 1))
+        panel.set(xlabel="predicted probability", ylabel="share present")
+        panel.set_title(f"{name} (ECE {error:.3f})", fontsize="medium", y=1.2)
+        panel.set(xticks=np.linspace(0, 1, 6), yticks=np.linspace(0, 1, 6))
+        _draw_counts(panel.inset_axes((0, 1.02, 1, 0.18)), count)
+    if ax is None:
+        _label_outer(axes)
+    axes[0].legend(fontsize="x-small", loc="upper left")
+    return axes
+
+
+def _draw_counts(ax: Axes, count: npt.NDArray[Any]) -> None:
+    """Bars over the bins, with the numbers on them."""
+    bins = len(count)
+    middle = (np.arange(bins) + 0.5) / bins
+    ax.bar(middle, count, 0.9 / bins, color="0.8")
+    ax.set(xlim=(0, 1), ylim=(0, count.max()))
+    ax.set_axis_off()
+    if bins <= 15:
+        for x, number in zip(middle, count.astype(int), strict=True):
+            ax.text(x, 0, f" {number}", ha="center", va="bottom", rotation=90, fontsize="xx-small")
+
+
+def risk_coverage(
+    errors: Array,
+    uncertainty: Array | Mapping[str, Array],
+    *,
+    ax: Axes | None = None,
+) -> Axes:
+    """Mean error of the most certain samples, against the share of samples that they are.
+
+    The grey lines are the best order of the same errors and a random one. See
+    :func:`~uncertainty_mm.measures.risk_coverage`.
+
+    Args:
+        errors: (N,) errors, 0 and 1 or graded.
+        uncertainty: (N,) uncertainties, or several by name.
+        ax: Axes to draw into.
+
+    Returns:
+        The Axes.
+
+    Raises:
+        ValueError: If shapes disagree, a value is not finite, or there is no sample.
+        TypeError: If a type is wrong.
+
+    Example:
+        >>> from uncertainty_mm import plots
+        >>> ax = plots.risk_coverage([0, 1, 1], {"entropy": [0.2, 0.5, 0.9], "constant": [1, 1, 1]})
+        >>> [line.get_label() for line in ax.lines][:2]
+        ['entropy (AURC 0.389)', 'constant (AURC 0.667)']
+    """
+    named = uncertainty if isinstance(uncertainty, Mapping) else {"uncertainty": uncertainty}
+    if not named:
+        raise ValueError("Expected `uncertainty` to name at least one uncertainty, but got none")
+    error = _tensor("errors", errors)
+    scores = {name: _tensor(f"uncertainty[{name!r}]", value) for name, value in named.items()}
+    curves = {name: measures.risk_coverage(error, score) for name, score in scores.items()}
+    _check_samples("errors", error)
+    best = measures.risk_coverage(error, error)
+    if ax is None:
+        ax = _figure(5, 3.6).subplots()
+    for index, (name, curve) in enumerate(curves.items()):
+        ax.plot(
+            curve.coverage.numpy(),
+            curve.risk.numpy(),
+            **_line(index),
+            label=f"{name} (AURC {curve.aurc:.3f})",
+        )
+    coverage = best.coverage.numpy()
+    ax.plot(
+        coverage,
+        best.risk.numpy(),
+        color=GREY,
+        linestyle=":",
+        label=f"best order ({best.aurc:.3f})",
+    )
+    mean = float(best.risk[-1])
+    ax.axhline(mean, color=GREY, linewidth=1, linestyle="--", label=f"random order ({mean:.3f})")
+    ax.set(xlabel="coverage (most certain first)", ylabel="risk (mean error)", xlim=(0, 1))
+    ax.set_ylim(bottom=min(0.0, float(best.risk.min())))
+    ax.legend(fontsize="small")
+    return ax
+
+
+def uncertainty_against_noise(
+    noise: Array,
+    std_norm: Array,
+    modality_names: Sequence[str] | None = None,
+    *,
+    missing: Array | None = None,
+    ax: Sequence[Axes] | AxesArray | None = None,
+) -> AxesArray:
+    """Size of the uncertainty against the noise that was put in, one panel a modality, on a log axis.
+
+    Points are samples; more than 3000 are counted in hexagons, darker for more. The line is a running median, over the
+    samples of each noise level if there are up to 12 levels, else over 12 groups of equally many samples. The title has
+    Spearman's rank correlation, nan if either is constant.
+
+    Args:
+        noise: (N, M) level of the noise in every modality.
+        std_norm: (N, M) size of the uncertainty, above 0: the norm of the standard deviations.
+        modality_names: M names, for the titles.
+        missing: (N, M) bool, True where a sample does not have a modality. What stands there is not drawn.
+        ax: M Axes to draw into.
+
+    Returns:
+        Array (M,) of Axes.
+
+    Raises:
+        ValueError: If shapes disagree, a value is not finite, an uncertainty is not above 0, or there is no sample.
+        TypeError: If a type is wrong.
+
+    Example:
+        >>> from uncertainty_mm import plots
+        >>> noise = torch.tensor([[0.0], [1.0], [2.0]])
+        >>> axes = plots.uncertainty_against_noise(noise, noise.exp(), ["audio"])
+        >>> axes[0].get_title()
+        'audio (Spearman 1.00)'
+    """
+    x, y = _tensor("noise", noise).double(), _tensor("std_norm", std_norm).double()
+    sizes: dict[str, int] = {}
+    check_tensor("noise", x, "floating", "N M", sizes)
+    check_tensor("std_norm", y, "floating", "N M", sizes)
+    out = torch.zeros_like(x, dtype=torch.bool) if missing is None else _tensor("missing", missing)
+    check_tensor("missing", out, "bool", "N M", sizes)
+    check_finite("noise", x, out)
+    check_finite("std_norm", y, out)
+    _check_samples("noise", x)
+    if (y[~out] <= 0).any():
+        raise ValueError(f"Expected `std_norm` to be above 0, but got {y[~out].min().item()}")
+    names = _names("modality_names", modality_names, x.shape[1], "modality")
+    axes = _panels(ax, x.shape[1], height=2.6)
+    for index, (panel, name) in enumerate(zip(axes, names, strict=True)):
+        a, b = x[~out[:, index], index], y[~out[:, index], index]
+        panel.set_yscale("log")
+        if len(a) > 3000 and len(a.unique()) > GROUPS:
+            panel.hexbin(
+                a.numpy(), b.numpy(), yscale="log", gridsize=30, mincnt=1, cmap="Greys", bins="log"
+            )
+        else:
+            panel.scatter(a.numpy(), b.numpy(), s=8, color="0.6", linewidths=0, alpha=0.6)
+        middle, median = _running_median(a, b)
+        panel.plot(middle, median, color=COLORS[1], marker="o", markersize=4, label="median")
+        panel.set_title(f"{name} (Spearman {measures.spearman(a, b):.2f})", fontsize="medium")
+        panel.set(xlabel="noise level", ylabel="norm of standard deviation")
+    if ax is None:
+        _label_outer(axes)
+    axes[0].legend(fontsize="small")
+    return axes
+
+
+def modality_attribution(
+    levels: Array,
+    shares: Array,
+    modality_names: Sequence[str] | None = None,
+    *,
+    ax: Axes | None = None,
+) -> Axes:
+    """Share of every modality as the input is more and more corrupted.
+
+    Args:
+        levels: (L,) levels of the corruption.
+        shares: (L, M) shares in [0, 1], such as the mean over samples of
+            :func:`~uncertainty_mm.measures.modality_attribution`.
+        modality_names: M names, for the legend.
+        ax: Axes to draw into.
+
+    Returns:
+        The Axes.
+
+    Raises:
+        ValueError: If shapes disagree, a level is not finite, or a share is out of range.
+        TypeError: If a type is wrong.
+
+    Example:
+        >>> from uncertainty_mm import plots
+        >>> shares = [[0.6, 0.4], [0.2, 0.8]]
+        >>> ax = plots.modality_attribution([0.0, 1.0], shares, ["text", "audio"])
+        >>> ax.set_xlabel("standard deviation of the noise in text")  # doctest: +SKIP
+    """
+    x, y = _tensor("levels", levels).double(), _tensor("shares", shares).double()
+    sizes: dict[str, int] = {}
+    check_tensor("levels", x, "floating", "L", sizes)
+    check_tensor("shares", y, "floating", "L M", sizes)
+    check_finite("levels", x)
+    check_range("shares", y, 0, 1)
+    names = _names("modality_names", modality_names, y.shape[1], "modality")
+    if ax is None:
+        ax = _figure(5, 3.6).subplots()
+    for index, name in enumerate(names):
+        marker = MARKERS[index % len(MARKERS)]
+        ax.plot(x.numpy(), y[:, index].numpy(), **_line(index), marker=marker, label=name)
+    ax.set(xlabel="level of corruption", ylabel="share of modality", ylim=(0, 1))
+    ax.legend(fontsize="small")
+    return ax
+
+
+def latent_tsne(
+    embeddings: Array,
+    label_names: Sequence[str] | None = None,
+    modality_names: Sequence[str] | None = None,
+    *,
+    shown: Array | None = None,
+    perplexity: float = 30.0,
+    seed: int = 0,
+    ax: Axes | None = None,
+) -> Axes:
+    """Latent distributions of every modality and label in the plane, by t-SNE: colour is label, marker modality.
+
+    As Fig. 4 of Huang et al. 2025, arXiv 2502.13954. With M Q points for every sample, a few hundred samples are enough
+    and take seconds. Distances between clusters and their sizes mean nothing in t-SNE.
+
+    Args:
+        embeddings: (B, M, Q, E): `latent.mean`, or `latent.embedding()` for what the contrastive loss compares.
+        label_names: Q names, for the legend.
+        modality_names: M names, for the legend.
+        shown: (B, M, Q) bool, True for the points to embed and draw, at least 3: where the label is present and the
+            modality not missing, say. None takes all.
+        perplexity: Number of neighbours that count; at most a third of the points is used.
+        seed: Of the random number generator of t-SNE.
+        ax: Axes to draw into.
+
+    Returns:
+        The Axes.
+
+    Raises:
+        ValueError: If shapes disagree, a value is not finite, or there are fewer than 3 points.
+        TypeError: If a type is wrong.
+
+    Example:
+        >>> from uncertainty_mm import plots
+        >>> means = torch.randn(4, 2, 3, 8)  # 4 samples, 2 modalities, 3 labels
+        >>> ax = plots.latent_tsne(means, ["sad", "happy", "angry"], ["text", "audio"])
+        >>> sum(len(points.get_offsets()) for points in ax.collections)
+        24
+    """
+    points = _tensor("embeddings", embeddings).double()
+    sizes: dict[str, int] = {}
+    check_tensor("embeddings", points, "floating", "B M Q E", sizes)
+    modalities, labels = points.shape[1:3]
+    kept = torch.ones(points.shape[:3], dtype=torch.bool)
+    if shown is not None:
+        kept = check_tensor("shown", _tensor("shown", shown), "bool", "B M Q", sizes)
+    points = points[kept]
+    check_finite("embeddings", points)
+    if len(points) < 3:
+        raise ValueError(f"Expected `embeddings` to show at least 3 points, but got {len(points)}")
+    check_positive("perplexity", perplexity)
+    label_list = _names("label_names", label_names, labels, "label")
+    modality_list = _names("modality_names", modality_names, modalities, "modality")
+    perplexity = min(perplexity, (len(points) - 1) / 3)
+    tsne = TSNE(perplexity=perplexity, random_state=seed)
+    plane = tsne.fit_transform(points.numpy())
+    _, modality, label = (index.numpy() for index in kept.nonzero(as_tuple=True))
+    if ax is None:
+        ax = _figure(6.4, 4.4).subplots()
+    for m in range(modalities):
+        for q in range(labels):
+            x, y = plane[(modality == m) & (label == q)].T
+            color, marker = COLORS[q % len(COLORS)], MARKERS[m % len(MARKERS)]
+            ax.scatter(x, y, s=14, color=color, marker=marker, linewidths=0, alpha=0.7)
+    ax.set(xticks=[], yticks=[], xlabel="t-SNE 1", ylabel="t-SNE 2")
+    handles = [
+        *(_key(COLORS[q % len(COLORS)], "o", name) for q, name in enumerate(label_list)),
+        *(_key(GREY, MARKERS[m % len(MARKERS)], name) for m, name in enumerate(modality_list)),
+    ]
+    ax.legend(handles=handles, fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1))
+    return ax
+
+
+def attention_map(
+    weights: Array, label_names: Sequence[str] | None = None, *, ax: Axes | None = None
+) -> Axes:
+    """Which steps of a sequence every label reads, as a heat map.
+
+    Args:
+        weights: (Q, S) attention weights of one sample and modality, in [0, 1]:
+            `attention(..., need_weights=True)[1]["text"][0]`.
+        label_names: Q names, for the rows.
+        ax: Axes to draw into.
+
+    Returns:
+        The Axes.
+
+    Raises:
+        ValueError: If the shape is wrong or a weight is out of range.
+        TypeError: If a type is wrong.
+
+    Example:
+        >>> from uncertainty_mm import plots
+        >>> ax = plots.attention_map([[0.1, 0.9], [0.5, 0.5]], ["sad", "happy"])
+        >>> [label.get_text() for label in ax.get_yticklabels()]
+        ['sad', 'happy']
+    """
+    w = _tensor("weights", weights).double()
+    check_tensor("weights", w, "floating", "Q S", {})
+    check_range("weights", w, 0, 1)
+    _check_samples("weights", w)
+    names = _names("label_names", label_names, w.shape[0], "label")
+    if ax is None:
+        ax = _figure(7, 1.2 + 0.3 * len(names)).subplots()
+    image = ax.imshow(w.numpy(), aspect="auto", vmin=0, cmap="viridis", interpolation="nearest")
+    ax.set_yticks(range(len(names)), names)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set(xlabel="step of the sequence")
+    ax.figure.colorbar(image, ax=ax, label="weight")
+    return ax
+
+
+def label_correlation(
+    labels: Array,
+    probs: Array,
+    label_names: Sequence[str] | None = None,
+    *,
+    ax: Sequence[Axes] | AxesArray | None = None,
+) -> AxesArray:
+    """Correlations between labels, as they are and as they are predicted.
+
+    The title has the cosine similarity of both matrices without their diagonals, which are 1 in any case. What belongs
+    to a constant label has no correlation: it is drawn grey and left out.
+
+    Args:
+        labels: (N, Q) of 0 and 1.
+        probs: (N, Q) predictions in [0, 1], probabilities or decisions.
+        label_names: Q names.
+        ax: Two Axes to draw into.
+
+    Returns:
+        Array (2,) of Axes: true, predicted.
+
+    Raises:
+        ValueError: If shapes disagree, values are out of range, or there are fewer than two labels or samples.
+        TypeError: If a type is wrong.
+
+    Example:
+        >>> from uncertainty_mm import plots
+        >>> labels = torch.tensor([[1, 0], [1, 0], [0, 1], [1, 1]])
+        >>> axes = plots.label_correlation(labels, 0.1 + 0.8 * labels, ["sad", "happy"])
+        >>> axes[1].get_title()
+        'predicted (cosine similarity 1.00)'
+    """
+    p, y = _tensor("probs", probs).double(), _tensor("labels", labels).double()
+    check_predictions(p, y)
+    if min(p.shape) < 2:
+        raise ValueError(f"Expected `probs` to be at least (2, 2), but got {tuple(p.shape)}")
+    names = _names("label_names", label_names, p.shape[1], "label")
+    true, predicted = _correlation(y), _correlation(p)
+    used = ~np.eye(len(names), dtype=bool) & np.isfinite(true) & np.isfinite(predicted)
+    a, b = true[used], predicted[used]
+    norm = np.linalg.norm(a) * np.linalg.norm(b)
+    cosine = float(a @ b / norm) if norm > 0 else float("nan")
+    if ax is None:
+        side = max(3.0, 1.6 + 0.42 * len(names))
+        axes = np.array(_figure(2 * side + 0.6, side).subplots(1, 2, sharey=True))
+    else:
+        axes = _given(ax, 2)
+    for panel, matrix, title in zip(
+        axes,
+        (true, predicted),
+        ("true", f"predicted (cosine similarity {cosine:.2f})"),
+        strict=True,
+    ):
+        panel.set_facecolor("0.8")
+        image = panel.imshow(np.ma.masked_invalid(matrix), vmin=-1, vmax=1, cmap="RdBu_r")
+        panel.set_xticks(range(len(names)), names, rotation=45, ha="right")
+        panel.set_yticks(range(len(names)), names)
+        panel.set_title(title, fontsize="medium")
+        if len(names) <= 8:
+            for (row, column), value in np.ndenumerate(matrix):
+                if np.isfinite(value):
+                    color = "white" if abs(value) > 0.6 else "black"
+                    text = f"{value:.2f}".replace("-0.00", "0.00")
+                    panel.text(
+                        column, row, text, ha="center", va="center", fontsize="x-small", color=color
+                    )
+    axes[0].figure.colorbar(image, ax=list(axes), label="correlation", shrink=0.8)
+    return axes
+
+
+def _tensor(name: str, value: Array) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.detach().cpu()
+    array = np.array(value)
+    if array.dtype.kind not in "biuf":
+        raise TypeError(f"Expected `{name}` to hold numbers, but got {type(value).__name__}")
+    return torch.from_numpy(array)
+
+
+def _names(argument: str, names: Sequence[str] | None, count: int, kind: str) -> list[str]:
+    if names is None:
+        return [f"{kind} {index}" for index in range(count)]
+    if isinstance(names, str) or len(names) != count:
+        raise ValueError(f"Expected `{argument}` to hold {count} names, but got {names!r}")
+    return list(names)
+
+
+def _check_samples(name: str, tensor: Tensor) -> None:
+    if tensor.numel() == 0:
+        raise ValueError(f"Expected `{name}` to hold samples, but got shape {tuple(tensor.shape)}")
+
+
+def _figure(width: float, height: float) -> Figure:
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _panels(ax: Sequence[Axes] | AxesArray | None, count: int, height: float) -> AxesArray:
+    """The given Axes, or new ones in rows of at most three."""
+    if ax is not None:
+        return _given(ax, count)
+    columns = min(count, COLUMNS)
+    rows = -(-count // columns)
+    figure = _figure(0.6 + 2.5 * columns, 0.4 + height * rows)
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel()
+    for unused in grid[count:]:
+        unused.remove()
+    return np.array(grid[:count])
+
+
+def _label_outer(axes: AxesArray) -> None:
+    """Leaves labels to the lowest panels of the columns and the first of the rows."""
+    columns = min(len(axes), COLUMNS)
+    for index, panel in enumerate(axes):
+        lowest, first = index + columns >= len(axes), index % columns == 0
+        panel.tick_params(which="both", labelbottom=lowest, labelleft=first)
+        panel.xaxis.label.set_visible(lowest)
+        panel.yaxis.label.set_visible(first)
+
+
+def _given(ax: Sequence[Axes] | AxesArray, count: int) -> AxesArray:
+    axes = np.array(ax, dtype=object).ravel()
+    if len(axes) != count or not all(isinstance(each, Axes) for each in axes):
+        raise ValueError(f"Expected `ax` to hold {count} Axes, but got {ax!r}")
+    return axes
+
+
+def _line(index: int) -> dict[str, Any]:
+    styles = ("-", "--", "-.", ":")
+    return {"color": COLORS[index % len(COLORS)], "linestyle": styles[index % len(styles)]}
+
+
+def _key(color: str, marker: str, name: str) -> Line2D:
+    return Line2D([], [], color=color, marker=marker, linestyle="", markersize=5, label=name)
+
+
+def _wilson(
+    rate: npt.NDArray[Any], n: npt.NDArray[Any]
+) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """Ends of the 95 % interval of Wilson 1927 for a share of `n` samples."""
+    z = 1.959963984540054  # 97.5 % quantile of the normal distribution
+    middle = rate + z**2 / (2 * n)
+    half = z * np.sqrt(rate * (1 - rate) / n + z**2 / (4 * n**2))
+    return (middle - half) / (1 + z**2 / n), (middle + half) / (1 + z**2 / n)
+
+
+def _running_median(x: Tensor, y: Tensor) -> tuple[list[float], list[float]]:
+    levels, index = x.unique(return_inverse=True)
+    if len(levels) > GROUPS:
+        index = equal_mass(x.unsqueeze(1), GROUPS).squeeze(1)
+    parts = [(x[index == i].numpy(), y[index == i].numpy()) for i in index.unique()]
+    return [float(np.median(a)) for a, _ in parts], [float(np.median(b)) for _, b in parts]
+
+
+def _correlation(columns: Tensor) -> npt.NDArray[Any]:
+    with np.errstate(invalid="ignore", divide="ignore"):
+        correlation: npt.NDArray[Any] = np.corrcoef(columns.numpy(), rowvar=False)
+    return correlation

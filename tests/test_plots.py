@@ -1,0 +1,316 @@
+"""Figures: what is drawn is what was given."""
+
+import matplotlib as mpl
+import numpy as np
+import pytest
+import torch
+from matplotlib.axes import Axes
+from matplotlib.collections import PathCollection, PolyCollection
+from matplotlib.colors import to_rgba
+from matplotlib.figure import Figure
+from scipy.stats import binomtest, spearmanr
+from sklearn.manifold import TSNE
+
+from uncertainty_mm import measures, plots
+
+N, Q, M = 120, 4, 3
+NAMES = ["happy", "sad", "anger", "fear"]
+MODALITIES = ["text", "vision", "audio"]
+
+
+def new_axes(count):
+    return Figure().subplots(1, count, squeeze=False)[0]
+
+
+def predictions():
+    probs = torch.rand(N, Q)
+    return probs, (torch.rand(N, Q) < probs).long()
+
+
+CALLS = {
+    "reliability_diagram": (lambda ax: plots.reliability_diagram(*predictions(), ax=ax), Q),
+    "risk_coverage": (lambda ax: plots.risk_coverage(torch.rand(N), torch.rand(N), ax=ax), 1),
+    "uncertainty_against_noise": (
+        lambda ax: plots.uncertainty_against_noise(torch.rand(N, M), torch.rand(N, M) + 0.1, ax=ax),
+        M,
+    ),
+    "modality_attribution": (
+        lambda ax: plots.modality_attribution([0, 1], [[0.2, 0.8], [0.4, 0.6]], ax=ax),
+        1,
+    ),
+    "latent_tsne": (lambda ax: plots.latent_tsne(torch.randn(5, M, Q, 3), ax=ax), 1),
+    "attention_map": (lambda ax: plots.attention_map(torch.rand(Q, 9), ax=ax), 1),
+    "label_correlation": (lambda ax: plots.label_correlation(*predictions()[::-1], ax=ax), 2),
+}
+
+
+@pytest.fixture(params=CALLS)
+def call(request):
+    return CALLS[request.param]
+
+
+def test_every_plot_is_called():
+    assert sorted(CALLS) == sorted(plots.__all__)
+
+
+def test_new_axes_are_returned_and_the_figure_can_be_saved(call, tmp_path):
+    draw, count = call
+    drawn = draw(None)
+    axes = [drawn] if count == 1 else list(drawn)
+    assert len(axes) == count
+    assert all(isinstance(ax, Axes) for ax in axes)
+    assert isinstance(axes[0].figure, Figure)
+    axes[0].figure.savefig(tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 1000
+
+
+def test_given_axes_are_drawn_into(call):
+    draw, count = call
+    given = new_axes(count)
+    drawn = draw(given[0] if count == 1 else given)
+    if count == 1:
+        assert drawn is given[0]
+    else:
+        assert list(drawn) == list(given)
+        assert list(draw(list(new_axes(count)))) != list(given)
+    assert all(ax.has_data() for ax in given)
+
+
+def test_wrong_number_of_axes_is_refused(call):
+    draw, count = call
+    if count > 1:
+        with pytest.raises(ValueError, match=f"Expected `ax` to hold {count} Axes"):
+            draw(new_axes(count + 1))
+
+
+def test_global_state_is_left_alone(call):
+    import matplotlib.pyplot as plt
+
+    before, figures = dict(mpl.rcParams), plt.get_fignums()
+    call[0](None)
+    assert dict(mpl.rcParams) == before
+    assert plt.get_fignums() == figures
+
+
+# ------------------------------------------------------------------------- what is drawn is what was given
+
+
+@pytest.mark.parametrize("bins", [4, 10])
+def test_reliability_shows_bins_counts_and_intervals(bins):
+    probs, labels = predictions()
+    axes = plots.reliability_diagram(probs, labels, NAMES, bins=bins)
+    errors = measures.calibration_error(probs, labels, bins=bins, average="none")
+    for q, ax in enumerate(axes):
+        assert ax.get_title() == f"{NAMES[q]} (ECE {errors[q]:.3f})"
+        [(line, _, [segments])] = ax.containers
+        parts = [
+            (probs[inside, q].double(), labels[inside, q])
+            for inside in (probs[:, q] * bins).long() == torch.arange(bins).unsqueeze(1)
+        ]
+        filled = [(p, y) for p, y in parts if len(p)]
+        expected = [[p.mean(), y.double().mean()] for p, y in filled]
+        np.testing.assert_allclose(line.get_xydata(), expected, rtol=1e-6)
+        for (_, y), segment in zip(filled, segments.get_segments(), strict=True):
+            interval = binomtest(int(y.sum()), len(y)).proportion_ci(method="wilson")
+            np.testing.assert_allclose(segment[:, 1], [interval.low, interval.high], atol=1e-6)
+        [counts] = ax.child_axes
+        assert [bar.get_height() for bar in counts.patches] == [len(p) for p, _ in parts]
+        assert [int(text.get_text()) for text in counts.texts] == [len(p) for p, _ in parts]
+
+
+def test_panels_of_new_figures_label_the_outer_ones_only():
+    axes = plots.reliability_diagram(*predictions())  # three, and one below the first
+    assert [ax.xaxis.label.get_visible() for ax in axes] == [False, True, True, True]
+    assert [ax.yaxis.label.get_visible() for ax in axes] == [True, False, False, True]
+
+
+def test_risk_coverage_shows_the_curves():
+    errors = torch.randint(2, (N,))
+    named = {"a": torch.rand(N), "b": torch.randint(3, (N,))}
+    ax = plots.risk_coverage(errors, named)
+    a, b, best, random = ax.lines
+    for (name, uncertainty), line in zip(named.items(), (a, b), strict=True):
+        curve = measures.risk_coverage(errors, uncertainty)
+        assert line.get_label() == f"{name} (AURC {curve.aurc:.3f})"
+        np.testing.assert_array_equal(line.get_xdata(), curve.coverage)
+        np.testing.assert_array_equal(line.get_ydata(), curve.risk)
+    np.testing.assert_allclose(best.get_ydata(), np.sort(errors).cumsum() / np.arange(1, N + 1))
+    np.testing.assert_allclose(random.get_ydata(), errors.double().mean())
+
+
+def test_noise_shows_samples_that_are_there_their_median_and_correlation():
+    noise = torch.randint(4, (N, M)).double()
+    std_norm, missing = torch.rand(N, M) + 0.1, torch.rand(N, M) < 0.3
+    std_norm[missing] = float("nan")
+    axes = plots.uncertainty_against_noise(noise, std_norm, MODALITIES, missing=missing)
+    for m, ax in enumerate(axes):
+        x, y = (z[~missing[:, m], m].numpy().astype(float) for z in (noise, std_norm))
+        [points], [line] = ax.collections, ax.lines
+        assert isinstance(points, PathCollection)
+        np.testing.assert_array_equal(points.get_offsets(), np.stack([x, y], axis=1))
+        expected = [[level, np.median(y[x == level])] for level in range(4)]
+        np.testing.assert_allclose(line.get_xydata(), expected)
+        assert ax.get_title() == f"{MODALITIES[m]} (Spearman {spearmanr(x, y).statistic:.2f})"
+        assert ax.get_yscale() == "log"
+
+
+def test_many_samples_are_counted_in_hexagons_and_grouped_by_mass():
+    noise = torch.rand(3600, 1).double()
+    [ax] = plots.uncertainty_against_noise(noise, noise.exp())
+    [hexagons], [line] = ax.collections, ax.lines
+    assert isinstance(hexagons, PolyCollection)
+    assert hexagons.get_array().sum() == 3600
+    medians = np.median(np.sort(noise[:, 0]).reshape(12, 300), axis=1)
+    np.testing.assert_allclose(line.get_xdata(), medians)
+    np.testing.assert_allclose(line.get_ydata(), np.exp(medians), rtol=1e-4)
+
+
+def test_attribution_shows_a_line_for_each_modality():
+    levels, shares = np.array([0, 0.5, 2]), torch.rand(3, M).softmax(1)
+    ax = plots.modality_attribution(levels, shares, MODALITIES)
+    for line, name, share in zip(ax.lines, MODALITIES, shares.T, strict=True):
+        assert line.get_label() == name
+        np.testing.assert_array_equal(line.get_xdata(), levels)
+        np.testing.assert_allclose(line.get_ydata(), share)
+    assert len({(line.get_color(), line.get_marker()) for line in ax.lines}) == M
+
+
+def test_tsne_shows_its_points_coloured_by_label_and_marked_by_modality():
+    embeddings, shown = torch.randn(12, M, Q, 5), torch.rand(12, M, Q) < 0.5
+    embeddings[~shown] = float("nan")
+    ax = plots.latent_tsne(embeddings, NAMES, MODALITIES, shown=shown, perplexity=5, seed=3)
+    points = embeddings[shown].double().numpy()
+    plane = TSNE(perplexity=5, random_state=3).fit_transform(points)
+    _, modality, label = shown.nonzero(as_tuple=True)
+    drawn = iter(ax.collections)
+    shapes = set()
+    for m in range(M):
+        for q in range(Q):
+            scatter = next(drawn)
+            expected = plane[((modality == m) & (label == q)).numpy()]
+            np.testing.assert_allclose(scatter.get_offsets(), expected)
+            assert tuple(scatter.get_facecolor()[0][:3]) == to_rgba(plots.COLORS[q])[:3]
+            shapes.add((m, scatter.get_paths()[0].vertices.tobytes()))
+    assert len(shapes) == len({shape for _, shape in shapes}) == M
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == [*NAMES, *MODALITIES]
+
+
+def test_attention_shows_the_weights():
+    weights = torch.rand(Q, 9)
+    ax = plots.attention_map(weights, NAMES)
+    [image] = ax.images
+    np.testing.assert_allclose(image.get_array(), weights)
+    assert image.get_clim()[0] == 0
+    assert [t.get_text() for t in ax.get_yticklabels()] == NAMES
+    assert len(ax.figure.axes) == 2  # with the scale of colours
+
+
+def test_correlations_are_those_of_numpy_and_their_cosine_leaves_out_the_diagonal():
+    probs, labels = predictions()
+    labels[:, 2] = 0  # has no correlation
+    axes = plots.label_correlation(labels, probs, NAMES)
+    kept = [0, 1, 3]
+    off = ~np.eye(3, dtype=bool)
+    vectors = []
+    for ax, data in zip(axes, (labels, probs), strict=True):
+        [image] = ax.images
+        drawn = image.get_array()[np.ix_(kept, kept)]
+        expected = np.corrcoef(data[:, kept].double().numpy(), rowvar=False)
+        np.testing.assert_allclose(drawn, expected)
+        vectors.append(expected[off])
+        assert image.get_clim() == (-1, 1)
+    a, b = vectors
+    cosine = a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+    assert axes[1].get_title() == f"predicted (cosine similarity {cosine:.2f})"
+    assert axes[0].images[0].get_array().mask[2].all()
+
+
+def test_tensors_with_a_gradient_arrays_and_lists_are_drawn_alike():
+    shares = [[0.25, 0.75], [0.5, 0.5]]
+    for given in (shares, np.array(shares)[::1], torch.tensor(shares, requires_grad=True)):
+        ax = plots.modality_attribution([0, 1], given)
+        np.testing.assert_array_equal(ax.lines[1].get_ydata(), [0.75, 0.5])
+
+
+def test_probabilities_in_half_precision_are_drawn():
+    probs, labels = predictions()
+    for dtype in (torch.float16, torch.bfloat16):
+        assert len(plots.reliability_diagram(probs.to(dtype), labels)) == Q
+
+
+# ------------------------------------------------------------------------------------------ bad input
+
+
+BAD = {
+    "probabilities": (
+        lambda: plots.reliability_diagram([[1.5]], [[1]]),
+        r"Expected `probs` to be in \[0, 1\]",
+    ),
+    "labels": (lambda: plots.reliability_diagram([[0.5]], [[2]]), "Expected `labels` to hold only"),
+    "shape": (
+        lambda: plots.reliability_diagram([[0.5]], [[1, 0]]),
+        "Expected `labels` to have shape",
+    ),
+    "names": (
+        lambda: plots.reliability_diagram([[0.5]], [[1]], ["a", "b"]),
+        "Expected `label_names` to hold 1 names",
+    ),
+    "bins": (lambda: plots.reliability_diagram([[0.5]], [[1]], bins=0), "Expected `bins` to be"),
+    "no sample": (
+        lambda: plots.reliability_diagram(torch.zeros(0, 2), torch.zeros(0, 2)),
+        "Expected `probs` to hold samples",
+    ),
+    "no error": (lambda: plots.risk_coverage([], []), "Expected `errors` to hold samples"),
+    "no uncertainty": (lambda: plots.risk_coverage([1], {}), "Expected `uncertainty` to name"),
+    "nan": (
+        lambda: plots.risk_coverage([0, 1], {"a": [1, float("nan")]}),
+        "Expected `uncertainty` to be finite",
+    ),
+    "length": (lambda: plots.risk_coverage([0, 1], [1]), "Expected `uncertainty` to have shape"),
+    "size": (
+        lambda: plots.uncertainty_against_noise([[1.0]], [[0.0]]),
+        "Expected `std_norm` to be above 0",
+    ),
+    "missing": (
+        lambda: plots.uncertainty_against_noise([[1.0]], [[1.0]], missing=[[True, False]]),
+        "Expected `missing` to have shape",
+    ),
+    "share": (
+        lambda: plots.modality_attribution([0], [[1.2]]),
+        r"Expected `shares` to be in \[0, 1\]",
+    ),
+    "levels": (
+        lambda: plots.modality_attribution([0, 1], [[1.0]]),
+        "Expected `shares` to have shape",
+    ),
+    "points": (
+        lambda: plots.latent_tsne(torch.randn(1, 1, 2, 3)),
+        "Expected `embeddings` to show at least 3 points, but got 2",
+    ),
+    "embeddings": (
+        lambda: plots.latent_tsne(torch.full((1, 1, 3, 3), float("inf"))),
+        "Expected `embeddings` to be finite",
+    ),
+    "perplexity": (
+        lambda: plots.latent_tsne(torch.randn(9, 1, 2, 3), perplexity=0),
+        "Expected `perplexity` to be a number above 0",
+    ),
+    "weights": (lambda: plots.attention_map([[2.0]]), r"Expected `weights` to be in \[0, 1\]"),
+    "no weight": (lambda: plots.attention_map(torch.zeros(2, 0)), "Expected `weights` to hold"),
+    "one label": (
+        lambda: plots.label_correlation([[1], [0]], [[0.5], [0.1]]),
+        r"Expected `probs` to be at least \(2, 2\), but got \(2, 1\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_refused(name):
+    draw, message = BAD[name]
+    with pytest.raises(ValueError, match=message):
+        draw()
+
+
+def test_what_is_no_number_is_refused():
+    with pytest.raises(TypeError, match="Expected `errors` to hold numbers, but got list"):
+        plots.risk_coverage(["a"], [1])
