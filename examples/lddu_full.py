@@ -33,8 +33,9 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 from zipfile import BadZipFile
@@ -51,7 +52,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
-from torchmetrics.classification import BinaryPrecisionRecallCurve
+from torchmetrics import CatMetric
 from torchmetrics.functional.classification import (
     multilabel_average_precision,
     multilabel_f1_score,
@@ -66,10 +67,19 @@ from uncertainty_mm import (
     EmotionQueryAttention,
     FusedPrediction,
     GaussianDecoupler,
+    PlattScaling,
     SoftRankOrdinalityLoss,
     UncertaintyGatedFusion,
 )
+from uncertainty_mm.data import SyntheticMMER
 from uncertainty_mm.functional import expected_distance, prediction_distance
+from uncertainty_mm.measures import (
+    calibration_error,
+    predictive_entropy,
+    risk_coverage,
+    sample_jaccard,
+    spearman,
+)
 
 # --- The model -------------------------------------------------------------------------------------------------------
 
@@ -226,12 +236,13 @@ class LDDU(nn.Module):
         scl_weight: float = 0.1,
         ocl_weight: float = 0.3,
         dir_weight: float = 0.1,
-        modality_weight: float = 0.3,
+        modality_weight: float = 1.0,
     ) -> None:
         super().__init__()
         modalities = len(modality_dims)
         self.gate = gate
         self.targets = targets
+        self.embedding = embedding
         self.weights = {
             "cls": 1.0,
             "ocl": ocl_weight,
@@ -271,19 +282,18 @@ class LDDU(nn.Module):
             normalize_mean=combine == "product",
         )
         # What each modality says by itself, so that its standard deviation can be held against its own errors
-        self.modality_classifiers = nn.ModuleList(
-            nn.Linear(num_labels * latent_dim, num_labels) for _ in modality_dims
-        )
+        self.modality_weight = nn.Parameter(torch.zeros(modalities, latent_dim))
+        self.modality_bias = nn.Parameter(torch.zeros(modalities, num_labels))
         # Eq. 4-7
         self.contrastive = DistributionSupConLoss(
             modalities,
             num_labels,
-            latent_dim,
+            latent_dim * (2 if embedding == "joint" else 1),
             queue_size=queue_size,
             temperature=temperature,
             anchors=anchors,
             use_mean=embedding != "std",
-            use_std=embedding != "mean",
+            use_std=embedding in ("both", "std"),
             gather=True,
         )
         # Eq. 8-9
@@ -317,15 +327,8 @@ class LDDU(nn.Module):
         z = ((1 + scale) * z + shift).masked_fill(missing[:, :, None, None], 0)
         dir_logits = self.info_classifier(z.flatten(1))
         latent = self.decoupler(z, missing)
-        modality_logits = torch.stack(
-            [
-                classify(mean.flatten(1))
-                for classify, mean in zip(
-                    self.modality_classifiers, latent.mean.unbind(1), strict=True
-                )
-            ],
-            dim=1,
-        )
+        modality_logits = torch.einsum("bmqk,mk->bmq", latent.mean, self.modality_weight)
+        modality_logits = modality_logits + self.modality_bias
         uncertainty = self.uncertainty(dir_logits.detach().float().sigmoid(), labels)
         fused = self.fusion(latent, uncertainty, missing)
         return Output(dir_logits, latent, modality_logits, fused, missing)
@@ -338,6 +341,8 @@ class LDDU(nn.Module):
             self.gate == "released"
         ):  # the released code weighs the means by the first prediction itself
             return 1 - dir_probs
+        if self.gate == "constant":
+            return torch.full_like(dir_probs, 0.5)
         return expected_distance(dir_probs)
 
     def losses(self, output: Output, labels: Tensor, indices: Tensor) -> dict[str, Tensor]:
@@ -351,11 +356,18 @@ class LDDU(nn.Module):
             "cls": F.binary_cross_entropy_with_logits(output.fused.logits, target),
             "dir": F.binary_cross_entropy_with_logits(output.dir_logits.float(), target),
             "modality": by_modality.mean(),
-            "scl": self.contrastive(output.latent, labels, output.missing),
+            "scl": self.contrastive(self.embedded(output.latent), labels, output.missing),
             "ocl": self.calibration(output, labels, indices),
         }
         total = torch.stack([self.weights[name] * loss for name, loss in losses.items()]).sum()
         return {**losses, "total": total}
+
+    def embedded(self, latent: DiagonalGaussian) -> DiagonalGaussian:
+        """Eq. 4 divides mean and standard deviation by their lengths; "joint" divides both by one length."""
+        if self.embedding != "joint":
+            return latent
+        both = torch.cat(latent, dim=-1)
+        return DiagonalGaussian(both, torch.ones_like(both))
 
     def calibration(self, output: Output, labels: Tensor, indices: Tensor) -> Tensor:
         """Eq. 10-15: the standard deviations in the order of the errors; the tracker learns of the outcome.
@@ -404,13 +416,16 @@ class LitLDDU(L.LightningModule):
         lr: float = 5e-4,
         warmup: float = 0.1,
         weight_decay: float = 0.0,
+        drop_modality: float = 0.0,
+        thresholds: str = "single",
         seed: int = 0,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
         self.model = LDDU(modality_dims, max_steps, len(label_names), num_train_samples, **model)
-        self.register_buffer("threshold", torch.tensor(0.5))
-        self.curve = BinaryPrecisionRecallCurve(thresholds=torch.linspace(0.01, 0.99, 99))
+        self.calibration = PlattScaling(len(label_names))
+        self.register_buffer("threshold", torch.full((len(label_names),), 0.5))
+        self.logits, self.labels = CatMetric(), CatMetric()  # of the validation set
 
     def configure_optimizers(self) -> dict[str, Any]:
         """Adam with linear warm-up and cosine decay (appendix A.1)."""
@@ -437,7 +452,13 @@ class LitLDDU(L.LightningModule):
         torch.manual_seed(place % 2**63)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        output = self.model(batch.features, batch.padding, batch.labels)
+        padding = batch.padding
+        if rate := self.hparams["drop_modality"]:
+            padding = {
+                name: mask | (torch.rand(len(mask), 1, device=mask.device) < rate)
+                for name, mask in padding.items()
+            }
+        output = self.model(batch.features, padding, batch.labels)
         losses = self.model.losses(output, batch.labels, batch.indices)
         size = batch.labels.shape[0]
         for name, loss in losses.items():
@@ -456,45 +477,60 @@ class LitLDDU(L.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         output = self.model(batch.features, batch.padding)
-        self.curve.update(output.fused.probs.flatten(), batch.labels.flatten().long())
+        self.logits.update(output.fused.logits)
+        self.labels.update(batch.labels)
         loss = F.binary_cross_entropy_with_logits(output.fused.logits, batch.labels.float())
         size = batch.labels.shape[0]
         self.log("val/cls", loss, prog_bar=True, batch_size=size, sync_dist=True)
 
     def on_validation_epoch_end(self) -> None:
-        """Fits the threshold, one for all labels, to the validation set; it is saved with the checkpoint."""
-        precision, recall, thresholds = self.curve.compute()
-        f1 = 2 * precision * recall / (precision + recall).clamp_min(1e-12)
-        f1 = f1[:-1].nan_to_num(0)  # the last entry has no threshold; nothing predicted is 0 / 0
-        best = f1.argmax()
-        self.threshold.copy_(thresholds[best])
-        self.curve.reset()
-        self.log("val/miF1", f1[best], prog_bar=True)
+        """Calibrates the logits and fits the threshold on the validation set; both go with the checkpoint."""
+        logits, labels = self.logits.compute(), self.labels.compute()
+        self.logits.reset()
+        self.labels.reset()
+        self.calibration.fit(logits, labels)
+        probs = self.calibration(logits).sigmoid()
+        grid = torch.linspace(0.01, 0.99, 99, device=probs.device)
+        predicted = probs > grid[:, None, None]
+        hits, sizes = (predicted & (labels > 0)).sum(1), predicted.sum(1) + labels.sum(0)
+        if self.hparams["thresholds"] == "single":  # micro-F1, else the F1 of every label
+            hits, sizes = hits.sum(1, keepdim=True), sizes.sum(1, keepdim=True)
+        best = (2 * hits / sizes.clamp_min(1)).argmax(0)
+        self.threshold.copy_(grid[best])
+        miF1 = multilabel_f1_score(
+            (probs > self.threshold).int(), labels.int(), probs.shape[1], average="micro"
+        )
+        self.log("val/miF1", miF1, prog_bar=True)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         output = self.model(batch.features, batch.padding)
         return {
-            "probs": output.fused.probs,
+            "probs": self.calibration(output.fused.logits).sigmoid(),
+            "uncalibrated": output.fused.probs,
             "std_norm": output.std_norm,
             "gate": output.fused.mean_weight,
             "missing": output.missing,
         }
 
 
-def evaluate(probs: Tensor, labels: Tensor, threshold: float) -> dict[str, float | None]:
-    """The field's measures: Acc is the mean Jaccard index of a sample's label sets, P, R and F1 are micro."""
+def evaluate(probs: Tensor, labels: Tensor, threshold: Tensor) -> dict[str, float | None]:
+    """The field's measures (Acc: mean Jaccard index of a sample's label sets; P, R, F1: micro), and those of uncertainty.
+
+    `rho` is the rank correlation of the predictive entropy with the mean absolute error of a sample.
+    """
     labels, size = labels.long(), labels.shape[1]
-    predicted = probs > threshold
-    both = (predicted & (labels > 0)).sum(1)
-    either = (predicted | (labels > 0)).sum(1)
-    arguments: dict[str, Any] = {"num_labels": size, "threshold": threshold, "average": "micro"}
+    predicted = (probs > threshold).int()
+    uncertainty, error = predictive_entropy(probs), (probs - labels).abs().mean(1)
     measures = {
-        "Acc": (both / either.clamp_min(1)).mean(),
-        "P": multilabel_precision(probs, labels, **arguments),
-        "R": multilabel_recall(probs, labels, **arguments),
-        "miF1": multilabel_f1_score(probs, labels, **arguments),
-        "mAP": multilabel_average_precision(probs, labels, num_labels=size, average="macro"),
+        "Acc": sample_jaccard(predicted.float(), labels).mean(),
+        "P": multilabel_precision(predicted, labels, size, average="micro"),
+        "R": multilabel_recall(predicted, labels, size, average="micro"),
+        "miF1": multilabel_f1_score(predicted, labels, size, average="micro"),
+        "mAP": multilabel_average_precision(probs, labels, size, average="macro"),
         "Brier": (probs - labels).square().mean(),
+        "ECE": calibration_error(probs, labels),
+        "AURC": risk_coverage(error, uncertainty).aurc,
+        "rho": spearman(uncertainty, error),
     }
     # not a number (null in JSON): the mean precision of a label that nobody has
     return {
@@ -564,6 +600,7 @@ class Data(Dataset[Batch]):
     padding: dict[str, Tensor]
     labels: Tensor
     label_names: list[str]
+    bayes: Tensor | None = None  # (N, Q) exact probabilities, known of synthetic data
 
     def __len__(self) -> int:
         return self.labels.shape[0]
@@ -589,6 +626,14 @@ class Data(Dataset[Batch]):
             collate_fn=lambda batch: batch,  # `__getitems__` has already collated
             pin_memory=torch.cuda.is_available(),
         )
+
+    def only(self, names: Collection[str]) -> Data:
+        """The same samples with the other modalities missing."""
+        padding = {
+            name: mask if name in names else torch.ones_like(mask)
+            for name, mask in self.padding.items()
+        }
+        return replace(self, padding=padding)
 
     @property
     def dims(self) -> dict[str, int]:
@@ -695,47 +740,19 @@ def load_npz(path: Path, *, splits: Sequence[str] = SPLITS) -> dict[str, Data]:
     return parts
 
 
-def synthetic(seed: int = 0, sizes: Sequence[int] = (2000, 400, 800)) -> dict[str, Data]:
-    """A small world of six correlated emotions seen through three modalities.
-
-    A frame shows the prototype of one present emotion or nothing, plus noise of a level that differs from sample to
-    sample and from modality to modality; sequences differ in length, and one in twenty is missing.
-    """
-    rng = np.random.default_rng(seed)
-    label_names = ["happy", "sad", "anger", "surprise", "disgust", "fear"]
-    modalities = {
-        "text": (10, 24),
-        "audio": (16, 16),
-        "vision": (16, 20),
-    }  # name: (steps, features)
-    count, size = sum(sizes), len(label_names)
-    # Correlated labels: two hidden moods push the emotions over a threshold (valence, arousal).
-    pushes = np.array([[1.0, 0.2], [-0.8, -0.6], [-0.7, 0.8], [0.2, 0.9], [-0.8, 0.3], [-0.6, 0.7]])
-    moods = rng.normal(size=(count, 2)) @ pushes.T
-    labels = (moods + 0.6 * rng.normal(size=moods.shape) > 0.6).astype(np.uint8)
-    features, padding = {}, {}
-    for name, (steps, dim) in modalities.items():
-        prototypes = rng.normal(size=(size + 1, dim))
-        prototypes[size] = 0  # nothing shown
-        noise = np.exp(rng.uniform(np.log(0.5), np.log(4), size=(count, 1, 1)))
-        # The emotion of a frame: the present one with the largest random score, or nothing.
-        scores = np.where(labels[:, None, :] > 0, rng.random((count, steps, size)), -1)
-        shown = np.where(scores.max(2) > 0.55, scores.argmax(2), size)
-        x = prototypes[shown] + noise * rng.normal(size=(count, steps, dim))
-        lengths = rng.integers(steps // 3, steps + 1, size=count) * (rng.random(count) > 0.05)
-        outside = np.arange(steps) >= lengths[:, None]
-        features[name] = torch.from_numpy(np.where(outside[..., None], 0, x).astype(np.float32))
-        padding[name] = torch.from_numpy(outside)
-    parts, start = {}, 0
-    for part, length in zip(SPLITS, sizes, strict=True):
-        rows = slice(start, start + length)
+def synthetic(seed: int = 0, sizes: Sequence[int] = (3000, 500, 1000)) -> dict[str, Data]:
+    """Six correlated emotions seen through three noisy modalities, with the best possible predictions."""
+    world = SyntheticMMER(missing_rate=0.05)
+    parts = {}
+    for offset, (part, size) in enumerate(zip(SPLITS, sizes, strict=True)):
+        samples = world.sample(size, seed=3 * seed + offset)
         parts[part] = Data(
-            {name: x[rows] for name, x in features.items()},
-            {name: x[rows] for name, x in padding.items()},
-            torch.from_numpy(labels[rows]),
-            label_names,
+            samples.features,
+            samples.padding_mask,
+            samples.labels,
+            ["happy", "sad", "anger", "surprise", "disgust", "fear"],
+            world.posterior(samples).marginals.float(),
         )
-        start += length
     return parts
 
 
@@ -819,7 +836,7 @@ def check_options(args: argparse.Namespace) -> None:
         raise UsageError("--epochs must be above 0")
     if args.hidden_dim % args.heads:
         raise UsageError(f"--hidden-dim {args.hidden_dim} is no multiple of --heads {args.heads}")
-    for name in ("dropout", "warmup"):
+    for name in ("dropout", "warmup", "drop_modality"):
         if getattr(args, name) >= 1:
             raise UsageError(f"--{name} must be below 1, got {getattr(args, name)}")
 
@@ -873,6 +890,8 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         args.lr,
         args.warmup,
         args.weight_decay,
+        args.drop_modality,
+        args.thresholds,
         args.seed,
     )
     for modality, encoder in lit.model.encoders.items():
@@ -918,31 +937,53 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         return {}
 
     lit = LitLDDU.load_from_checkpoint(best.best_model_path, map_location="cpu", weights_only=True)
-    threshold = float(lit.threshold)
     results: dict[str, Any] = {
         "data": name,
         "seed": args.seed,
         "epochs": trainer.current_epoch,
-        "threshold": round(threshold, 2),
+        "threshold": [round(value, 2) for value in lit.threshold.tolist()],
     }
+    test = parts["test"]
     for part in ("validation", "test"):
-        probs = apply(lit, parts[part], args)["probs"]
-        results[part] = evaluate(probs, parts[part].labels, threshold)
+        outputs = apply(lit, parts[part], args)
+        results[part] = evaluate(outputs["probs"], parts[part].labels, lit.threshold)
+    results["uncalibrated"] = evaluate(outputs["uncalibrated"], test.labels, lit.threshold)
+    if test.bayes is not None:
+        results["Bayes"] = evaluate(test.bayes, test.labels, lit.threshold)
+    results["modalities"] = {}
+    for present in product((True, False), repeat=len(test.dims)):
+        names = [modality for modality, here in zip(test.dims, present, strict=True) if here]
+        probs = apply(lit, test.only(names), args)["probs"]
+        row = evaluate(probs, test.labels, lit.threshold)
+        row["uncertainty"] = round(float(predictive_entropy(probs).mean()), 4)
+        results["modalities"][" + ".join(names) or "none"] = row
     results["seconds"] = round(time.perf_counter() - start, 1)
     results["command"] = vars(args) | {"data": args.data and str(args.data), "output": str(folder)}
     (folder / "metrics.json").write_text(json.dumps(results, indent=2, default=str) + "\n")
-    plot(collect_history(folder), probs, parts["test"].labels, folder / "training.png")
-    measures = list(results["test"])
-    print("\n" + "".join(f"{text:>12}" for text in ("", *measures)))
-    for part in ("validation", "test"):
-        values = ("-" if value is None else f"{value:.3f}" for value in results[part].values())
-        print(f"{part:>12}" + "".join(f"{value:>12}" for value in values))
+    plot(collect_history(folder), outputs["probs"], test.labels, folder / "training.png")
+    rows = ("validation", "test", "uncalibrated", "Bayes")
+    print_table({row: results[row] for row in rows if row in results})
+    print("\ntest split, by the modalities that are there; uncertainty is the predictive entropy in nats")
+    print_table(results["modalities"], ("Acc", "miF1", "mAP", "Brier", "ECE", "uncertainty"))
     print(
-        f"\nthreshold {threshold:.2f} from validation, {results['epochs']} epochs, "
+        f"\ncalibration and threshold {results['threshold']} from validation, {results['epochs']} epochs, "
         f"{results['seconds']:.0f} s, seed {args.seed}\n"
         f"{folder}/: metrics.json, metrics.csv, training.png, best.ckpt, last.ckpt"
     )
     return results
+
+
+def print_table(rows: Mapping[str, Mapping[str, float | None]], columns: Sequence[str] = ()) -> None:
+    """One line a row, one column a measure."""
+    columns = columns or list(next(iter(rows.values())))
+    width = max(len(row) for row in rows)
+    print("\n" + " " * width + "".join(f"{column:>{max(8, len(column) + 2)}}" for column in columns))
+    for row, measures in rows.items():
+        values = (
+            f"{'-' if measures[column] is None else format(measures[column], '.3f'):>{max(8, len(column) + 2)}}"
+            for column in columns
+        )
+        print(f"{row:>{width}}" + "".join(values))
 
 
 def make_trainer(**options: Any) -> L.Trainer:
@@ -986,25 +1027,27 @@ def predict(args: argparse.Namespace) -> None:
                 f"{args.data}: modality `{name}` has {data.steps[name]} steps, the checkpoint knows {steps}"
             )
     outputs = apply(lit, data, args)
-    threshold = float(lit.threshold)
     modalities, labels = list(data.dims), data.label_names
+    uncertainty = predictive_entropy(outputs["probs"]).float()
     if args.output.suffix == ".npz":
         np.savez_compressed(
             args.output,
             **{key: value.numpy() for key, value in outputs.items()},
-            threshold=threshold,
+            uncertainty=uncertainty.numpy(),
+            threshold=lit.threshold.numpy(),
             modalities=np.array(modalities),
             label_names=np.array(labels),
         )
     else:
-        header = ["sample"]
+        header = ["sample", "uncertainty"]
         header += [f"prob.{label}" for label in labels]
         header += [f"predicted.{label}" for label in labels]
         header += [f"gate.{label}" for label in labels]
         header += [f"std_norm.{modality}.{label}" for modality in modalities for label in labels]
         columns = [
+            uncertainty.unsqueeze(1),
             outputs["probs"],
-            (outputs["probs"] > threshold).float(),
+            (outputs["probs"] > lit.threshold).float(),
             outputs["gate"],
             outputs["std_norm"].flatten(1),
         ]
@@ -1014,7 +1057,8 @@ def predict(args: argparse.Namespace) -> None:
             for sample, row in enumerate(torch.cat(columns, dim=1).tolist()):
                 writer.writerow([sample, *(f"{value:.6g}" for value in row)])
     print(
-        f"{len(data)} samples of the {args.split} split, threshold {threshold:.2f}: {args.output}"
+        f"{len(data)} samples of the {args.split} split, thresholds "
+        f"{[round(value, 2) for value in lit.threshold.tolist()]}: {args.output}"
     )
 
 
@@ -1025,6 +1069,8 @@ TRAINING_OPTIONS: dict[str, tuple[Any, str]] = {
     "batch_size": (128, "samples a step"),
     "lr": (5e-4, "peak learning rate (paper: 2e-5, see above)"),
     "warmup": (0.1, "share of the steps in which the learning rate rises"),
+    "drop_modality": (0.0, "probability that a modality of a training sample is left out"),
+    "thresholds": (("single", "label"), "one threshold for all labels, or one for each"),
     "weight_decay": (0.0, "decoupled weight decay (paper: Adam, none)"),
     "devices": (1, "number of devices"),
     "strategy": (("auto", "ddp"), "ddp, or auto: ddp for several devices"),
@@ -1040,21 +1086,21 @@ MODEL_OPTIONS: dict[str, tuple[Any, str]] = {
     "queue_size": (8192, "Gaussians remembered for the contrastive loss"),
     "temperature": (0.07, "temperature of Eq. 6 (from the released code)"),
     "anchors": (("present", "all"), "anchors of Eq. 7"),
-    "gate": (("expected", "oracle", "released"), "uncertainty of Eq. 8"),
+    "gate": (("expected", "constant", "oracle", "released"), "uncertainty of Eq. 8"),
     "mean_weight": (("certainty", "uncertainty"), "what weighs the means in Eq. 8"),
     "size": (("apart", "within"), "size of a sequence: a separate input, or left in the features"),
     "combine": (
         ("product", "concat"),
         "how modalities meet: product of Gaussians, or as in the paper",
     ),
-    "embedding": (("both", "mean", "std"), "what Eq. 4 embeds"),
+    "embedding": (("both", "mean", "std", "joint"), "what Eq. 4 embeds; joint keeps the size of std"),
     "ordinality": (("rank", "standardized", "raw"), "mode of Eq. 15"),
     "pairs": (("SR", "SR+DR", "DR", "DS", "SR+DR+DS"), "pairs of Eq. 15"),
     "targets": (("modality", "sample"), "whose errors the standard deviations are held against"),
     "ocl_weight": (0.3, "lambda of Eq. 16, ordinality loss (paper: 0.1)"),
     "scl_weight": (0.1, "beta of Eq. 16, contrastive loss (paper: 0.8, see above)"),
     "dir_weight": (0.1, "gamma of Eq. 16, first prediction"),
-    "modality_weight": (0.3, "weight of the predictions from each modality alone"),
+    "modality_weight": (1.0, "weight of the predictions from each modality alone"),
 }
 
 
