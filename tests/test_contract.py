@@ -247,6 +247,7 @@ PUBLIC_NAMES = [
     "EmotionQueryAttention",
     "FusedPrediction",
     "GaussianDecoupler",
+    "PlattScaling",
     "SoftRankOrdinalityLoss",
     "UncertaintyGatedFusion",
     "functional",
