@@ -103,6 +103,13 @@ CASES = {
         ordinality_inputs,
         "temperature=0.125",
     ),
+    "PlattScaling": Case(
+        lambda **kwargs: umm.PlattScaling(LABELS, **kwargs).fit(
+            torch.randn(20, LABELS), torch.randint(2, (20, LABELS))
+        ),
+        lambda: (torch.randn(BATCH, LABELS),),
+        "num_labels=3",
+    ),
     "CorrectnessTracker": Case(
         lambda **kwargs: umm.CorrectnessTracker(8, LABELS, prior=0.125, **kwargs),
         tracker_inputs,

@@ -249,6 +249,7 @@ PUBLIC_NAMES = [
     "EmotionQueryAttention",
     "FusedPrediction",
     "GaussianDecoupler",
+    "PlattScaling",
     "SoftRankOrdinalityLoss",
     "UncertaintyGatedFusion",
     "functional",

@@ -2,6 +2,7 @@
 
 from uncertainty_mm import functional
 from uncertainty_mm.attention import EmotionQueryAttention
+from uncertainty_mm.calibration import PlattScaling
 from uncertainty_mm.contrastive import DistributionSupConLoss
 from uncertainty_mm.correctness import CorrectnessTracker
 from uncertainty_mm.fusion import FusedPrediction, UncertaintyGatedFusion
@@ -17,6 +18,7 @@ __all__ = [
     "EmotionQueryAttention",
     "FusedPrediction",
     "GaussianDecoupler",
+    "PlattScaling",
     "SoftRankOrdinalityLoss",
     "UncertaintyGatedFusion",
     "functional",

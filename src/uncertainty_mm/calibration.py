@@ -1,0 +1,186 @@
+"""Probabilities that mean what they say, by two numbers a label: :class:`PlattScaling`."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from uncertainty_mm._checks import (
+    check_finite,
+    check_flag,
+    check_labels,
+    check_positive_int,
+    check_tensor,
+    checks_values,
+)
+
+
+class PlattScaling(nn.Module):
+    r"""Corrects the logits of a trained classifier for over- or under-confidence.
+
+    .. math::
+        \operatorname{calibrated}(\ell)_q = s_q \ell_q + t_q, \qquad s_q > 0
+
+    The order of the samples does not change for any label. Without `shift` this is temperature scaling,
+    :math:`s = 1/T`. :meth:`fit` finds :math:`s` and :math:`t` on samples that the classifier was not trained on; until
+    then nothing is changed. Both are buffers: they are saved with the model, and no optimizer touches them.
+
+    Source: Platt 1999, "Probabilistic Outputs for Support Vector Machines"; Guo et al. 2017, arXiv 1706.04599; the
+    prior of :meth:`fit` is ours.
+
+    Args:
+        num_labels: Number of labels :math:`Q`.
+        per_label: Fit every label by itself; False fits one scale and one shift for all.
+        shift: Fit a shift as well; False leaves it at 0.
+        validate_args: Look at values (NaN, infinity) in a forward pass also on an accelerator, at the price of a wait
+            for it. :meth:`fit` always does.
+
+    Attributes:
+        scale: Tensor (Q,), above 0; 1 before :meth:`fit`.
+        shift: Tensor (Q,); 0 before :meth:`fit`.
+
+    Raises:
+        ValueError: If an argument is out of range.
+        TypeError: If an argument has the wrong type.
+
+    Example:
+        >>> logits = torch.full((300, 1), 9.0)  # sure of itself,
+        >>> labels = torch.arange(300).unsqueeze(1) % 3 > 0  # but right two times in three
+        >>> calibration = PlattScaling(num_labels=1).fit(logits, labels)
+        >>> calibration(logits[:1]).sigmoid()
+        tensor([[0.6700]])
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(
+        self,
+        num_labels: int,
+        *,
+        per_label: bool = True,
+        shift: bool = True,
+        validate_args: bool = False,
+    ) -> None:
+        super().__init__()
+        check_positive_int("num_labels", num_labels)
+        check_flag("per_label", per_label)
+        check_flag("shift", shift)
+        self.num_labels = num_labels
+        self.per_label = per_label
+        self.with_shift = shift
+        self.validate_args = validate_args
+        self.register_buffer("scale", torch.ones(num_labels))
+        self.register_buffer("shift", torch.zeros(num_labels))
+
+    def extra_repr(self) -> str:
+        """The settings, for `repr`."""
+        return f"num_labels={self.num_labels}, per_label={self.per_label}, shift={self.with_shift}"
+
+    def forward(self, logits: Tensor) -> Tensor:
+        """Calibrates logits.
+
+        Args:
+            logits: Tensor (B, Q).
+
+        Returns:
+            Tensor (B, Q) in at least float32.
+
+        Raises:
+            ValueError: If the shape or the device is wrong, or `logits` is not finite.
+            TypeError: If the dtype is wrong.
+        """
+        sizes = {"Q": self.num_labels}
+        check_tensor("logits", logits, "floating", "B Q", sizes, self.scale.device)
+        if checks_values(logits, self.validate_args):
+            check_finite("logits", logits)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return logits * self.scale + self.shift
+
+    @torch.no_grad()
+    def fit(self, logits: Tensor, labels: Tensor) -> PlattScaling:
+        r"""Finds scale and shift, whatever they were before.
+
+        Per label, or once over all labels together, they minimise
+
+        .. math::
+            \sum_i \operatorname{BCE}(s \ell_i + t, y_i) + \tfrac12 (\log s)^2 + \tfrac12 t^2
+
+        the maximum a posteriori under a standard normal prior of :math:`\log s` and :math:`t`. It outweighs a handful
+        of samples, or a label that is never present, and vanishes beside many. Computed in float64 on the CPU.
+
+        Args:
+            logits: Tensor (B, Q), of a validation set.
+            labels: Tensor (B, Q) of 0 and 1.
+
+        Returns:
+            The module itself.
+
+        Raises:
+            ValueError: If shapes or devices disagree, values are out of range, or there is no sample; scale and shift
+                are then unchanged.
+            TypeError: If a dtype is wrong.
+        """
+        sizes = {"Q": self.num_labels}
+        check_tensor("logits", logits, "floating", "B Q", sizes)
+        check_tensor("labels", labels, "number", "B Q", sizes, logits.device)
+        if sizes["B"] == 0:
+            raise ValueError("Expected `logits` to hold at least one sample, but got none")
+        check_finite("logits", logits)
+        check_labels("labels", labels)
+        x, y = logits.cpu().double(), labels.cpu().double()
+        if not self.per_label:
+            x, y = x.reshape(-1, 1), y.reshape(-1, 1)
+        log_scale, shift = _maximum_a_posteriori(x, y, self.with_shift)
+        # within the dtype of the buffers: a scale of 0 would lose the order of the samples
+        limits = torch.finfo(self.scale.dtype)
+        self.scale.copy_(log_scale.exp().clamp(limits.tiny, limits.max))
+        self.shift.copy_(shift)
+        return self
+
+
+def _objective(parameters: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """Negative log-posterior (Q,) of parameters (2, Q), log-scale and shift, up to a constant."""
+    z = x * parameters[0].exp() + parameters[1]
+    log_likelihood = F.logsigmoid((2 * y - 1) * z).sum(0)  # -BCE, without cancellation
+    return -log_likelihood + 0.5 * parameters.square().sum(0)
+
+
+def _newton_step(parameters: Tensor, x: Tensor, y: Tensor, with_shift: bool) -> Tensor:
+    """Step (2, Q) downhill: Newton's, with the eigenvalues of the Hessian taken by magnitude.
+
+    The objective is not convex in the log-scale; this way a saddle repels (Dauphin et al. 2014, arXiv 1406.2572).
+    """
+    scaled = x * parameters[0].exp()
+    z, sign = scaled + parameters[1], 2 * y - 1
+    residual, weight = -sign * (-sign * z).sigmoid(), z.sigmoid() * (-z).sigmoid()
+    slope = torch.stack([(residual * scaled).sum(0), residual.sum(0)])
+    cross = (weight * scaled).sum(0)
+    hessian = torch.stack(
+        [(weight * scaled.square()).sum(0) + slope[0], cross, cross, weight.sum(0)], -1
+    ).unflatten(-1, (2, 2)) + torch.eye(2, dtype=x.dtype)
+    gradient = slope + parameters
+    if not with_shift:
+        gradient[1], hessian[:, 0, 1], hessian[:, 1, 0] = 0, 0, 0
+    values, vectors = torch.linalg.eigh(hessian)
+    along = (vectors * gradient.T.unsqueeze(-1)).sum(1)  # the gradient along every eigenvector
+    step: Tensor = -(vectors * (along / values.abs().clamp_min(1e-3)).unsqueeze(1)).sum(-1)
+    return step.T
+
+
+def _maximum_a_posteriori(x: Tensor, y: Tensor, with_shift: bool) -> Tensor:
+    """Log-scale and shift (2, Q) of the samples x (B, Q) with labels y, for all columns at once."""
+    parameters = torch.zeros(2, x.shape[1], dtype=x.dtype)  # the identity
+    value, size = _objective(parameters, x, y), torch.ones(x.shape[1], dtype=x.dtype)
+    for _ in range(200):  # about ten, unless the logits are huge
+        step = _newton_step(parameters, x, y, with_shift)
+        if (step.abs() <= 1e-10).all():
+            break
+        trial = parameters + size * step
+        trial_value = _objective(trial, x, y)
+        better = trial_value <= value * (1 + 1e-13)  # up to rounding
+        parameters = torch.where(better, trial, parameters)
+        value = torch.where(better, trial_value, value)
+        size = torch.where(better, (4 * size).clamp_max(1), size / 4)
+    return parameters
