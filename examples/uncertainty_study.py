@@ -1,0 +1,326 @@
+"""Does the standard deviation mean something? Variants of LDDU, measured where the answer is known.
+
+    python examples/uncertainty_study.py                                       # synthetic data, exact posterior
+    python examples/uncertainty_study.py --data FILE.npz FILE.npz              # also your data
+    python examples/uncertainty_study.py --arms default paper --seeds 0 1      # part of it
+
+Every run is a run of `lddu_full.py` with a few options changed (`ARMS`), for several seeds. A finished run is not
+repeated, so the command can be stopped and started again, and extended by arms, seeds and files. It writes
+`study.json` (every run), `study.md` (mean and standard deviation over seeds) and figures of the default arm.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import json
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from uncertainty_mm import plots
+from uncertainty_mm.data import SyntheticMMER
+from uncertainty_mm.measures import (
+    auroc,
+    calibration_error,
+    modality_attribution,
+    predictive_entropy,
+    risk_coverage,
+    spearman,
+)
+
+try:
+    from . import lddu_full
+except ImportError:  # run as a script
+    import lddu_full  # type: ignore[no-redef]
+
+# What an arm changes. Everything else is the default of `lddu_full.py`, but for the size of the model (`SMALL`).
+ARMS: dict[str, str] = {
+    "default": "",
+    "gate: constant": "--gate constant",
+    "gate: oracle in training": "--gate oracle",
+    "gate: released code": "--gate released",
+    "mean weight: uncertainty": "--mean-weight uncertainty",
+    "ordinality: raw": "--ordinality raw",
+    "ordinality: standardized": "--ordinality standardized",
+    "ordinality: none": "--ocl-weight 0",
+    "ordinality: pairs SR, DR": "--pairs SR+DR",
+    "targets: sample": "--targets sample",
+    "combine: concatenation": "--combine concat",
+    "size: within": "--size within",
+    "embedding: size of std kept": "--embedding joint",
+    "embedding: mean only": "--embedding mean",
+    "anchors: all": "--anchors all",
+    "queue: none": "--queue-size 0",
+    "contrastive: none": "--scl-weight 0",
+    "paper": "--size within --combine concat --targets sample --ordinality raw --pairs SR+DR --ocl-weight 0.1 "
+    "--scl-weight 0.8 --modality-weight 0",
+}
+SMALL = "--hidden-dim 64 --layers 1 --heads 4 --queue-size 2048 --lr 1e-3 --drop-modality 0.2"
+CORRUPTION = 3.0  # standard deviation of the noise that is added, in that of the features
+
+
+def synthetic_file(path: Path, sizes: Sequence[int]) -> None:
+    """Writes samples of `SyntheticMMER` with what is known of them, in the layout of `lddu_full.load_npz`."""
+    world = SyntheticMMER()
+    samples = world.sample(sum(sizes), seed=1)
+    posterior = world.posterior(samples)
+    arrays = {
+        "labels": samples.labels,
+        "noise": samples.noise,
+        "posterior": posterior.marginals,
+        "posterior_entropy": posterior.entropy,
+    }
+    for name, features in samples.features.items():
+        arrays[f"features.{name}"] = features
+        arrays[f"lengths.{name}"] = (~samples.padding_mask[name]).sum(1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".part.npz")
+    np.savez(
+        partial,
+        split=np.repeat(np.arange(3), sizes),
+        label_names=np.array(["happy", "sad", "anger", "surprise", "disgust", "fear"]),
+        **{name: array.numpy() for name, array in arrays.items()},
+    )
+    partial.replace(path)
+
+
+def corrupted(data: lddu_full.Data, modality: str, size: float, seed: int = 0) -> lddu_full.Data:
+    """The same samples with noise added to one modality, `size` times as large as its features."""
+    x, valid = data.features[modality], ~data.padding[modality].unsqueeze(2)
+    spread = x[valid.squeeze(2)].std(0).clamp_min(1e-3)
+    generator = torch.Generator().manual_seed(seed)
+    noise = size * spread * torch.randn(x.shape, generator=generator)
+    return replace(data, features=data.features | {modality: x + noise * valid})
+
+
+def sizes_of(outputs: Mapping[str, Tensor]) -> Tensor:
+    """Size of the standard deviations of every modality, over its labels, (N, M)."""
+    return torch.linalg.vector_norm(outputs["std_norm"], dim=2)
+
+
+def measure(folder: Path, file: Path) -> dict[str, float]:
+    """What the test split says of the best checkpoint of a run."""
+    results = json.loads((folder / "metrics.json").read_text())
+    args = argparse.Namespace(accelerator="cpu", batch_size=256)
+    lit = lddu_full.LitLDDU.load_from_checkpoint(
+        folder / "best.ckpt", map_location="cpu", weights_only=True
+    )
+    data = lddu_full.load_npz(file, splits=["test"])["test"]
+    outputs = lddu_full.apply(lit, data, args)
+    probs, sizes, missing = outputs["probs"], sizes_of(outputs), outputs["missing"].bool()
+    total = torch.linalg.vector_norm(sizes, dim=1)
+    error, entropy = (probs - data.labels).abs().mean(1), predictive_entropy(probs)
+    row = {name: results["test"][name] for name in ("miF1", "mAP", "Brier", "ECE")}
+    row["ECE before"] = float(calibration_error(outputs["uncalibrated"], data.labels))
+    row["AURC"] = float(risk_coverage(error, entropy).aurc)
+    row["entropy ~ error"] = float(spearman(entropy, error))
+    row["std ~ error"] = float(spearman(total, error))
+    row["CV of std"] = float((sizes.std(0) / sizes.mean(0)).mean())
+    aurocs, shifts = [], []
+    share = modality_attribution(sizes, missing)
+    for index, name in enumerate(data.dims):
+        there = ~missing[:, index]
+        changed = sizes_of(lddu_full.apply(lit, corrupted(data, name, CORRUPTION), args))
+        aurocs.append(float(auroc(changed[there, index], sizes[there, index])))
+        shift = modality_attribution(changed, missing)[there, index] - share[there, index]
+        shifts.append(float(shift.mean()))
+    row["corruption AUROC"] = min(aurocs)
+    row["attribution shift"] = max(shifts)
+    with np.load(file, allow_pickle=False) as arrays:
+        test = arrays["split"] == 2
+        if "noise" in arrays:
+            noise = torch.from_numpy(arrays["noise"][test])
+            truth = torch.from_numpy(arrays["posterior_entropy"][test])
+            each = [
+                float(spearman(size, level)) for size, level in zip(sizes.T, noise.T, strict=True)
+            ]
+            row["std ~ noise"] = min(each)
+            row["entropy ~ truth"] = float(spearman(entropy, truth))
+            row["std ~ truth"] = float(spearman(total, truth))
+        if "label_shares" in arrays:
+            shares = torch.from_numpy(arrays["label_shares"][test].astype(np.float32))
+            raters = predictive_entropy(shares.clamp(0, 1))
+            row["entropy ~ raters"] = float(spearman(entropy, raters))
+            row["std ~ raters"] = float(spearman(total, raters))
+    return row
+
+
+def run(file: Path, arm: str, seed: int, epochs: int, options: str, folder: Path) -> dict[str, Any]:
+    """One run; what it prints goes to `run.log`."""
+    done = folder / "measures.json"
+    if not done.exists():
+        torch.set_num_threads(1)
+        folder.mkdir(parents=True, exist_ok=True)
+        arguments = f"{SMALL} {ARMS[arm]} {options} --seed {seed} --epochs {epochs}".split()
+        arguments += ["--accelerator", "cpu", "--data", str(file), "--output", str(folder)]
+        with (
+            open(folder / "run.log", "w") as log,
+            contextlib.redirect_stdout(log),
+            contextlib.redirect_stderr(log),
+        ):
+            lddu_full.main(arguments)
+        row = measure(folder, file)
+        partial = done.with_suffix(".part")
+        partial.write_text(json.dumps(row, indent=2))
+        partial.replace(done)
+    return {"data": file.stem, "arm": arm, "seed": seed, **json.loads(done.read_text())}
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown: mean and standard deviation over seeds, one table a data set."""
+    text = []
+    for name in dict.fromkeys(row["data"] for row in rows):
+        here = [row for row in rows if row["data"] == name]
+        columns = [key for key in here[0] if key not in ("data", "arm", "seed")]
+        text += [f"### {name}", "", "| arm | seeds | " + " | ".join(columns) + " |"]
+        text += ["|---|---:|" + "---:|" * len(columns)]
+        for arm in (arm for arm in ARMS if any(row["arm"] == arm for row in here)):
+            of_arm = [row for row in here if row["arm"] == arm]
+            cells = []
+            for column in columns:
+                values = np.array([row[column] for row in of_arm], dtype=float)
+                spread = f" ± {values.std(ddof=1):.3f}" if len(values) > 1 else ""
+                cells.append(f"{values.mean():.3f}{spread}")
+            text.append(f"| {arm} | {len(of_arm)} | " + " | ".join(cells) + " |")
+        text.append("")
+    return "\n".join(text)
+
+
+def figures(folder: Path, file: Path, output: Path) -> None:
+    """Reliability, risk and coverage, and, of synthetic data, the standard deviations against the noise."""
+    args = argparse.Namespace(accelerator="cpu", batch_size=256)
+    lit = lddu_full.LitLDDU.load_from_checkpoint(
+        folder / "best.ckpt", map_location="cpu", weights_only=True
+    )
+    data = lddu_full.load_npz(file, splits=["test"])["test"]
+    outputs = lddu_full.apply(lit, data, args)
+    probs, sizes, missing = outputs["probs"], sizes_of(outputs), outputs["missing"].bool()
+    names = list(data.dims)
+    axes: dict[str, Any] = {
+        "reliability": plots.reliability_diagram(probs, data.labels, data.label_names)[0],
+        "risk_coverage": plots.risk_coverage(
+            (probs - data.labels).abs().mean(1),
+            {
+                "predictive entropy": predictive_entropy(probs),
+                "size of the standard deviations": torch.linalg.vector_norm(sizes, dim=1),
+            },
+        ),
+    }
+    levels = torch.tensor([0.0, 0.5, 1.0, 2.0, 3.0, 4.0])
+    shares = []
+    for level in levels.tolist():
+        changed = sizes_of(lddu_full.apply(lit, corrupted(data, names[0], level), args))
+        shares.append(modality_attribution(changed, missing).mean(0))
+    axes["attribution"] = plots.modality_attribution(levels, torch.stack(shares), names)
+    axes["attribution"].set_xlabel(
+        f"noise added to {names[0]}, in standard deviations of its features"
+    )
+    with np.load(file, allow_pickle=False) as arrays:
+        if "noise" in arrays:
+            noise = arrays["noise"][arrays["split"] == 2]
+            axes["noise"] = plots.uncertainty_against_noise(noise, sizes, names)[0]
+    for name, ax in axes.items():
+        ax = ax if not isinstance(ax, np.ndarray) else ax.flat[0]
+        ax.figure.savefig(output / f"{file.stem}_{name}.png", dpi=110)
+
+
+def study(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """All runs of all data sets, `--jobs` at a time; writes tables and figures."""
+    args.output.mkdir(parents=True, exist_ok=True)
+    files: list[Path] = []
+    if not args.no_synthetic:
+        files.append(args.output / "synthetic.npz")
+        if not files[0].exists():
+            synthetic_file(files[0], args.sizes)
+    files += args.data
+    jobs = [
+        (
+            file,
+            arm,
+            seed,
+            args.epochs,
+            args.options,
+            args.output / file.stem / slug(arm) / str(seed),
+        )
+        for seed in args.seeds  # a stopped study has all arms of the first seeds
+        for file in files
+        for arm in args.arms
+    ]
+    rows: dict[int, dict[str, Any]] = {}
+    with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
+        futures = {pool.submit(run, *job): index for index, job in enumerate(jobs)}
+        for future in as_completed(futures):
+            index = futures[future]
+            file, arm, seed = jobs[index][:3]
+            try:
+                rows[index] = future.result()
+                outcome = f"miF1 {rows[index]['miF1']:.3f}"
+            except (Exception, SystemExit) as error:  # the other runs go on
+                outcome = f"failed: {error}, see {jobs[index][-1]}/run.log"
+            print(
+                f"[{len(rows)}/{len(jobs)}] {file.stem}, {arm}, seed {seed}: {outcome}", flush=True
+            )
+    finished = [rows[index] for index in sorted(rows)]
+    (args.output / "study.json").write_text(json.dumps(finished, indent=1) + "\n")
+    (args.output / "study.md").write_text(table(finished))
+    write_csv(args.output / "study.csv", finished)
+    for file in files:
+        folder = args.output / file.stem / slug("default") / str(args.seeds[0])
+        if (folder / "best.ckpt").exists():
+            figures(folder, file, args.output)
+    return finished
+
+
+def slug(arm: str) -> str:
+    """Name of an arm's folder."""
+    return "".join(c if c.isalnum() else "_" for c in arm)
+
+
+def write_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """One line a run."""
+    rows = list(rows)
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(
+        description="Variants of LDDU and what their uncertainty is worth."
+    )
+    add = result.add_argument
+    add("--data", type=Path, nargs="*", default=[], help=".npz files in the layout of lddu_full.py")
+    add("--no-synthetic", action="store_true", help="leave the synthetic data out")
+    add("--sizes", type=int, nargs=3, default=(6000, 1000, 2000), help="of the synthetic splits")
+    add("--arms", nargs="*", default=list(ARMS), choices=list(ARMS), metavar="ARM", help="variants")
+    add("--seeds", type=int, nargs="*", default=[0, 1, 2, 3, 4])
+    add("--epochs", type=int, default=10)
+    add("--options", default="", help="further options of lddu_full.py for all runs, in quotes")
+    add("--jobs", type=int, default=os.cpu_count(), help="runs at a time")
+    add("--output", type=Path, default=Path("runs/uncertainty"))
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command line."""
+    args = parser().parse_args(sys.argv[1:] if argv is None else argv)
+    study(args)
+    print((args.output / "study.md").read_text())
+
+
+if __name__ == "__main__":
+    main()
