@@ -161,6 +161,93 @@ def test_permutation_of_samples_and_labels_permutes_the_output(seed):
     close(out.logits, fusion(latent, uncertainty).logits[samples][:, labels])
 
 
+# --------------------------------------------------------------------------- product of modalities
+
+
+@pytest.fixture
+def product_fusion():
+    """A fusion by product, whose prior has learned something."""
+    fusion = build(combine="product")
+    torch.nn.init.normal_(fusion.prior_mean)
+    return fusion
+
+
+def test_heads_classify_the_product_of_the_modalities(product_fusion):
+    latent, uncertainty = random_batch()
+    out = product_fusion(latent, uncertainty, MISSING)
+    precision = (~MISSING).double()[:, :, None, None] / latent.std**2
+    variance = 1 / (1 + precision.sum(1))
+    mean = variance * (product_fusion.prior_mean + (precision * latent.mean).sum(1))
+    mean_logits = product_fusion.mean_head(mean).squeeze(-1)
+    std_logits = product_fusion.std_head(variance.sqrt()).squeeze(-1)
+    close(out.mean_logits, mean_logits.detach())
+    close(out.std_logits, std_logits.detach())
+    mixture = uncertainty * std_logits.sigmoid() + (1 - uncertainty) * mean_logits.sigmoid()
+    close(out.probs, mixture.detach())
+
+
+def test_product_needs_no_parameters_for_another_modality():
+    one, many = (UncertaintyGatedFusion(m, LABELS, LATENT, combine="product") for m in (1, 20))
+    shapes = [{n: p.shape for n, p in module.named_parameters()} for module in (one, many)]
+    assert shapes[0] == shapes[1]
+
+
+def test_product_does_not_depend_on_the_order_of_modalities(product_fusion):
+    latent, uncertainty = random_batch()
+    order = torch.tensor([2, 0, 1])
+    moved = DiagonalGaussian(*(x[:, order] for x in latent))
+    out = product_fusion(moved, uncertainty, MISSING[:, order])
+    close(out.logits, product_fusion(latent, uncertainty, MISSING).logits.detach())
+
+
+def test_product_without_any_modality_is_what_the_prior_expects(product_fusion):
+    latent, _ = random_batch()
+    everything = torch.ones(BATCH, MODALITIES, dtype=torch.bool)
+    uncertainty = torch.full((BATCH,), 0.3, dtype=torch.float64)
+    out = product_fusion(latent, uncertainty, everything)
+    expected = product_fusion.mean_head(product_fusion.prior_mean).squeeze(-1)
+    close(out.mean_logits, expected.expand(BATCH, LABELS).detach())
+    assert torch.equal(out.logits, out.logits[:1].expand(BATCH, LABELS))
+    (grad,) = gradient(out.logits, product_fusion.prior_mean)
+    assert (grad != 0).any(-1).all()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_missing_modality_does_not_influence_the_product_nor_its_gradients(product_fusion, value):
+    latent, uncertainty = random_batch()
+
+    def results(value):
+        dirty = [poisoned(x, MISSING, value).requires_grad_() for x in latent]
+        out = product_fusion(DiagonalGaussian(*dirty), uncertainty, MISSING).logits
+        return out, *gradient(out.square(), *dirty, *product_fusion.parameters())
+
+    for actual, expected in zip(results(value), results(1.0), strict=True):
+        close(actual, expected.detach())
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_product_in_half_precision_is_near_float64(product_fusion, dtype):
+    latent, uncertainty = random_batch(dtype)
+    out = product_fusion.to(dtype)(latent, uncertainty, MISSING)
+    latent = DiagonalGaussian(*(x.double() for x in latent))
+    close(
+        out.probs,
+        product_fusion.double()(latent, uncertainty.double(), MISSING).probs.detach(),
+        dtype,
+    )
+
+
+def test_product_compiles_whole(product_fusion):
+    torch.compiler.reset()
+    compiled = torch.compile(product_fusion, fullgraph=True, backend="aot_eager")
+    latent, uncertainty = random_batch()
+    close(
+        compiled(latent, uncertainty, MISSING).logits,
+        product_fusion(latent, uncertainty, MISSING).logits.detach(),
+    )
+    torch.compiler.reset()
+
+
 # ---------------------------------------------------------------------------------------- gradients
 
 
@@ -319,6 +406,7 @@ def test_dropout_is_on_in_training_only():
         ({"hidden_dim": 0}, ValueError, "hidden_dim"),
         ({"dropout": 2.0}, ValueError, "dropout"),
         ({"mean_weight": "trust"}, ValueError, "mean_weight"),
+        ({"combine": "sum"}, ValueError, "combine"),
     ],
 )
 def test_constructor_rejects(change, error, name):

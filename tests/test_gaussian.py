@@ -136,6 +136,141 @@ def test_to_distribution_has_the_density_of_the_gaussian():
     close(latent.to_distribution().log_prob(x), density)
 
 
+# ---------------------------------------------------------------------------- product of modalities
+
+
+def naive_product(latent, missing=None, prior_mean=0.0):
+    """Sums of precisions and of means times precision, over the modalities that are there."""
+    present = torch.ones(latent.mean.shape[:2]) if missing is None else (~missing)
+    precision = present.double()[:, :, None, None] / latent.std**2
+    variance = 1 / (1 + precision.sum(1))
+    return variance * (prior_mean + (precision * latent.mean).sum(1)), variance.sqrt()
+
+
+def one_label(means, stds, dtype=torch.float64):
+    """The Gaussians of one sample, one label and one dimension, a modality each."""
+    return DiagonalGaussian(
+        *(torch.tensor(x, dtype=dtype).view(1, -1, 1, 1) for x in (means, stds))
+    )
+
+
+def test_product_is_the_product_of_the_densities():
+    latent = one_label([1.5, -0.5, 2.0], [0.6, 1.1, 0.8])
+    prior_mean = torch.tensor(0.4).double()
+    x = torch.linspace(-15, 15, 30_001, dtype=torch.float64)
+    log_density = Normal(prior_mean, 1).log_prob(x) + Normal(*latent).log_prob(x).sum(1)
+    density = log_density.exp() / torch.trapezoid(log_density.exp(), x)
+    close(density, Normal(*latent.product(prior_mean=prior_mean)).log_prob(x).exp())
+
+
+@given(seed=st.integers(0, 2**16))
+def test_product_sums_precisions(seed):
+    torch.manual_seed(seed)
+    latent, missing = random_latent(4, 3, 2, 5), torch.rand(4, 3) < 0.4
+    prior_mean = torch.randn(2, 5).double()
+    for actual, expected in zip(
+        latent.product(missing, prior_mean),
+        naive_product(latent, missing, prior_mean),
+        strict=True,
+    ):
+        close(actual, expected)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tiny", "huge"),
+    [
+        (torch.float16, 1e-4, 6e4),
+        (torch.bfloat16, 1e-30, 1e30),
+        (torch.float32, 1e-30, 1e30),
+        (torch.float64, 1e-200, 1e200),
+    ],
+)
+def test_product_at_the_ends_of_the_range(dtype, tiny, huge):
+    tiny, huge = (torch.tensor(x, dtype=dtype).item() for x in (tiny, huge))
+    for stds, mean, std in [
+        ((tiny, 1.0), 3.0, tiny),  # the sure one decides
+        ((tiny, huge), 3.0, tiny),
+        ((tiny, tiny), 4.0, tiny / math.sqrt(2)),
+        ((huge, huge), 0.0, 1.0),  # the prior decides
+    ]:
+        latent = one_label([3.0, 5.0], stds, dtype)
+        leaves = [x.requires_grad_() for x in latent]
+        product = latent.product()
+        assert product.mean.dtype == product.std.dtype == dtype
+        close(product.mean, [[[mean]]])
+        close(product.std / std, [[[1.0]]])  # relative, however small
+        assert all(grad.isfinite().all() for grad in gradient(product.mean, *leaves))
+
+
+@pytest.mark.parametrize("value", [0.0, math.nan, math.inf])
+def test_product_of_missing_modalities_is_that_without_them(value):
+    latent = random_latent(1, 3, 4, 5)
+    for kept in ([], [1], [0, 2], [0, 1, 2]):
+        missing = torch.ones(1, 3, dtype=torch.bool)
+        missing[:, kept] = False
+        dirty = DiagonalGaussian(*(poisoned(x, missing, value).requires_grad_() for x in latent))
+        rest = DiagonalGaussian(*(x[:, kept].requires_grad_() for x in latent))
+        actual, expected = dirty.product(missing), rest.product()
+        for a, e in zip(actual, expected, strict=True):
+            close(a, e.detach())
+        for a, e in zip(
+            gradient(sum(x.sum() for x in actual), *dirty),
+            gradient(sum(x.sum() for x in expected), *rest),
+            strict=True,
+        ):
+            close(a[:, kept], e)
+            assert (a[missing] == 0).all()
+
+
+def test_product_without_any_modality_is_the_prior_exactly():
+    prior_mean = torch.randn(LABELS, LATENT).double()
+    latent = random_latent(BATCH, MODALITIES, LABELS, LATENT)
+    everything = torch.ones(BATCH, MODALITIES, dtype=torch.bool)
+    mean, std = latent.product(everything, prior_mean)
+    assert torch.equal(mean, prior_mean.expand(BATCH, LABELS, LATENT))
+    assert (std == 1).all()
+
+
+def test_product_does_not_depend_on_the_order_of_modalities():
+    latent = random_latent(4, 3, 2, 5)
+    order = torch.tensor([2, 0, 1])
+    moved = DiagonalGaussian(*(x[:, order] for x in latent)).product(MISSING[:, order])
+    for actual, expected in zip(moved, latent.product(MISSING), strict=True):
+        close(actual, expected)
+
+
+@given(seed=st.integers(0, 2**16), modality=st.integers(0, 2))
+def test_surer_modality_draws_the_product_to_itself(seed, modality):
+    torch.manual_seed(seed)
+    latent = random_latent(2, 3, 2, 5)
+    target, before = latent.mean[:, modality], latent.product()
+    latent.std[:, modality] *= 0.5
+    after = latent.product()
+    assert ((after.mean - target).abs() < (before.mean - target).abs()).all()
+    assert (after.std < before.std).all()
+    assert (after.std < latent.std.amin(1)).all()
+
+
+def test_product_passes_gradcheck():
+    latent = random_latent(4, 3, 2, 2, requires_grad=True)
+    prior_mean = torch.randn(2, 2, dtype=torch.float64, requires_grad=True)
+
+    def product(mean, std, prior_mean):
+        return tuple(DiagonalGaussian(mean, std).product(MISSING, prior_mean))
+
+    assert gradcheck(product, (*latent, prior_mean))
+
+
+def test_product_rejects_other_shapes():
+    latent = random_latent(4, 3, 2, 5)
+    with pytest.raises(ValueError, match="`mean`"):
+        DiagonalGaussian(*(x[0] for x in latent)).product()
+    with pytest.raises(ValueError, match="`std`"):
+        DiagonalGaussian(latent.mean, latent.std[:, :2]).product()
+    with pytest.raises(ValueError, match="`missing`"):
+        latent.product(MISSING[:, :2])
+
+
 # -------------------------------------------------------------------------------- GaussianDecoupler
 
 
@@ -255,6 +390,27 @@ def test_std_has_some_spread():
     assert std.amax() > 1.01 * std.amin()
 
 
+def test_normalized_mean_has_the_length_of_root_k():
+    z = random_input()
+    module = build(normalize_mean=True)
+    mean, std = module(z, MISSING)
+    close(mean[~MISSING].square().sum(-1), torch.full((6, LABELS), LATENT))
+    assert (mean[MISSING] == 0).all()
+    module.normalize_mean = False
+    plain = module(z, MISSING)
+    close(torch.cosine_similarity(mean, plain.mean, dim=-1)[~MISSING], torch.ones(6, LABELS))
+    assert torch.equal(std, plain.std)
+
+
+def test_gradient_does_not_stretch_a_normalized_mean():
+    module, raw = build(normalize_mean=True), []
+    module.mean_head.register_forward_hook(lambda *call: raw.append(call[-1]))
+    mean = module(random_input()).mean
+    (grad,) = gradient((mean * torch.randn_like(mean)).sum(), raw[0])
+    assert (grad.norm(dim=-1) > 1e-3).all()
+    close((grad * raw[0]).sum(-1), torch.zeros(MODALITIES, BATCH * LABELS))
+
+
 def test_dropout_is_on_in_training_only():
     module, z = build(dropout=0.5), random_input()
     assert not torch.equal(module(z).mean, module(z).mean)
@@ -339,6 +495,7 @@ def test_autocast_is_finite_and_near_float64(dtype):
         ({"dropout": -0.1}, ValueError, "dropout"),
         ({"min_std": 0.0}, ValueError, "min_std"),
         ({"min_std": -1.0}, ValueError, "min_std"),
+        ({"normalize_mean": "yes"}, TypeError, "normalize_mean"),
     ],
 )
 def test_constructor_rejects(change, error, name):

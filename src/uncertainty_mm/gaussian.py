@@ -135,14 +135,14 @@ class DiagonalGaussian(NamedTuple):
         check_tensor("mean", self.mean, "floating", "B M Q K", sizes)
         check_tensor("std", self.std, "floating", "B M Q K", sizes, self.mean.device)
         check_missing(missing, sizes, self.mean.device)
-        mean, log_precision = _at_least_float32(self.mean), -self.log_var
+        mean, std = self
         if missing is not None:
             left_out = missing[:, :, None, None]
-            mean = mean.masked_fill(left_out, 0)
-            log_precision = log_precision.masked_fill(left_out, -math.inf)
+            mean, std = mean.masked_fill(left_out, 0), std.masked_fill(left_out, math.inf)
+        log_precision = -DiagonalGaussian(mean, std).log_var
         log_precision = F.pad(log_precision, (0, 0, 0, 0, 1, 0))  # log 1, of the prior, comes first
         weight = log_precision.softmax(1)
-        fused = (weight[:, 1:] * mean).sum(1)
+        fused = (weight[:, 1:] * _at_least_float32(mean)).sum(1)
         if prior_mean is not None:
             fused = fused + weight[:, 0] * prior_mean
         std = torch.exp(-0.5 * log_precision.logsumexp(1))
