@@ -386,7 +386,7 @@ class LDDU(nn.Module):
         std_norm = torch.linalg.vector_norm(output.std_norm, dim=2)
         probs = output.modality_logits.float().sigmoid()
         distance = prediction_distance(probs, labels.unsqueeze(1).expand_as(probs)).mean(2)
-        self.tracker.update(indices, 1 - distance.detach())
+        self.tracker.update(indices, 1 - distance.detach(), output.missing)
         left_out = ~seen | output.missing
         columns = zip(
             std_norm.unbind(1),
@@ -493,10 +493,10 @@ class LitLDDU(L.LightningModule):
         self.calibration.fit(logits, labels)
         probs = self.calibration(logits).sigmoid()
         self.threshold.copy_(best_threshold(probs, labels, self.hparams["thresholds"]))
-        miF1 = multilabel_f1_score(
+        score = multilabel_f1_score(
             (probs > self.threshold).int(), labels.int(), probs.shape[1], average="micro"
         )
-        self.log("val/miF1", miF1, prog_bar=True)
+        self.log("val/miF1", score, prog_bar=True)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         output = self.model(batch.features, batch.padding)

@@ -25,6 +25,38 @@ def naive_forgetting(history):
     return sum(before >= 0.5 > after for before, after in pairwise(history))
 
 
+@pytest.mark.parametrize("labels", [None, 3])
+def test_masked_entries_leave_no_trace(labels):
+    """As one entry after the other, without those that are left out."""
+    generator = torch.Generator().manual_seed(1)
+    tracker = CorrectnessTracker(4, labels)
+    every = torch.arange(4)
+    columns = 1 if labels is None else labels
+    alone = [CorrectnessTracker(4) for _ in range(columns)]
+    for _ in range(30):
+        rows = torch.randint(4, (6,), generator=generator)
+        shape = (6,) if labels is None else (6, labels)
+        correct = torch.rand(shape, generator=generator)
+        mask = torch.rand(shape, generator=generator) < 0.5
+        tracker.update(rows, correct.masked_fill(mask, float("nan")), mask)
+        for column, single in enumerate(alone):
+            for i, row in enumerate(rows):
+                if not mask.view(6, -1)[i, column]:
+                    single.update(row[None], correct.view(6, -1)[i, column][None])
+        for read in ("forward", "counts", "forgetting_events"):
+            expected = torch.stack([getattr(single, read)(every) for single in alone], 1)
+            close(getattr(tracker, read)(every).view(4, -1).double(), expected.double())
+
+
+@pytest.mark.parametrize(
+    ("mask", "error"),
+    [(torch.zeros(3, dtype=torch.bool), ValueError), (torch.zeros(2), TypeError), ([1], TypeError)],
+)
+def test_rejects_mask(mask, error):
+    with pytest.raises(error, match="mask"):
+        CorrectnessTracker(3).update(indices(0, 1), torch.tensor([True, False]), mask)
+
+
 # --------------------------------------------------------------------------- proportions and counts
 
 

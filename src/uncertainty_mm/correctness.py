@@ -104,7 +104,7 @@ class CorrectnessTracker(nn.Module):
                 )
 
     @torch.no_grad()
-    def update(self, indices: Tensor, correct: Tensor) -> None:
+    def update(self, indices: Tensor, correct: Tensor, mask: Tensor | None = None) -> None:
         """Adds one prediction for every entry of a batch.
 
         Args:
@@ -112,6 +112,7 @@ class CorrectnessTracker(nn.Module):
                 often, in the order of the batch.
             correct: Tensor (B,), or (B, Q) with `num_labels`: bool, or float in [0, 1] for soft correctness (at least
                 0.5 is correct as far as forgetting is concerned).
+            mask: Bool tensor of the shape of `correct`, True leaves the entry out. What stands there has no influence.
 
         Raises:
             ValueError: If shapes or devices disagree, or values are out of range; the history is then unchanged.
@@ -127,26 +128,36 @@ class CorrectnessTracker(nn.Module):
                 f"Expected `correct` to have a bool or floating dtype, but got {correct.dtype}"
             )
         check_tensor("correct", correct, "number", dims, sizes, indices.device)
+        if mask is None:
+            mask = torch.zeros_like(correct, dtype=torch.bool)
+        else:
+            check_tensor("mask", mask, "bool", dims, sizes, indices.device)
         if checks_values(correct, self.validate_args):
-            check_range("correct", correct, 0, 1)
+            check_range("correct", correct, 0, 1, mask)
         if indices.shape[0] == 0:
             return
-        # Equal samples side by side, in the order of the batch: the predecessor of an entry is its neighbour.
+        # Equal samples side by side, in the order of the batch: the predecessor of an entry is its neighbour, or with a
+        # mask the last entry before it that is not left out.
         indices, order = indices.long().sort(stable=True)
-        correct = correct[order]
+        correct, kept = correct.masked_fill(mask, 0)[order], ~mask[order]
         now = (correct >= 0.5).to(torch.int8)
-        follows = torch.zeros_like(indices, dtype=torch.bool)
-        follows[1:] = indices[1:] == indices[:-1]
-        follows = follows.view(-1, *[1] * (now.dim() - 1))
-        before = torch.where(follows, now.roll(1, 0), self.last[indices])
-        forgotten = (before == 1) & (now == 0)
+        place = torch.arange(indices.shape[0], device=indices.device)
+        column = (-1, *[1] * (now.dim() - 1))
+        start = torch.searchsorted(indices, indices).view(column)
+        latest = torch.where(kept, place.view(column), -1).cummax(0).values
+        before = self._state_at(now, latest.roll(1, 0).index_fill(0, place[:1], -1), start, indices)
+        forgotten = kept & (before == 1) & (now == 0)
         exact = torch.promote_types(correct.dtype, torch.float32)
         amount = (correct.to(exact) * _UNIT).round().long()
-        added = torch.stack([amount, torch.ones_like(amount), forgotten.long()])
+        added = torch.stack([amount, kept.long(), forgotten.long()])
         self.history.index_add_(1, indices, added)
         # Every entry writes what the last one of its sample says, so that duplicates agree.
-        end_of_run = torch.searchsorted(indices, indices, right=True) - 1
-        self.last[indices] = now[end_of_run]
+        end = torch.searchsorted(indices, indices, right=True) - 1
+        self.last[indices] = self._state_at(now, latest[end], start, indices)
+
+    def _state_at(self, now: Tensor, latest: Tensor, start: Tensor, indices: Tensor) -> Tensor:
+        """Outcome of the entry `latest`, or what was known before the batch where that is of another sample."""
+        return torch.where(latest >= start, now.gather(0, latest.clamp_min(0)), self.last[indices])
 
     def forward(self, indices: Tensor) -> Tensor:
         """Share of correct predictions so far.
