@@ -1,11 +1,14 @@
 """Time and memory of a training step of LDDU at the sizes of the paper: 3 modalities of 50 steps, batch 128.
 
-python -m pytest tests/benchmarks/test_lddu_step.py
+python -m pytest -s tests/benchmarks/test_lddu_step.py
 """
 
 import importlib.util
 import os
+import statistics
 import sys
+import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -28,44 +31,110 @@ def load_example():
     return module
 
 
-def training_step(batch_size, weights=None):
+def now():
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def training_step(batch_size):
+    """A function that takes a step, the seconds it spent by part, and its padding masks."""
     torch.manual_seed(0)
     example = load_example()
-    model = example.LDDU(DIMS, dict.fromkeys(DIMS, 50), 6, 16_326, **(weights or {})).to(DEVICE)
+    model = example.LDDU(DIMS, dict.fromkeys(DIMS, 50), 6, 16_326).to(DEVICE)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5)
     lengths = torch.randint(10, 51, (batch_size, 1), device=DEVICE)
     padding = {name: torch.arange(50, device=DEVICE) >= lengths for name in DIMS}
     features = {name: torch.randn(batch_size, 50, dim, device=DEVICE) for name, dim in DIMS.items()}
     labels = (torch.rand(batch_size, 6, device=DEVICE) < 0.225).to(torch.uint8)
     indices = torch.arange(batch_size, device=DEVICE)
+    seconds = Counter()
+
+    def measure(part, module):
+        module.register_forward_pre_hook(lambda *_: seconds.subtract({part: now()}))
+        module.register_forward_hook(lambda *_: seconds.update({part: now()}))
+
+    for encoder in model.encoders.values():
+        measure("encoders", encoder)
+    measure("label attention", model.attention)
+    measure("decoupler", model.decoupler)
+    measure("fusion", model.fusion)
+    measure("contrastive loss", model.contrastive)
+    measure("ordinality, tracker", model.ordinality)
+    measure("ordinality, tracker", model.tracker)
 
     def run():
+        start = now()
         output = model(features, padding, labels)
-        model.losses(output, labels, indices)["total"].backward()
+        loss = model.losses(output, labels, indices)["total"]
+        forward = now()
+        loss.backward()
+        backward = now()
         optimizer.step()
         optimizer.zero_grad()
+        seconds.update(backward=backward - forward, optimizer=now() - backward)
+        seconds.update({"whole forward": forward - start})
 
-    return run, model
+    return run, seconds, padding
+
+
+def encoder_products(rows, width=256, layers=3):
+    """The matrix products of the encoders: forward, for the weights and for the inputs."""
+    jobs = []
+    for dim in DIMS.values():
+        sizes = [(dim, width), *[(width, 3 * width), *[(width, width)] * 3] * layers]
+        for number, (fan_in, fan_out) in enumerate(sizes):
+            x = torch.randn(rows, fan_in, device=DEVICE)
+            weight = torch.randn(fan_out, fan_in, device=DEVICE)
+            grad = torch.randn(rows, fan_out, device=DEVICE)
+            jobs.append((x, weight, grad, number > 0))  # features need no gradient
+
+    def run():
+        for x, weight, grad, deep in jobs:
+            x @ weight.T
+            grad.T @ x
+            if deep:
+                grad @ weight
+
+    return run
 
 
 @pytest.mark.parametrize("batch_size", [64, 128])
 def test_training_step(benchmark, batch_size):
-    run, _ = training_step(batch_size)
+    """Steps and their floor alternate, so that others on the machine slow both down."""
+    run, seconds, padding = training_step(batch_size)
+    mask = padding["text"]
+    products = {"steps": int((~mask).sum()), "steps and padding": mask.numel()}
+    products = {name: (encoder_products(rows), []) for name, rows in products.items()}
+
+    def setup():
+        for multiply, times in products.values():
+            start = now()
+            multiply()
+            times.append(now() - start)
 
     def timed():
         run()
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
+        now()
 
     benchmark.group = f"LDDU training step, batch {batch_size}"
-    benchmark.pedantic(timed, rounds=7, warmup_rounds=3)
-    rate = batch_size / benchmark.stats.stats.median
-    benchmark.extra_info.update(name=f"{rate:.0f} samples/s", device=DEVICE)
+    benchmark.pedantic(timed, setup=setup, rounds=15, warmup_rounds=3)
+    median = benchmark.stats.stats.median
+    print(f"\nbatch {batch_size}: {1e3 * median:.0f} ms, {batch_size / median:.0f} samples/s")
+    for name, (_, times) in products.items():
+        floor = statistics.median(times)
+        print(f"  encoder products of {name}: {1e3 * floor:.0f} ms, ratio {median / floor:.2f}")
+    forward = seconds.pop("whole forward")
+    steps = seconds["backward"] + seconds["optimizer"] + forward
+    seconds["rest of the forward pass"] = steps - sum(seconds.values())
+    for part, spent in seconds.items():
+        print(f"  {part:24} {100 * spent / steps:5.1f} %")
+    benchmark.extra_info["name"] = f"{batch_size / median:.0f} samples/s"
 
 
 def test_resident_memory_is_flat():
     """500 steps at a small batch: nothing is kept from step to step."""
-    run, _ = training_step(4)
+    run, _, _ = training_step(4)
     for _ in range(50):
         run()
     before = cases.status("VmRSS")
