@@ -417,6 +417,7 @@ class LitLDDU(L.LightningModule):
         warmup: float = 0.1,
         weight_decay: float = 0.0,
         drop_modality: float = 0.0,
+        corrupt_modality: float = 0.0,
         thresholds: str = "single",
         seed: int = 0,
     ) -> None:
@@ -451,16 +452,28 @@ class LitLDDU(L.LightningModule):
         place = (self.hparams["seed"] * 1000 + self.global_rank) * 10**9 + self.global_step
         torch.manual_seed(place % 2**63)
 
+    def disturbed(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Features and padding with modalities left out and corrupted at random, so that the model knows such input."""
+        count, device = batch.labels.shape[0], batch.labels.device
+
+        def some(share: float) -> Tensor:
+            return torch.rand(count, 1, device=device) < share
+
+        features, padding = dict(batch.features), dict(batch.padding)
+        if share := self.hparams["drop_modality"]:
+            chosen = some(share)
+            padding = {name: mask | (chosen & some(0.5)) for name, mask in padding.items()}
+        if share := self.hparams["corrupt_modality"]:
+            for name, x in features.items():
+                spread = self.model.encoders[name].std
+                size = torch.rand(count, 1, 1, device=device) * 5 * some(share).unsqueeze(2)
+                noise = size * spread * torch.randn_like(x)
+                features[name] = x + noise.masked_fill(padding[name].unsqueeze(2), 0)
+        return features, padding
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        padding = batch.padding
-        if rate := self.hparams["drop_modality"]:
-            labels = batch.labels
-            chosen = torch.rand(len(labels), 1, device=labels.device) < rate
-            padding = {
-                name: mask | (chosen & (torch.rand(len(mask), 1, device=mask.device) < 0.5))
-                for name, mask in padding.items()
-            }
-        output = self.model(batch.features, padding, batch.labels)
+        features, padding = self.disturbed(batch)
+        output = self.model(features, padding, batch.labels)
         losses = self.model.losses(output, batch.labels, batch.indices)
         size = batch.labels.shape[0]
         for name, loss in losses.items():
@@ -842,7 +855,7 @@ def check_options(args: argparse.Namespace) -> None:
         raise UsageError("--epochs must be above 0")
     if args.hidden_dim % args.heads:
         raise UsageError(f"--hidden-dim {args.hidden_dim} is no multiple of --heads {args.heads}")
-    for name in ("dropout", "warmup", "drop_modality"):
+    for name in ("dropout", "warmup", "drop_modality", "corrupt_modality"):
         if getattr(args, name) >= 1:
             raise UsageError(f"--{name} must be below 1, got {getattr(args, name)}")
 
@@ -897,6 +910,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         args.warmup,
         args.weight_decay,
         args.drop_modality,
+        args.corrupt_modality,
         args.thresholds,
         args.seed,
     )
@@ -1086,6 +1100,10 @@ TRAINING_OPTIONS: dict[str, tuple[Any, str]] = {
     "drop_modality": (
         0.0,
         "share of the training samples that lose a random half of their modalities",
+    ),
+    "corrupt_modality": (
+        0.0,
+        "share of the training sequences that get noise of up to 5 times their spread",
     ),
     "thresholds": (("single", "label"), "one threshold for all labels, or one for each"),
     "weight_decay": (0.0, "decoupled weight decay (paper: Adam, none)"),

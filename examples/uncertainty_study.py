@@ -63,6 +63,7 @@ ARMS: dict[str, str] = {
     "anchors: all": "--anchors all",
     "queue: none": "--queue-size 0",
     "contrastive: none": "--scl-weight 0",
+    "corruption in training": "--corrupt-modality 0.2",
     "paper": "--size within --combine concat --targets sample --ordinality raw --pairs SR+DR --ocl-weight 0.1 "
     "--scl-weight 0.8 --modality-weight 0",
 }
@@ -305,7 +306,7 @@ def parser() -> argparse.ArgumentParser:
     add = result.add_argument
     add("--data", type=Path, nargs="*", default=[], help=".npz files in the layout of lddu_full.py")
     add("--no-synthetic", action="store_true", help="leave the synthetic data out")
-    add("--sizes", type=int, nargs=3, default=(6000, 1000, 2000), help="of the synthetic splits")
+    add("--sizes", type=int, nargs=3, default=(4000, 1000, 2000), help="of the synthetic splits")
     add("--arms", nargs="*", default=list(ARMS), choices=list(ARMS), metavar="ARM", help="variants")
     add("--seeds", type=int, nargs="*", default=[0, 1, 2, 3, 4])
     add("--epochs", type=int, default=10)
