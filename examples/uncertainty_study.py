@@ -68,6 +68,7 @@ ARMS: dict[str, str] = {
     "--scl-weight 0.8 --modality-weight 0",
 }
 SMALL = "--hidden-dim 64 --layers 1 --heads 4 --queue-size 2048 --lr 1e-3 --drop-modality 0.2"
+PREDICTION = ("miF1", "mAP", "Brier", "ECE before", "ECE", "AURC", "entropy ~ error")
 CORRUPTION = 3.0  # standard deviation of the noise that is added, in that of the features
 
 
@@ -179,23 +180,26 @@ def run(file: Path, arm: str, seed: int, epochs: int, options: str, folder: Path
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown: mean and standard deviation over seeds, one table a data set."""
+    """Markdown: mean and standard deviation over seeds; two tables a data set, of predictions and of uncertainties."""
     text = []
     for name in dict.fromkeys(row["data"] for row in rows):
         here = [row for row in rows if row["data"] == name]
-        columns = [key for key in here[0] if key not in ("data", "arm", "seed")]
-        text += [f"### {name}", "", "| arm | seeds | " + " | ".join(columns) + " |"]
-        text += ["|---|---:|" + "---:|" * len(columns)]
-        for arm in (arm for arm in ARMS if any(row["arm"] == arm for row in here)):
-            of_arm = [row for row in here if row["arm"] == arm]
-            cells = []
-            for column in columns:
-                values = np.array([row[column] for row in of_arm], dtype=float)
-                spread = f" ± {values.std(ddof=1):.3f}" if len(values) > 1 else ""
-                cells.append(f"{values.mean():.3f}{spread}")
-            text.append(f"| {arm} | {len(of_arm)} | " + " | ".join(cells) + " |")
-        text.append("")
+        measures = [key for key in here[0] if key not in ("data", "arm", "seed")]
+        text += [f"{name}, {len({row['seed'] for row in here})} seeds:", ""]
+        for columns in (PREDICTION, [key for key in measures if key not in PREDICTION]):
+            text += ["| arm | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
+            for arm in (arm for arm in ARMS if any(row["arm"] == arm for row in here)):
+                of_arm = [row for row in here if row["arm"] == arm]
+                cells = (cell([row[column] for row in of_arm]) for column in columns)
+                text.append(f"| {arm} | " + " | ".join(cells) + " |")
+            text.append("")
     return "\n".join(text)
+
+
+def cell(values: Sequence[float]) -> str:
+    """Mean and standard deviation over seeds."""
+    spread = f" ±{np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.3f}{spread}"
 
 
 def figures(folder: Path, file: Path, output: Path) -> None:
