@@ -1,0 +1,48 @@
+"""Data sets: what people have on disk, read into one form, and synthetic data whose uncertainty is known."""
+
+from uncertainty_mm.data.dataset import (
+    DatasetSummary,
+    ModalitySummary,
+    MultimodalBatch,
+    MultimodalDataset,
+)
+from uncertainty_mm.data.folder import read_folder, write_folder
+from uncertainty_mm.data.label_table import (
+    M3ED_LABELS,
+    MOSEI_LABELS,
+    LabelTable,
+    read_label_csv,
+)
+from uncertainty_mm.data.m3ed import read_m3ed
+from uncertainty_mm.data.mmsa import read_mmsa
+from uncertainty_mm.data.npz import SPLITS, read_npz, write_npz
+from uncertainty_mm.data.synthetic import (
+    Posterior,
+    SyntheticMMER,
+    SyntheticModality,
+    SyntheticSamples,
+)
+from uncertainty_mm.data.tailor import read_tailor
+
+__all__ = [
+    "M3ED_LABELS",
+    "MOSEI_LABELS",
+    "SPLITS",
+    "DatasetSummary",
+    "LabelTable",
+    "ModalitySummary",
+    "MultimodalBatch",
+    "MultimodalDataset",
+    "Posterior",
+    "SyntheticMMER",
+    "SyntheticModality",
+    "SyntheticSamples",
+    "read_folder",
+    "read_label_csv",
+    "read_m3ed",
+    "read_mmsa",
+    "read_npz",
+    "read_tailor",
+    "write_folder",
+    "write_npz",
+]

@@ -1,0 +1,123 @@
+"""A folder of memory-mapped arrays, for features that do not fit into memory: :func:`read_folder`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from uncertainty_mm.data._sequences import need
+from uncertainty_mm.data.dataset import MultimodalDataset
+from uncertainty_mm.data.npz import SPLITS
+
+
+def write_folder(parts: Mapping[str, MultimodalDataset], folder: str | PathLike[str]) -> None:
+    """Writes data sets as plain `.npy` files, one folder a split, for :func:`read_folder`.
+
+    Args:
+        parts: Data sets by split, as any reader returns them. Features keep their dtype.
+        folder: The folder to write; it must not exist, or be empty.
+
+    Raises:
+        ValueError: If the folder is not empty, or a modality cannot name a file.
+
+    Example:
+        >>> import tempfile
+        >>> data = MultimodalDataset(
+        ...     {"text": torch.ones(4, 5, 8)}, {"text": torch.zeros(4, 5).bool()}, torch.ones(4, 1), ["happy"]
+        ... )
+        >>> folder = tempfile.mkdtemp()
+        >>> write_folder({"train": data}, folder)
+        >>> read_folder(folder)["train"][0].features["text"].shape
+        torch.Size([5, 8])
+    """
+    root = Path(folder)
+    need(not root.exists() or not any(root.iterdir()), root, "the folder is not empty")
+    for split, data in parts.items():
+        for name in (split, *data.features):
+            need(Path(name).name == name, root, f"`{name}` cannot be the name of a file")
+        arrays: dict[str, NDArray[Any]] = {
+            "labels": data.labels.numpy(),
+            "label_names": np.array(data.label_names),
+            "modalities": np.array(list(data.features)),
+            "invalid_steps": np.array(list(data.invalid_steps.values())),
+        }
+        if data.soft_labels is not None:
+            arrays["soft_labels"] = data.soft_labels.numpy()
+        if data.ids is not None:
+            arrays["ids"] = np.array(data.ids, np.str_)
+        for name, x in data.features.items():
+            arrays[f"features.{name}"] = x.numpy()
+            arrays[f"padding_mask.{name}"] = data.padding_mask[name].numpy()
+        (root / split).mkdir(parents=True, exist_ok=True)
+        for key, array in arrays.items():
+            np.save(root / split / f"{key}.npy", array, allow_pickle=False)
+
+
+def read_folder(folder: str | PathLike[str]) -> dict[str, MultimodalDataset]:
+    """Opens a folder of :func:`write_folder`: features stay on disk, and a batch reads its rows alone.
+
+    The tensors are private maps: writing into them changes no file. Workers of a `DataLoader` share them where they
+    are forked, as on Linux; where they are spawned each gets a copy in memory.
+
+    Args:
+        folder: The folder.
+
+    Returns:
+        The data sets by the name of their folder.
+
+    Raises:
+        FileNotFoundError: If there is no such folder.
+        ValueError: If a file is missing, broken, or does not fit the others.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root}: no such folder")
+    splits = sorted(
+        (each for each in root.iterdir() if each.is_dir()),
+        key=lambda each: (
+            SPLITS.index(each.name) if each.name in SPLITS else len(SPLITS),
+            each.name,
+        ),
+    )
+    need(splits, root, "holds no split, that is, no folder")
+    parts = {}
+    for split in splits:
+        arrays = {}
+        for file in sorted(split.glob("*.npy")):
+            mapped = file.name.startswith("features.")
+            try:
+                arrays[file.stem] = np.load(
+                    file, mmap_mode="c" if mapped else None, allow_pickle=False
+                )
+            except (OSError, ValueError, EOFError) as error:
+                raise ValueError(
+                    f"{file}: not a readable .npy file of a plain array ({error})"
+                ) from error
+        for key in ("modalities", "invalid_steps", "labels", "label_names"):
+            need(key in arrays, split, f"missing `{key}.npy`")
+        names = [str(name) for name in arrays["modalities"].reshape(-1)]
+        for name in names:
+            for key in (f"features.{name}", f"padding_mask.{name}"):
+                need(key in arrays, split, f"missing `{key}.npy`")
+        try:
+            parts[split.name] = MultimodalDataset(
+                {name: torch.from_numpy(arrays[f"features.{name}"]) for name in names},
+                {name: torch.from_numpy(arrays[f"padding_mask.{name}"]) for name in names},
+                torch.from_numpy(arrays["labels"]),
+                [str(name) for name in arrays["label_names"].reshape(-1)],
+                soft_labels=torch.from_numpy(arrays["soft_labels"])
+                if "soft_labels" in arrays
+                else None,
+                ids=[str(name) for name in arrays["ids"]] if "ids" in arrays else None,
+                invalid_steps=dict(zip(names, arrays["invalid_steps"].tolist(), strict=True)),
+                validate_args=False,
+            )
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{split}: {error}") from error
+    return parts

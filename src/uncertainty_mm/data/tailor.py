@@ -1,0 +1,128 @@
+"""The `.pt` files of TAILOR and CARAT, CARAT's M3ED among them: :func:`read_tailor`."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from os import PathLike
+from typing import Any
+
+from uncertainty_mm._checks import check_choice
+from uncertainty_mm.data._restricted import load_torch
+from uncertainty_mm.data._sequences import (
+    SPLIT_KEYS,
+    Labels,
+    Path,
+    assemble,
+    check_splits,
+    count_samples,
+    need,
+)
+from uncertainty_mm.data.dataset import MultimodalDataset
+from uncertainty_mm.data.label_table import canonical, order, tokens_to_labels
+
+_SPECIAL = {"<blank>", "<unk>", "<s>", "</s>"}
+_M3ED_AUDIO = (1024, 1582)  # wav2vec2-large, IS10
+_M3ED_VISION = 342  # DenseFace
+
+
+def read_tailor(
+    path: str | PathLike[str],
+    label_names: Sequence[str] | None = None,
+    *,
+    padding: str = "auto",
+) -> dict[str, MultimodalDataset]:
+    """Reads a `.pt` file of TAILOR or CARAT: `train_valid_test.pt` of CMU-MOSEI, or `m3ed_data_60.pt` of M3ED.
+
+    The file holds, for every split, sequences `src-text`, `src-audio` and `src-visual`, labels as lists of tokens
+    `tgt` (`[2, code, ..., 3]`), and under `dict` what the codes mean. Pickled code in it is refused, not run.
+
+    CARAT's M3ED files have audio and vision exchanged, which shows in their sizes (vision has 342 features). They are
+    exchanged back, and a warning says so. These files cut dialogues at 60 utterances, but their labels are those of
+    the whole dialogue; a warning counts the dialogues concerned.
+
+    Args:
+        path: The file.
+        label_names: Labels in the order wanted; None for the order of the file.
+        padding: `"auto"`: lengths from the file (`len_list`), else frames of zeros before and behind a sequence;
+            `"zeros"`: always these frames; `"none"`: no padding, as in the released code. See :func:`read_mmsa`.
+
+    Returns:
+        The splits `"train"`, `"validation"` and `"test"` with the modalities `text`, `audio` and `vision`.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file cannot be read, names code, or breaks the layout, or if its labels are not
+            `label_names`.
+    """
+    check_choice("padding", padding, ("auto", "zeros", "none"))
+    content = load_torch(path)
+    check_splits(content, path)
+    labels, names = tailor_labels(content, path, label_names)
+    content = _exchanged_back(content, path)
+    for split in SPLIT_KEYS.values():
+        part = content[split]
+        key = next((key for key in ("src-text", "src-audio", "src-visual") if key in part), None)
+        if key is not None and "len_list" in part:
+            steps = max(len(row) for row in part[key])
+            cut = sum(length > steps for length in part["len_list"])
+            if cut:
+                warnings.warn(
+                    f"{path}: {cut} sequences of the {split} split were cut to {steps} steps, their labels were not",
+                    stacklevel=2,
+                )
+    return assemble(content, path, labels, names, padding)
+
+
+def tailor_labels(
+    content: dict[str, Any], path: Path, label_names: Sequence[str] | None
+) -> tuple[dict[str, Labels], list[str]]:
+    """Labels by split from `tgt` and `dict`, and their names."""
+    vocabulary = content.get("dict")
+    vocabulary = vocabulary.get("tgt") if isinstance(vocabulary, dict) else None
+    need(isinstance(vocabulary, dict), path, "missing `dict.tgt`, which says what the tokens mean")
+    assert isinstance(vocabulary, dict)
+    found = sorted((code, name) for name, code in vocabulary.items() if name not in _SPECIAL)
+    need(found, path, f"`dict.tgt` names no label: {vocabulary}")
+    file_names = [str(name) for _, name in found]
+    if label_names is None:
+        label_names = [canonical(name) for name in file_names]
+    columns = order(file_names, label_names, path, "`dict.tgt`")
+    codes = {int(found[position][0]): column for column, position in enumerate(columns)}
+    labels = {}
+    for split, split_key in SPLIT_KEYS.items():
+        part = content[split_key]
+        need("tgt" in part, path, f"missing `{split_key}.tgt`, found {sorted(part)}")
+        rows = tokens_to_labels(part["tgt"], codes, len(codes), path, f"{split_key}.tgt")
+        count = count_samples(part, path, split_key)
+        need(
+            len(rows) == count,
+            path,
+            f"`{split_key}.tgt` has {len(rows)} samples, the features {count}",
+        )
+        labels[split] = Labels(rows)
+    return labels, list(label_names)
+
+
+def _exchanged_back(content: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Audio under `src-audio` and vision under `src-visual`, whichever way the file has them."""
+
+    def size(key: str) -> int:
+        shape = getattr(next(iter(content["train"].get(key, ())), None), "shape", (0,))
+        return int(shape[-1])
+
+    if size("src-visual") not in _M3ED_AUDIO or size("src-audio") != _M3ED_VISION:
+        return content
+    warnings.warn(
+        f"{path}: `src-visual` holds audio ({size('src-visual')} features) and `src-audio` vision ({_M3ED_VISION}); "
+        "they are exchanged back",
+        stacklevel=3,
+    )
+    swapped = {}
+    for split in SPLIT_KEYS.values():
+        part = content[split]
+        swapped[split] = part | {
+            "src-visual": part.get("src-audio"),
+            "src-audio": part.get("src-visual"),
+        }
+    return content | swapped
