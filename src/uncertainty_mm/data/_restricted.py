@@ -74,7 +74,7 @@ class _Array(np.ndarray[Any, Any]):
             expected = math.prod(shape) * dtype.itemsize
         if len(data) != expected:
             raise ValueError(f"an array of shape {shape} with data for another")
-        super().__setstate__((1, shape, dtype, np.bool_(fortran), data))
+        super().__setstate__((1, shape, dtype, bool(fortran), data))  # type: ignore[arg-type]
 
 
 def _reconstruct(*_: object) -> _Array:

@@ -16,6 +16,7 @@ from uncertainty_mm.data._sequences import (
     assemble,
     check_splits,
     count_samples,
+    integers,
     need,
 )
 from uncertainty_mm.data.dataset import MultimodalDataset
@@ -60,18 +61,18 @@ def read_tailor(
     check_splits(content, path)
     labels, names = tailor_labels(content, path, label_names)
     content = _exchanged_back(content, path)
-    for split in SPLIT_KEYS.values():
-        part = content[split]
-        key = next((key for key in ("src-text", "src-audio", "src-visual") if key in part), None)
-        if key is not None and "len_list" in part:
-            steps = max(len(row) for row in part[key])
-            cut = sum(length > steps for length in part["len_list"])
+    parts = assemble(content, path, labels, names, padding)
+    for split, key in SPLIT_KEYS.items():
+        if "len_list" in content[key]:
+            steps = max(parts[split].steps.values())
+            lengths = integers(content[key]["len_list"], len(parts[split]), path, f"{key}.len_list")
+            cut = int((lengths > steps).sum())
             if cut:
                 warnings.warn(
                     f"{path}: {cut} sequences of the {split} split were cut to {steps} steps, their labels were not",
                     stacklevel=2,
                 )
-    return assemble(content, path, labels, names, padding)
+    return parts
 
 
 def tailor_labels(
@@ -108,8 +109,9 @@ def _exchanged_back(content: dict[str, Any], path: Path) -> dict[str, Any]:
     """Audio under `src-audio` and vision under `src-visual`, whichever way the file has them."""
 
     def size(key: str) -> int:
-        shape = getattr(next(iter(content["train"].get(key, ())), None), "shape", (0,))
-        return int(shape[-1])
+        rows = content["train"].get(key, ())
+        first = next(iter(rows), None) if hasattr(rows, "__iter__") else None
+        return int((getattr(first, "shape", None) or (0,))[-1])
 
     if size("src-visual") not in _M3ED_AUDIO or size("src-audio") != _M3ED_VISION:
         return content

@@ -1,0 +1,322 @@
+"""Pickles that nobody vouches for: what is read comes back whole, what could act is refused and never called."""
+
+import argparse
+import builtins
+import contextlib
+import ctypes
+import os
+import pickle
+import zipfile
+from collections import Counter, OrderedDict, defaultdict
+from datetime import datetime
+from fractions import Fraction
+
+import numpy as np
+import numpy.testing
+import pytest
+import torch
+
+from uncertainty_mm.data._restricted import load_pickle, load_torch
+
+CONTENT = {
+    "numbers": [1, -2.5, True, None, 2**70],
+    "text": ("a", "ü", b"", b"\x00\xff"),
+    "sets": {1, 2},
+    "ordered": OrderedDict(a=[1], b={"c": 2}),
+    "float32": np.arange(12, dtype=np.float32).reshape(3, 4),
+    "fortran": np.asfortranarray(np.arange(12.0).reshape(3, 4)),
+    "big": np.arange(5, dtype=">i4"),
+    "half": np.ones((2, 2), np.float16),
+    "bools": np.array([True, False]),
+    "empty": np.zeros((0, 3)),
+    "zero_dim": np.array(3),
+    "strings": np.array(["video$_$1", "ü"]),
+    "bytes": np.array([b"a", b"bc"]),
+    "objects": np.array([["x", None], [1, [2, 3]]], dtype=object),
+    "scalars": [np.float32(1.5), np.int64(-3), np.bool_(True), np.str_("s")],
+}
+
+
+def check_same(actual, expected):
+    if isinstance(expected, np.ndarray):
+        actual = np.asarray(actual)
+        assert actual.dtype.newbyteorder("=") == expected.dtype.newbyteorder("=")
+        assert actual.shape == expected.shape
+        np.testing.assert_array_equal(actual, expected)
+    elif isinstance(expected, dict):
+        assert isinstance(actual, type(expected))
+        assert list(actual) == list(expected)
+        for key, value in expected.items():
+            check_same(actual[key], value)
+    else:
+        assert type(actual) is type(expected)
+        assert actual == expected
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_content_comes_back(tmp_path, protocol):
+    content = CONTENT | {"frozen": frozenset({1})}
+    path = tmp_path / "data.pkl"
+    path.write_bytes(pickle.dumps(content, protocol))
+    check_same(load_pickle(path), content)
+
+
+def test_names_of_numpy_1_and_of_python_2(tmp_path):
+    array = np.arange(3.0)
+    path = tmp_path / "data.pkl"
+    for old, new in ((b"numpy._core", b"numpy.core"), (b"numpy.core", b"numpy._core")):
+        path.write_bytes(pickle.dumps(array, 2).replace(old, new))
+        np.testing.assert_array_equal(load_pickle(path), array)
+    # an array as Python 2 writes it: its data are a string of bytes
+    path.write_bytes(
+        b"\x80\x02cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R"
+        b"(K\x01K\x02\x85cnumpy\ndtype\nU\x02f4K\x00K\x01\x87R(K\x03U\x01<NNNJ\xff\xff\xff\xff"
+        b"J\xff\xff\xff\xffK\x00tb\x89U\x08\x00\x00\x80?\x00\x00 \xc0tb."
+    )
+    np.testing.assert_array_equal(load_pickle(path), np.array([1, -2.5], np.float32))
+
+
+class Reduce:
+    """Pickles as a call."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+def object_array(*values):
+    array = np.empty(len(values), dtype=object)
+    array[:] = values
+    return array
+
+
+class OnCall:
+    """Refused calls would leave this trace."""
+
+    happened = False
+
+
+def trap():
+    OnCall.happened = True
+
+
+REFUSED = {
+    "posix.system": Reduce(os.system, "exit 1"),
+    "builtins.eval": Reduce(eval, "1/0"),
+    "builtins.exec": Reduce(exec, "1/0"),
+    "builtins.getattr": Reduce(getattr, "a", "upper"),
+    "builtins.__import__": Reduce(builtins.__import__, "os"),
+    "builtins.open": Reduce(open, "x", "w"),
+    "builtins.bytearray": Reduce(bytearray, 10),
+    "numpy.load": Reduce(np.load, "x.npy", None, True),
+    "numpy.fromfile": Reduce(np.fromfile, "x"),
+    "numpy.memmap": Reduce(np.memmap, "x"),
+    "numpy.testing._private.utils.runstring": Reduce(
+        numpy.testing._private.utils.runstring, "1/0", {}
+    ),
+    "collections.Counter": Counter("ab"),
+    "collections.defaultdict": defaultdict(list),
+    "ctypes.string_at": Reduce(ctypes.string_at, 1, 1),
+    "datetime.datetime": datetime(2020, 1, 1),
+    "fractions.Fraction": Fraction(1, 2),
+    "numpy.ma.core._mareconstruct": np.ma.array([1, 2]),
+}
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+@pytest.mark.parametrize("name", REFUSED)
+def test_everything_else_is_refused_by_name(tmp_path, name, protocol):
+    for value in (REFUSED[name], [{"a": object_array(REFUSED[name])}]):
+        path = tmp_path / "data.pkl"
+        path.write_bytes(pickle.dumps(value, protocol))
+        with pytest.raises(ValueError, match=r"data\.pkl: refused") as error:
+            load_pickle(path)
+        shown = str(error.value).split("`")[1]
+        assert shown.rpartition(".")[2] == name.rpartition(".")[2]
+        assert "\n" not in str(error.value)
+
+
+def test_refused_functions_are_not_called(tmp_path):
+    (tmp_path / "data.pkl").write_bytes(b"c%b\ntrap\n(tR." % __name__.encode())
+    with pytest.raises(ValueError, match="trap"):
+        load_pickle(tmp_path / "data.pkl")
+    torch.save({"a": [Reduce(os.system, f"touch {tmp_path / 'touched'}")]}, tmp_path / "data.pt")
+    with pytest.raises(ValueError, match=r"posix\.system"):
+        load_torch(tmp_path / "data.pt")
+    assert not OnCall.happened
+    assert not (tmp_path / "touched").exists()
+
+
+@pytest.mark.parametrize(
+    "dtype", [[("a", "f4"), ("b", "O")], "M8[s]", "c16", "V8", ("f4", (2,))], ids=str
+)
+def test_arrays_of_other_types_are_refused(tmp_path, dtype):
+    array = np.zeros(3, np.dtype((np.void, 8)) if dtype == "V8" else dtype)
+    if dtype == ("f4", (2,)):
+        array = Reduce(np.ndarray, (3,), np.dtype([("x", "f4", (2,))]))
+    for protocol in (2, 5):
+        (tmp_path / "data.pkl").write_bytes(pickle.dumps(array, protocol))
+        with pytest.raises(
+            ValueError, match=r"not a readable pickle \((the array type|an array type)"
+        ):
+            load_pickle(tmp_path / "data.pkl")
+
+
+class Array:
+    """Pickles as an array with a state of our choice."""
+
+    def __init__(self, *state):
+        self.state = state
+
+    def __reduce__(self):
+        return np.empty(0).__reduce__()[0], (np.ndarray, (0,), b"b"), self.state
+
+
+class Dtype:
+    """Pickles as a dtype with a state of our choice."""
+
+    def __init__(self, code, *state):
+        self.code, self.state = code, state
+
+    def __reduce__(self):
+        return np.dtype, (self.code, False, True), self.state
+
+
+F8, O8 = np.dtype("f8"), np.dtype("O")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        Array(1, (4,), F8, False, b"\0" * 8),  # too little data
+        Array(1, (1,), F8, False, b"\0" * 80),
+        Array(1, (-1,), F8, False, b""),
+        Array(1, (2**62, 4), F8, False, b""),
+        Array(1, ("a",), F8, False, b""),
+        Array(1, (1,), O8, False, b"\x41" * 8),  # bytes taken for pointers
+        Array(1, (3,), O8, False, [1]),
+        Array(1, (1,), F8, False, [1.0]),
+        Array(1, (1,), "f8", False, b"\0" * 8),
+        Array(1, (1,)),
+        # a type of objects that says it holds none
+        Array(1, (1,), Dtype("O", 3, "|", None, None, None, -1, -1, 0), False, b"\x41" * 8),
+        Array(1, (1,), Dtype("V8", 3, "|", None, ("a",), {"a": (O8, 0)}, 8, 1, 0), False, b"A" * 8),
+        Array(1, (1,), Dtype("f8", 3, "|", None, ("a",), {"a": (O8, 0)}, 8, 1, 0), False, b"A" * 8),
+    ],
+)
+def test_hostile_states_of_arrays_are_refused(tmp_path, value):
+    (tmp_path / "data.pkl").write_bytes(pickle.dumps(value, 2))
+    with pytest.raises(ValueError, match="not a readable pickle"):
+        load_pickle(tmp_path / "data.pkl")
+
+
+def test_an_array_made_by_arguments_is_empty(tmp_path):
+    (tmp_path / "data.pkl").write_bytes(pickle.dumps(Reduce(np.ndarray, (2,), "O", bytes(16)), 2))
+    assert load_pickle(tmp_path / "data.pkl").shape == (0,)
+
+
+@pytest.mark.parametrize("extra", [b"", b"K\x01b", b"N}X\x01\x00\x00\x00aK\x01s\x86b"])
+def test_stand_ins_cannot_be_changed_by_a_file(tmp_path, extra):
+    # BUILD on the admitted names themselves, not on what they return
+    for name in (
+        "numpy\nndarray",
+        "numpy\ndtype",
+        "numpy.core.multiarray\n_reconstruct",
+        "argparse\nNamespace",
+    ):
+        (tmp_path / "data.pkl").write_bytes(b"\x80\x02c" + name.encode() + b"\n" + extra + b".")
+        with contextlib.suppress(ValueError):
+            load_pickle(tmp_path / "data.pkl")
+    test_content_comes_back(tmp_path, 2)
+
+
+def test_damaged_pickles_end_in_one_error(tmp_path):
+    good = pickle.dumps(CONTENT, 4)
+    path = tmp_path / "data.pkl"
+    for end in range(0, len(good) - 1, 7):
+        path.write_bytes(good[:end])
+        with pytest.raises(ValueError, match=r"data\.pkl: "):
+            load_pickle(path)
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        damaged = bytearray(good)
+        for position in rng.integers(0, len(good), 3):
+            damaged[position] = rng.integers(256)
+        path.write_bytes(damaged)
+        with contextlib.suppress(ValueError):  # many changes only change a value
+            load_pickle(path)
+    for content in (b"", b"no pickle", b"PK\x03\x04", np.arange(100).tobytes()):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="not a readable pickle"):
+            load_pickle(path)
+
+
+def test_absent_files_stay_absent(tmp_path):
+    for load in (load_pickle, load_torch):
+        with pytest.raises(FileNotFoundError):
+            load(tmp_path / "none")
+
+
+# --- torch.save -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_torch_content_comes_back(tmp_path, zipped):
+    path = tmp_path / "data.pt"
+    content = CONTENT | {
+        "tensor": torch.arange(6).reshape(2, 3).T,
+        "settings": argparse.Namespace(a=1, b=[2]),
+    }
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    loaded = load_torch(path)
+    assert torch.equal(loaded.pop("tensor"), content.pop("tensor"))
+    loaded.pop("settings")
+    content.pop("settings")
+    check_same(loaded, content)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize(
+    "name", ["posix.system", "builtins.eval", "numpy.load", "fractions.Fraction"]
+)
+def test_torch_refuses_everything_else_by_name(tmp_path, name, zipped):
+    path = tmp_path / "data.pt"
+    for value in (REFUSED[name], {"a": object_array(REFUSED[name])}):
+        torch.save(value, path, _use_new_zipfile_serialization=zipped)
+        with pytest.raises(ValueError, match=rf"data\.pt: refused.*{name.rpartition('.')[2]}"):
+            load_torch(path)
+
+
+def test_torch_refuses_hostile_arrays(tmp_path):
+    torch.save(Array(1, (1,), O8, False, b"\x41" * 8), tmp_path / "data.pt")
+    with pytest.raises(ValueError, match="objects without a list"):
+        load_torch(tmp_path / "data.pt")
+
+
+def test_torch_leaves_no_global_admitted(tmp_path):
+    before = torch.serialization.get_safe_globals()
+    torch.save(np.ones(2), tmp_path / "data.pt")
+    load_torch(tmp_path / "data.pt")
+    assert torch.serialization.get_safe_globals() == before
+
+
+def test_damaged_torch_files_end_in_one_error(tmp_path):
+    path = tmp_path / "data.pt"
+    for zipped in (True, False):
+        torch.save(CONTENT, path, _use_new_zipfile_serialization=zipped)
+        good = path.read_bytes()
+        for end in range(0, len(good) - 30, len(good) // 15):
+            path.write_bytes(good[:end])
+            with pytest.raises(ValueError, match=r"data\.pt: ") as error:
+                load_torch(path)
+            assert "\n" not in str(error.value)
+    for content in (b"", b"no file", pickle.dumps(CONTENT)):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"not a readable file of torch\.save"):
+            load_torch(path)
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("a", "b")
+    with pytest.raises(ValueError, match=r"not a readable file of torch\.save"):
+        load_torch(path)
