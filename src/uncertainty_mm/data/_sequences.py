@@ -174,7 +174,7 @@ def report_invalid(path: Path, split: str, name: str, invalid: Tensor) -> None:
 
 
 def read_modality(
-    part: Mapping[str, Any], name: str, key: str, path: Path, split: str, padding: str
+    part: Mapping[str, Any], name: str, key: str, path: Path, split: str, count: int, padding: str
 ) -> Sequences:
     """One modality of one split of MMSA's or TAILOR's files, with the mask that these files imply.
 
@@ -184,11 +184,15 @@ def read_modality(
         key: Its key in `part`.
         path: Name of the file, for messages.
         split: Key of the split, for messages.
+        count: Number of samples N of the split.
         padding: `"auto"`, `"zeros"` or `"none"`; see :func:`read_mmsa`.
     """
     where = f"{split}.{key}"
     values, lengths = stack(part[key], path, where)
-    count, steps = values.shape[:2]
+    steps = values.shape[1]
+    need(
+        len(values) == count, path, f"`{where}` has {len(values)} samples, other modalities {count}"
+    )
     if padding == "none":
         return finish(values, np.zeros((count, steps), np.bool_))
     mask = None
@@ -293,12 +297,7 @@ def assemble(
                     name not in sizes, path, f"modality `{name}` is missing in split `{split_key}`"
                 )
                 continue
-            each = read_modality(part, name, key, path, split_key, padding)
-            need(
-                len(each.features) == count,
-                path,
-                f"`{split_key}.{key}` has {len(each.features)} samples, other modalities {count}",
-            )
+            each = read_modality(part, name, key, path, split_key, count, padding)
             dim = each.features.shape[2]
             need(
                 (not sizes or name in sizes or split == "train")

@@ -65,7 +65,7 @@ def read_npz(
         1
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file") from None

@@ -85,6 +85,11 @@ def tailor_labels(
     assert isinstance(vocabulary, dict)
     found = sorted((code, name) for name, code in vocabulary.items() if name not in _SPECIAL)
     need(found, path, f"`dict.tgt` names no label: {vocabulary}")
+    need(
+        all(type(code) is int for code, _ in found),
+        path,
+        f"`dict.tgt` must give every label a number, got {vocabulary}",
+    )
     file_names = [str(name) for _, name in found]
     if label_names is None:
         label_names = [canonical(name) for name in file_names]

@@ -1,0 +1,714 @@
+"""Files generated in the layouts that people have, and every way in which they may be broken."""
+
+import csv
+import pickle
+import warnings
+from collections import OrderedDict
+
+import numpy as np
+import pytest
+import torch
+
+from uncertainty_mm.data import (
+    M3ED_LABELS,
+    MOSEI_LABELS,
+    LabelTable,
+    read_label_csv,
+    read_m3ed,
+    read_mmsa,
+    read_npz,
+    read_tailor,
+    write_npz,
+)
+
+COUNTS = {"train": 6, "valid": 3, "test": 4}
+SPLITS = {"train": "train", "valid": "validation", "test": "test"}
+DIMS = {"text": 768, "audio": 74, "vision": 35}
+
+
+def padded(rng, lengths, steps, dim, front=False, dtype=np.float32):
+    """Sequences of these lengths, zero-padded."""
+    features = rng.normal(size=(len(lengths), steps, dim)).astype(dtype)
+    valid = np.arange(steps) < np.asarray(lengths)[:, None]
+    if front:
+        valid = valid[:, ::-1]
+    return features * valid[..., None]
+
+
+def outside(lengths, steps, front=False):
+    mask = np.arange(steps) >= np.asarray(lengths)[:, None]
+    return torch.from_numpy((mask[:, ::-1] if front else mask).copy())
+
+
+def token_lists(rng, count, labels=6):
+    """Lists of tokens in random order, some empty, and the labels they mean."""
+    chosen = rng.random((count, labels)) < 0.3
+    chosen[0] = False
+    tokens = [[2, *(rng.permutation(np.flatnonzero(row)) + 4).tolist(), 3] for row in chosen]
+    return tokens, torch.from_numpy(chosen.astype(np.uint8))
+
+
+def mmsa(seed=0, steps=(50, 500, 375), front=False, aligned=False):
+    """The content of `aligned_50.pkl` or `unaligned_50.pkl`, and the lengths of its sequences."""
+    rng = np.random.default_rng(seed)
+    content, lengths = {}, {}
+    if aligned:
+        steps = (50, 50, 50)
+    for split, count in COUNTS.items():
+        held = [rng.integers(1, size + 1, count) for size in steps]
+        if aligned:
+            held = held[:1] * 3
+        lengths[split] = dict(zip(DIMS, held, strict=True))
+        text_bert = np.zeros((count, 3, 50), np.float32)
+        text_bert[:, 0] = rng.integers(100, 30000, (count, 50))
+        text_bert[:, 1] = np.arange(50) < held[0][:, None]
+        part = {
+            name: padded(rng, held[i], steps[i], dim, front)
+            for i, (name, dim) in enumerate(DIMS.items())
+        }
+        part["text"] = rng.normal(
+            size=(count, 50, 768)
+        )  # BERT gives padding features, too; float64
+        if not aligned:
+            part["audio_lengths"] = held[1].tolist()
+            part["vision_lengths"] = held[2]
+        content[split] = part | {
+            "text_bert": text_bert,
+            "raw_text": np.array([f"text {i}" for i in range(count)], dtype=object),
+            "annotations": ["Positive"] * count,
+            "id": [f"{split}{i}$_${i % 2}" for i in range(count)],
+            "regression_labels": rng.uniform(-3, 3, count),
+            "classification_labels": rng.integers(0, 3, count),
+        }
+    return content, lengths
+
+
+def with_tokens(content, seed=1):
+    rng = np.random.default_rng(seed)
+    labels = {}
+    for split, part in content.items():
+        part["tgt"], labels[split] = token_lists(rng, COUNTS[split])
+    return content, labels
+
+
+def dump(content, path, protocol=4):
+    path.write_bytes(pickle.dumps(content, protocol))
+    return path
+
+
+def lddu(tmp_path, change=None):
+    content, _ = with_tokens(mmsa(aligned=True)[0])
+    if change is not None:
+        change(content)
+    return dump(content, tmp_path / "aligned_501.pkl")
+
+
+# --- Pickles of MMSA and LDDU -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_unaligned_values_masks_and_labels(tmp_path, protocol):
+    content, lengths = mmsa()
+    content, labels = with_tokens(content)
+    parts = read_mmsa(dump(content, tmp_path / "no_align_501.pkl", protocol))
+    assert list(parts) == ["train", "validation", "test"]
+    for key, split in SPLITS.items():
+        data = parts[split]
+        assert data.dims == DIMS
+        assert data.steps == {"text": 50, "audio": 500, "vision": 375}
+        assert data.label_names == list(MOSEI_LABELS)
+        assert data.ids == content[key]["id"]
+        assert data.soft_labels is None
+        assert torch.equal(data.labels, labels[key])
+        for name in DIMS:
+            mask = outside(lengths[key][name], data.steps[name])
+            assert torch.equal(data.padding_mask[name], mask)
+            expected = torch.from_numpy(content[key][name]).float().masked_fill(mask[..., None], 0)
+            assert torch.equal(data.features[name], expected)
+
+
+@pytest.mark.parametrize("front", [False, True])
+def test_aligned_masks_come_from_the_tokens_on_the_side_of_the_padding(tmp_path, front):
+    content, lengths = mmsa(aligned=True, front=front)
+    path = dump(with_tokens(content)[0], tmp_path / "aligned_501.pkl")
+    parts = read_mmsa(path)
+    for key, split in SPLITS.items():
+        for name in ("audio", "vision"):
+            mask = outside(lengths[key][name], 50, front)
+            assert torch.equal(parts[split].padding_mask[name], mask)
+    # a zero frame within a sequence is not padding; the frames at its edges tell no length that tokens do
+    content["train"]["audio"][2, : lengths["train"]["audio"][2]] = 0
+    content["train"]["audio"][2, 0 if not front else -1] = 1
+    parts = read_mmsa(dump(content, path))
+    mask = outside(lengths["train"]["audio"], 50, front)
+    assert torch.equal(parts["train"].padding_mask["audio"], mask)
+
+
+@pytest.mark.parametrize("front", [False, True])
+def test_without_lengths_frames_of_zeros_at_the_edges_are_padding(tmp_path, front):
+    content, lengths = mmsa(front=front)
+    for part in content.values():
+        for key in ("audio_lengths", "vision_lengths", "text_bert"):
+            del part[key]
+    content["train"]["audio"][0] = np.random.default_rng(0).normal(size=(500, 74))
+    content["train"]["audio"][0, 3:7] = 0  # within the sequence
+    lengths["train"]["audio"][0] = 500
+    path = dump(with_tokens(content)[0], tmp_path / "data.pkl")
+    for padding in ("auto", "zeros"):
+        parts = read_mmsa(path, padding=padding)
+        for key, split in SPLITS.items():
+            for name in ("audio", "vision"):
+                mask = outside(lengths[key][name], parts[split].steps[name], front)
+                assert torch.equal(parts[split].padding_mask[name], mask)
+    everything = read_mmsa(path, padding="none")["train"].padding_mask
+    assert not any(mask.any() for mask in everything.values())
+
+
+def test_the_side_of_the_padding_is_found_for_given_lengths(tmp_path):
+    content, lengths = mmsa(front=True)
+    path = dump(with_tokens(content)[0], tmp_path / "data.pkl")
+    mask = outside(lengths["test"]["audio"], 500, front=True)
+    assert torch.equal(read_mmsa(path)["test"].padding_mask["audio"], mask)
+
+
+def test_frames_beyond_the_lengths_are_reported(tmp_path):
+    content, lengths = mmsa()
+    content["train"]["audio_lengths"] = [length - 1 for length in lengths["train"]["audio"]]
+    content["train"]["audio"][:, 0] = 1
+    content["train"]["audio"][lengths["train"]["audio"] == 500] = 1
+    path = dump(with_tokens(content)[0], tmp_path / "data.pkl")
+    with pytest.warns(UserWarning, match=r"6 steps of `train\.audio` beyond the lengths"):
+        read_mmsa(path)
+
+
+def test_values_that_are_not_finite_and_missing_modalities(tmp_path):
+    content, lengths = mmsa()
+    lengths = lengths["train"]["audio"]
+    content["train"]["audio_lengths"][3] = lengths[3] = 400
+    content["train"]["audio"][3] = padded(np.random.default_rng(0), [400], 500, 74)[0]
+    content["train"]["audio"][3, [5, 9], 1] = -np.inf
+    content["train"]["audio"][3, 9, 2] = np.nan
+    content["train"]["audio"][1] = 0
+    path = dump(with_tokens(content)[0], tmp_path / "data.pkl")
+    with pytest.warns(UserWarning, match="2 steps of `audio` in 1 samples of the train split"):
+        data = read_mmsa(path)["train"]
+    mask = outside(lengths, 500)
+    mask[3, [5, 9]] = True
+    mask[1] = True
+    assert torch.equal(data.padding_mask["audio"], mask)
+    assert data.features["audio"].isfinite().all()
+    assert not data.features["audio"][mask].any()
+    audio = data.summary().modalities["audio"]
+    assert (audio.missing, audio.invalid_steps) == (1, 2)
+
+
+def test_lists_of_sequences_of_different_lengths(tmp_path):
+    content, _ = with_tokens(mmsa(aligned=True)[0])
+    rng = np.random.default_rng(0)
+    for key, part in content.items():
+        part["audio"] = [rng.normal(size=(2 + i, 74)) for i in range(COUNTS[key])]
+    data = read_mmsa(dump(content, tmp_path / "data.pkl"))["train"]
+    assert torch.equal(data.padding_mask["audio"], outside(range(2, 8), 7))
+    expected = torch.from_numpy(content["train"]["audio"][1]).float()
+    assert torch.equal(data.features["audio"][1, :3], expected)
+
+
+def test_mult_layout(tmp_path):
+    rng = np.random.default_rng(0)
+    content = {
+        split: {
+            "text": rng.normal(size=(count, 50, 300)),
+            "audio": padded(rng, [400] * count, 500, 74, front=True),
+            "vision": padded(rng, [300] * count, 500, 35, front=True),
+            "labels": rng.normal(size=(count, 1, 1)),
+            "id": np.array([[f"{split}{i}".encode(), b"1.0", b"2.5"] for i in range(count)]),
+        }
+        for split, count in COUNTS.items()
+    }
+    tokens = {split: token_lists(rng, count) for split, count in COUNTS.items()}
+    path = dump(content, tmp_path / "mosei_senti_data_noalign.pkl")
+    labels = tailor(tokens={split: each[0] for split, each in tokens.items()})
+    torch.save(labels, tmp_path / "train_valid_test.pt")
+    parts = read_mmsa(path, tmp_path / "train_valid_test.pt")
+    assert parts["test"].ids[1] == "test1$_$1.0$_$2.5"
+    for key, split in SPLITS.items():
+        assert torch.equal(parts[split].labels, tokens[key][1])
+        mask = outside([400] * COUNTS[key], 500, front=True)
+        assert torch.equal(parts[split].padding_mask["audio"], mask)
+
+
+def broken(split, key, change):
+    def apply(content):
+        content[split][key] = change(content[split][key])
+
+    return apply
+
+
+def without(split, *keys):
+    def apply(content):
+        for key in keys:
+            del content[split][key]
+
+    return apply
+
+
+def put(index, value):
+    def change(array):
+        array[index] = value
+        return array
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.pop("valid"), r"missing split `valid`, found \['test', 'train'\]"),
+        (lambda c: c.update(valid=[1]), "split `valid` must be a dict, got list"),
+        (without("train", "text", "audio", "vision"), "no modality in split `train`"),
+        (without("test", "audio"), "modality `audio` is missing in split `test`"),
+        (without("train", "audio"), r"`valid\.audio` has features of size 74.* none"),
+        (without("test", "tgt"), r"no emotions: missing `test\.tgt`"),
+        (broken("train", "audio", lambda x: x[1:]), r"`train\.audio` has 5 samples, other modalities 6"),
+        (broken("train", "audio", lambda x: x[:, 0]), r"`train\.audio` must hold numbers of shape \(N, S, D\)"),
+        (broken("train", "audio", lambda x: x[:, :0]), r"`train\.audio` must hold numbers .* \(6, 0, 74\)"),
+        (broken("train", "audio", lambda x: x.astype(str)), r"`train\.audio` must hold numbers"),
+        (broken("train", "audio", lambda x: None), r"`train\.audio` must hold one sequence a sample"),
+        (broken("train", "audio", lambda x: [*x[:5], None]), r"`train\.audio` of sample 5 must be numbers"),
+        (broken("train", "audio", lambda x: [*x[:5], x[5][:, 1:]]), r"sample 5 .*\(S, 74\), got .*\(50, 73\)"),
+        (broken("test", "audio", lambda x: x[..., :20]), r"`test\.audio` has features of size 20, .* 74"),
+        (broken("train", "text", lambda x: 3), r"`train\.text` holds no samples"),
+        (broken("train", "text_bert", lambda x: x[:, :2]), r"`train\.text_bert` must have shape \(6, 3, S\)"),
+        (broken("train", "text_bert", lambda x: x + 7), r"`train\.text_bert\[:, 1\]` must be a mask"),
+        (broken("train", "id", lambda x: x[1:]), r"`train\.id` must name 6 samples, got 5"),
+        (broken("train", "tgt", lambda x: x[1:]), r"`train\.tgt` has 5 samples, the features 6"),
+        (broken("train", "tgt", put(2, [2, 10, 3])), r"`train\.tgt` of sample 2 holds the token 10"),
+        (broken("train", "tgt", put(2, [2, 4])), r"`train\.tgt` of sample 2 must be .* got \[2, 4\]"),
+        (broken("train", "tgt", put(2, [])), r"`train\.tgt` of sample 2 must be tokens"),
+        (broken("train", "tgt", put(2, None)), r"`train\.tgt` of sample 2 must be tokens"),
+        (broken("train", "tgt", put(2, [2, 4.5, 3])), r"`train\.tgt` of sample 2 must be tokens"),
+        (broken("train", "tgt", lambda x: 1), r"`train\.tgt` must be lists"),
+        (lambda c: c["train"].update(audio_lengths=[51] * 6), r"`train\.audio_lengths` must be in \[0, 50\], got 51"),
+        (lambda c: c["train"].update(audio_lengths=[-1] * 6), r"`train\.audio_lengths` must be in \[0, 50\]"),
+        (lambda c: c["train"].update(audio_lengths=[5] * 7), r"`train\.audio_lengths` must hold 6 integers"),
+        (lambda c: c["train"].update(audio_lengths=[5.5] * 6), r"`train\.audio_lengths` must hold 6 integers"),
+        (lambda c: c["train"].update(audio_lengths=None), r"`train\.audio_lengths` must hold 6 integers"),
+    ],
+)  # fmt: skip
+def test_broken_pickles_are_refused_with_file_and_key(tmp_path, change, message):
+    path = lddu(tmp_path, change)
+    with pytest.raises(ValueError, match=message) as error:
+        read_mmsa(path)
+    assert str(error.value).startswith(f"{path}: ")
+
+
+def test_other_content_and_arguments(tmp_path):
+    with pytest.raises(ValueError, match=r"data\.pkl: must hold a dict, got list"):
+        read_mmsa(dump([1], tmp_path / "data.pkl"))
+    with pytest.raises(ValueError, match="Expected `padding` to be one of"):
+        read_mmsa(tmp_path / "data.pkl", padding="left")
+    with pytest.raises(ValueError, match="Expected `join_by` to be one of"):
+        read_mmsa(tmp_path / "data.pkl", join_by="name")
+    with pytest.raises(FileNotFoundError):
+        read_mmsa(tmp_path / "none.pkl")
+
+
+# --- Tables of labels -------------------------------------------------------------------------------------------------
+
+
+def write_csv(path, header, rows):
+    with open(path, "w", newline="") as file:
+        csv.writer(file).writerows([header, *rows])
+    return path
+
+
+def intensities(content, seed=2):
+    """Intensities of all samples, and a row `[video, clip, mode, happiness, ...]` for each, shuffled."""
+    rng = np.random.default_rng(seed)
+    values = {key: rng.integers(0, 10, (count, 6)).clip(6) / 3 - 2 for key, count in COUNTS.items()}
+    rows = [
+        [*name.split("$_$"), key, *map(repr, values[key][i].tolist())]
+        for key in content
+        for i, name in enumerate(content[key]["id"])
+    ]
+    return values, [rows[i] for i in rng.permutation(len(rows))]
+
+
+def test_emotions_are_joined_by_id_and_by_name(tmp_path):
+    content, _ = mmsa()
+    values, rows = intensities(content)
+    # the columns in another order and spelling, more rows than samples, and other columns
+    names = ["Anger", "disgust", "fear", "happiness", "sadness", "surprise"]
+    order = [
+        MOSEI_LABELS.index(n) for n in ("anger", "disgust", "fear", "happy", "sad", "surprise")
+    ]
+    rows = [[*row[:3], *(row[3 + column] for column in order), "x"] for row in rows]
+    rows.insert(4, ["other", "1", "test", *["0"] * 6, "x"])
+    header = ["video_id", "clip_id", "mode", *names, "sentiment"]
+    table = write_csv(tmp_path / "label.csv", header, rows)
+    path = dump(content, tmp_path / "unaligned_50.pkl")
+    for labels in (table, str(table), read_label_csv(table)):
+        parts = read_mmsa(path, labels)
+        for key, split in SPLITS.items():
+            expected = torch.from_numpy(values[key])
+            assert torch.equal(parts[split].soft_labels, expected.float())
+            assert torch.equal(parts[split].labels, (expected > 0).byte())
+    # another order is asked for: columns follow, names too
+    parts = read_mmsa(path, table, MOSEI_LABELS[::-1])
+    assert parts["train"].label_names == list(MOSEI_LABELS[::-1])
+    assert torch.equal(
+        parts["train"].soft_labels.flip(1), torch.from_numpy(values["train"]).float()
+    )
+    parts = read_mmsa(path, read_label_csv(table), MOSEI_LABELS[::-1])
+    assert torch.equal(
+        parts["train"].soft_labels.flip(1), torch.from_numpy(values["train"]).float()
+    )
+
+
+@pytest.mark.parametrize("splits", [True, False])
+def test_token_lists_are_joined_by_order(tmp_path, splits):
+    content, _ = mmsa()
+    rng = np.random.default_rng(0)
+    tokens = {key: token_lists(rng, count) for key, count in COUNTS.items()}
+    order = ["test", "train", "valid"] if splits else list(COUNTS)
+    rows = [[key, str(each)] for key in order for each in tokens[key][0]]
+    header = ["mode" if splits else "comment", "tgt"]
+    table = write_csv(tmp_path / "mmsa.csv", header, rows)
+    parts = read_mmsa(dump(content, tmp_path / "unaligned_50.pkl"), table)
+    for key, split in SPLITS.items():
+        assert torch.equal(parts[split].labels, tokens[key][1])
+        assert parts[split].soft_labels is None
+
+
+def test_labels_of_0_and_1_are_no_soft_labels(tmp_path):
+    table = read_label_csv(write_csv(tmp_path / "a.csv", ["a", "b"], [["1", "0"]]), ["b", "a"])
+    assert table.soft_labels is None
+    assert table.labels.tolist() == [[0, 1]]
+
+
+@pytest.mark.parametrize(
+    ("header", "row", "message"),
+    [
+        (["happy"], ["1"], r"no column for the labels \['sad'\], and none of tokens `tgt`"),
+        (["happy", "sad"], ["1", "x"], r"`sad` of row 0 must be a number in \[0, 3\], got 'x'"),
+        (["happy", "sad"], ["1", ""], r"`sad` of row 0 must be a number"),
+        (["happy", "sad"], ["nan", "1"], r"`happy` of row 0 must be a number"),
+        (["happy", "sad"], ["1", "-1"], r"got '-1'"),
+        (["happy", "sad"], ["4", "1"], r"got '4'"),
+        (["happy", "sad"], ["1"], r"row 0 has 1 fields, the header 2"),
+        (["happy", "sad", "mode"], ["1", "1", "dev2"], r"`mode` of row 0 must be train, valid or test, got 'dev2'"),
+        (["tgt"], ["[2, 6, 3]"], r"`tgt` of sample 0 holds the token 6, the labels are \[4, 5\]"),
+        (["tgt"], ["print()"], r"`tgt` of row 0 must be a list of tokens, got 'print\(\)'"),
+        (["tgt"], ["4"], r"`tgt` of sample 0 must be tokens"),
+    ],
+)  # fmt: skip
+def test_broken_tables_are_refused(tmp_path, header, row, message):
+    path = write_csv(tmp_path / "labels.csv", header, [row])
+    with pytest.raises(ValueError, match=message) as error:
+        read_label_csv(path, ["happy", "sad"])
+    assert str(error.value).startswith(f"{path}: ")
+
+
+def test_empty_and_unreadable_tables(tmp_path):
+    path = tmp_path / "labels.csv"
+    for content, message in (
+        (b"", "no row"),
+        (b"happy,sad\n", "no row"),
+        (b"\xff\xfe\x00", "not a readable"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            read_label_csv(path)
+
+
+def test_labels_that_do_not_fit_the_samples_are_refused(tmp_path):
+    content, _ = mmsa()
+    path = dump(content, tmp_path / "unaligned_50.pkl")
+    _, rows = intensities(content)
+    header = ["video_id", "clip_id", "mode", *MOSEI_LABELS]
+
+    def refused(message, header=header, rows=rows, **options):
+        table = write_csv(tmp_path / "labels.csv", header, rows)
+        with pytest.raises(ValueError, match=message) as error:
+            read_mmsa(path, table, **options)
+        assert str(error.value).startswith(f"{path}: ")
+
+    name = rows[0][0] + r"\$_\$" + rows[0][1]
+    refused(
+        rf"1 of \d samples of the \w+ split have no labels, such as \['{name}'\]", rows=rows[1:]
+    )
+    refused("names sample .* twice", rows=[rows[0], *rows])
+    refused(r"samples in the \w+ split, \d+ rows of labels", ["x", "y", *header[2:]], rows[1:])
+    refused("13 samples, 14 rows", ["x", "y", "z", *header[3:]], [rows[0], *rows])
+    refused("13 samples, 12 rows", ["x", "y", "z", *header[3:]], rows[1:])
+    refused("cannot be joined by id", ["x", "y", *header[2:]], join_by="id")
+    with pytest.raises(ValueError, match=r"labels: the table names the labels \['a'\], expected"):
+        read_mmsa(path, LabelTable(torch.zeros(13, 1), ("a",)))
+
+
+# --- TAILOR and CARAT -------------------------------------------------------------------------------------------------
+
+TAILOR_TOKENS = {"<blank>": 0, "<unk>": 1, "<s>": 2, "</s>": 3} | {
+    name: 4 + code for code, name in enumerate(MOSEI_LABELS)
+}
+
+
+def tailor(seed=0, front=False, tokens=None):
+    """The content of `train_valid_test.pt`."""
+    rng = np.random.default_rng(seed)
+    content = {"dict": {"src": {"<blank>": 0}, "tgt": TAILOR_TOKENS}, "settings": {"a": None}}
+    for split, count in COUNTS.items():
+        lengths = rng.integers(1, 61, count)
+        content[split] = {
+            "src-visual": list(padded(rng, lengths, 60, 35, front)),
+            "src-audio": padded(rng, lengths, 60, 74, front, np.float64),
+            "src-text": padded(rng, lengths, 60, 300, front).tolist(),
+            "tgt": tokens[split] if tokens else token_lists(rng, count)[0],
+        }
+    return content
+
+
+def save(content, path, **options):
+    torch.save(content, path, **options)
+    return path
+
+
+@pytest.mark.parametrize("front", [False, True])
+@pytest.mark.parametrize("zipped", [False, True])
+def test_tailor_values_masks_and_labels(tmp_path, zipped, front):
+    content = tailor(front=front)
+    path = save(content, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
+    parts = read_tailor(path)
+    for key, split in SPLITS.items():
+        data = parts[split]
+        assert data.dims == {"text": 300, "audio": 74, "vision": 35}
+        assert data.label_names == list(MOSEI_LABELS)
+        for name, source in (
+            ("text", "src-text"),
+            ("audio", "src-audio"),
+            ("vision", "src-visual"),
+        ):
+            expected = torch.tensor(np.array(content[key][source])).float()
+            assert torch.equal(data.features[name], expected)
+            assert torch.equal(data.padding_mask[name], (expected == 0).all(2))
+        for row, tokens in zip(data.labels, content[key]["tgt"], strict=True):
+            assert set(row.nonzero()[:, 0].add(4).tolist()) == set(tokens) - {2, 3}
+
+
+def test_the_order_of_emotions_comes_from_the_file(tmp_path):
+    content = tailor()
+    names = ["Anger", "Disgust", "Fear", "Happy", "Sad", "Surprise"]
+    content["dict"]["tgt"] = {"<s>": 2, "</s>": 3} | {n: 4 + i for i, n in enumerate(names)}
+    content["train"]["tgt"] = [[2, 4 + i, 3] for i in range(6)]
+    path = save(content, tmp_path / "a.pt")
+    data = read_tailor(path)["train"]
+    assert data.label_names == [name.lower() for name in names]
+    assert torch.equal(data.labels, torch.eye(6).byte())
+    data = read_tailor(path, MOSEI_LABELS)["train"]
+    assert data.label_names == list(MOSEI_LABELS)
+    present = [data.label_names[row] for row in data.labels.argmax(1).tolist()]
+    assert present == [name.lower() for name in names]
+    with pytest.raises(ValueError, match=r"a\.pt: `dict\.tgt` names the labels .* expected"):
+        read_tailor(path, M3ED_LABELS)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.pop("dict"), r"missing `dict\.tgt`"),
+        (lambda c: c.update(dict={"tgt": [1]}), r"missing `dict\.tgt`"),
+        (lambda c: c.update(dict={"tgt": {"<s>": 2}}), r"`dict\.tgt` names no label"),
+        (lambda c: c["dict"].update(tgt=TAILOR_TOKENS | {"happiness": 10}), "repeats a label"),
+        (lambda c: c["dict"].update(tgt={"happy": "4"}), "`dict.tgt` must give every label a number"),
+        (lambda c: c.pop("test"), "missing split `test`"),
+        (without("test", "tgt"), r"missing `test\.tgt`"),
+        (broken("test", "tgt", lambda x: x[1:]), r"`test\.tgt` has 3 samples, the features 4"),
+        (broken("test", "tgt", put(1, [2, 10, 3])), r"`test\.tgt` of sample 1 holds the token 10"),
+        (broken("test", "src-audio", lambda x: x[1:]), r"`test\.src-audio` has 3 samples"),
+        (broken("test", "src-visual", put(1, np.zeros((60, 3)))), r"`test\.src-visual` of sample 1"),
+        (broken("test", "src-visual", lambda x: 1), r"`test\.src-visual` must hold one sequence"),
+        (lambda c: c["test"].update(len_list=[5]), r"`test\.len_list` must hold 4 integers"),
+    ],
+)  # fmt: skip
+def test_broken_tailor_files_are_refused(tmp_path, change, message):
+    content = tailor()
+    content["dict"] = dict(content["dict"])
+    change(content)
+    path = save(content, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=message) as error:
+        read_tailor(path)
+    assert str(error.value).startswith(f"{path}: ")
+
+
+# --- M3ED -------------------------------------------------------------------------------------------------------------
+
+M3ED_DIALOGUES = {"train": [3, 70, 1], "valid": [4, 2], "test": [5]}
+
+
+def m3ed(seed=0, audio_dim=1024):
+    """The list of ten of M3ED's source."""
+    rng = np.random.default_rng(seed)
+    utterances, speakers, labels, sentences = (
+        OrderedDict(),
+        OrderedDict(),
+        OrderedDict(),
+        OrderedDict(),
+    )
+    features = [OrderedDict() for _ in range(3)]
+    splits = []
+    for split, lengths in M3ED_DIALOGUES.items():
+        names = [f"{split}_{i}" for i in range(len(lengths))]
+        splits.append(names)
+        for name, length in zip(names, lengths, strict=True):
+            utterances[name] = [f"A_{name}_{i}" for i in range(length)]
+            speakers[name] = ["A"] * length
+            sentences[name] = ["..."] * length
+            labels[name] = rng.integers(0, 7, length).tolist()
+            for each, dim in zip(features, (768, audio_dim, 342), strict=True):
+                each[name] = rng.normal(size=(length, dim)).astype(np.float32)
+    return [utterances, speakers, labels, *features, sentences, *splits]
+
+
+def test_m3ed_utterances(tmp_path):
+    content = m3ed()
+    content[5]["train_1"][7] = 0  # no face found
+    content[4]["test_0"][2, 5] = np.nan
+    with pytest.warns(UserWarning, match="1 steps of `audio` in 1 samples of the test split"):
+        parts = read_m3ed(dump(content, tmp_path / "m3ed.pkl"))
+    assert [len(data) for data in parts.values()] == [74, 6, 5]
+    data = parts["train"]
+    assert data.dims == {"text": 768, "audio": 1024, "vision": 342}
+    assert data.label_names == list(M3ED_LABELS)
+    assert data.ids == [name for d in content[7] for name in content[0][d]]
+    assert data.labels.argmax(1).tolist() == [code for d in content[7] for code in content[2][d]]
+    assert data.labels.sum(1).eq(1).all()
+    for name, position in (("text", 3), ("audio", 4), ("vision", 5)):
+        expected = torch.from_numpy(np.concatenate([content[position][d] for d in content[7]]))
+        assert torch.equal(data.features[name], expected.unsqueeze(1))
+    assert data.padding_mask["vision"].nonzero().tolist() == [[3 + 7, 0]]
+    assert parts["test"].padding_mask["audio"].nonzero().tolist() == [[2, 0]]
+
+
+def test_m3ed_dialogues(tmp_path):
+    content = m3ed()
+    parts = read_m3ed(dump(content, tmp_path / "m3ed.pkl"), level="dialogue")
+    for key, split in SPLITS.items():
+        data = parts[split]
+        lengths = M3ED_DIALOGUES[key]
+        assert data.ids == [f"{key}_{i}" for i in range(len(lengths))]
+        assert data.steps == {"text": 70, "audio": 70, "vision": 70}
+        for name, position in (("text", 3), ("audio", 4), ("vision", 5)):
+            assert torch.equal(data.padding_mask[name], outside(lengths, 70))
+            for row, dialogue in zip(data.features[name], data.ids, strict=True):
+                expected = torch.from_numpy(content[position][dialogue])
+                assert torch.equal(row[: len(expected)], expected)
+                assert not row[len(expected) :].any()
+        for row, dialogue in zip(data.labels, data.ids, strict=True):
+            assert set(row.nonzero()[:, 0].tolist()) == set(content[2][dialogue])
+
+
+def carat_m3ed(content, swapped=True):
+    """What CARAT's converter makes of M3ED's source: cut at 60, labels of the whole dialogue."""
+    visual, audio = (4, 5) if swapped else (5, 4)
+    codes = {n.capitalize(): 4 + i for i, n in enumerate(M3ED_LABELS)}
+    tgt = {"<s>": 2, "</s>": 3, "<unk>": 1, "<blank>": 0} | codes
+    result = {"dict": {"src": {}, "tgt": tgt}, "settings": {}}
+    for split, names in zip(COUNTS, content[7:], strict=True):
+        part = {"len_list": [len(content[2][name]) for name in names]}
+        for key, position in (("src-visual", visual), ("src-audio", audio), ("src-text", 3)):
+            part[key] = []
+            for name in names:
+                row = np.zeros((100, content[position][name].shape[1]), np.float32)
+                row[: len(content[position][name])] = content[position][name]
+                part[key].append(row[:60])
+        part["tgt"] = [
+            [2, *(code + 4 for code in dict.fromkeys(content[2][name])), 3] for name in names
+        ]
+        result[split] = part
+    return result
+
+
+@pytest.mark.parametrize("swapped", [True, False])
+def test_carat_m3ed_is_exchanged_back_and_agrees_with_the_source(tmp_path, swapped):
+    content = m3ed()
+    path = save(carat_m3ed(content, swapped), tmp_path / "m3ed_data_60.pt")
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        parts = read_tailor(path)
+    messages = [str(each.message) for each in warned]
+    assert any("1 sequences of the train split were cut to 60 steps" in each for each in messages)
+    assert any("`src-visual` holds audio (1024 features)" in each for each in messages) == swapped
+    assert len(messages) == 1 + swapped
+    source = read_m3ed(dump(content, tmp_path / "m3ed.pkl"), level="dialogue")
+    for split, data in parts.items():
+        assert data.dims == {"text": 768, "audio": 1024, "vision": 342}
+        assert data.label_names == list(M3ED_LABELS)
+        assert torch.equal(data.labels, source[split].labels)
+        for name in data.dims:
+            assert torch.equal(data.features[name], source[split].features[name][:, :60])
+            assert torch.equal(data.padding_mask[name], source[split].padding_mask[name][:, :60])
+
+
+def change(position, key, value):
+    def apply(content):
+        content[position][key] = value(content[position][key])
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda c: c.pop(), r"must hold a list of 10, got list of 9"),
+        (lambda c: c.__setitem__(4, []), r"\[4\] must be a dict, got list"),
+        (lambda c: c.__setitem__(8, []), r"\[8\] must list the dialogues of the validation split"),
+        (lambda c: c[2].pop("test_0"), r"\[2\] lacks dialogue 'test_0'"),
+        (lambda c: c[0].pop("test_0"), r"\[0\] lacks dialogue 'test_0'"),
+        (lambda c: c[5].pop("test_0"), r"\[5\] lacks dialogue 'test_0'"),
+        (change(2, "test_0", lambda x: [7, *x[1:]]), r"\[2\] of dialogue 'test_0' must be in \[0, 6\], got \d to 7"),
+        (change(2, "test_0", lambda x: x[1:]), r"'test_0' has 5 utterances, but 4 labels"),
+        (change(2, "test_0", lambda x: ["sad"] * 5), r"\[2\] of dialogue 'test_0' must hold one integer"),
+        (change(4, "test_0", lambda x: x[1:]), r"\[4\] of dialogue 'test_0' must hold numbers of shape \(5, D\)"),
+        (change(4, "test_0", lambda x: x[:, 1:]), r"\[4\] of dialogue 'test_0' has 1023 features, others 1024"),
+    ],
+)  # fmt: skip
+def test_broken_m3ed_is_refused(tmp_path, damage, message):
+    content = m3ed()
+    damage(content)
+    path = dump(content, tmp_path / "m3ed.pkl")
+    for level in ("utterance", "dialogue"):
+        with pytest.raises(ValueError, match=message) as error:
+            read_m3ed(path, level)
+        assert str(error.value).startswith(f"{path}: ")
+
+
+def test_m3ed_level(tmp_path):
+    with pytest.raises(ValueError, match="Expected `level` to be one of"):
+        read_m3ed(tmp_path / "m3ed.pkl", "sentence")
+
+
+# --- From one layout to the other -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("front", [False, True])
+def test_a_pickle_is_converted_once(tmp_path, front):
+    content, _ = mmsa(front=front)
+    content["test"]["audio"][1, 0 if not front else -1, 3] = np.nan
+    content["test"]["audio"][2] = 0
+    path = dump(with_tokens(content)[0], tmp_path / "data.pkl")
+    with pytest.warns(UserWarning, match="not finite"):
+        parts = read_mmsa(path)
+    write_npz(parts, tmp_path / "data.npz")
+    again = read_npz(tmp_path / "data.npz")
+    for split, data in parts.items():
+        assert torch.equal(again[split].labels, data.labels)
+        assert again[split].label_names == data.label_names
+        assert again[split].ids == data.ids
+        for name in data.dims:
+            for row in range(len(data)):
+                kept = ~data.padding_mask[name][row]
+                now = ~again[split].padding_mask[name][row]
+                assert torch.equal(
+                    again[split].features[name][row][now], data.features[name][row][kept]
+                )
+                assert not now[int(kept.sum()) :].any()
