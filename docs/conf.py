@@ -55,10 +55,12 @@ napoleon_use_rtype = False
 
 # The examples in the docstrings see the names of their own module, as under `pytest --doctest-modules`.
 doctest_global_setup = """
+import numpy as np
 import torch
 import torch.nn.functional as F
 from uncertainty_mm import *
 from uncertainty_mm import measures, metrics
+from uncertainty_mm.data import *
 from uncertainty_mm.functional import *
 from uncertainty_mm.measures import *
 from uncertainty_mm.metrics import *

@@ -289,7 +289,7 @@ def test_every_public_name_is_documented():
 
 def test_every_documented_name_is_public():
     public = {*uncertainty_mm.__all__, *SUBMODULES}
-    public |= {f"{s}.{name}" for s in ["functional", *SUBMODULES] for name in names_of(s)}
+    public |= {f"{s}.{name}" for s in ["functional", "data", *SUBMODULES] for name in names_of(s)}
     assert documented() <= {f"uncertainty_mm.{name}" for name in public}
 
 

@@ -15,6 +15,7 @@ from uncertainty_mm.data._sequences import Sequences, beyond, finish, need, repo
 from uncertainty_mm.data.dataset import MultimodalDataset
 
 SPLITS = ("train", "validation", "test")
+"""Names of the splits, in the order of the codes 0, 1 and 2."""
 
 
 def read_npz(
