@@ -71,7 +71,7 @@ def mmsa(seed=0, steps=(50, 500, 375), front=False, aligned=False):
         )  # BERT gives padding features, too; float64
         if not aligned:
             part["audio_lengths"] = held[1].tolist()
-            part["vision_lengths"] = held[2]
+            part["vision_lengths"] = held[2][:, None].astype(np.float32)
         content[split] = part | {
             "text_bert": text_bert,
             "raw_text": np.array([f"text {i}" for i in range(count)], dtype=object),
@@ -162,6 +162,18 @@ def test_without_lengths_frames_of_zeros_at_the_edges_are_padding(tmp_path, fron
                 assert torch.equal(parts[split].padding_mask[name], mask)
     everything = read_mmsa(path, padding="none")["train"].padding_mask
     assert not any(mask.any() for mask in everything.values())
+
+
+def test_a_mask_with_gaps_is_taken_as_it_is(tmp_path):
+    content, _ = mmsa(aligned=True)
+    part = content["train"]
+    part["audio"] = np.ones_like(part["audio"])
+    part["text_bert"][:, 1, 3] = 0
+    part["text_bert"][:, 1, 10:20] = 1
+    data = read_mmsa(dump(with_tokens(content)[0], tmp_path / "data.pkl"))["train"]
+    expected = torch.from_numpy(part["text_bert"][:, 1] == 0)
+    assert torch.equal(data.padding_mask["text"], expected)
+    assert torch.equal(data.padding_mask["audio"], expected)
 
 
 def test_the_side_of_the_padding_is_found_for_given_lengths(tmp_path):
@@ -395,6 +407,7 @@ def test_labels_of_0_and_1_are_no_soft_labels(tmp_path):
         (["happy", "sad"], ["nan", "1"], r"`happy` of row 0 must be a number"),
         (["happy", "sad"], ["1", "-1"], r"got '-1'"),
         (["happy", "sad"], ["4", "1"], r"got '4'"),
+        (["happy", "sad", "Sadness"], ["1", "1", "1"], r"several columns for the label `sad`: \['sad', 'sadness'\]"),
         (["happy", "sad"], ["1"], r"row 0 has 1 fields, the header 2"),
         (["happy", "sad", "mode"], ["1", "1", "dev2"], r"`mode` of row 0 must be train, valid or test, got 'dev2'"),
         (["tgt"], ["[2, 6, 3]"], r"`tgt` of sample 0 holds the token 6, the labels are \[4, 5\]"),
@@ -461,7 +474,7 @@ def tailor(seed=0, front=False, tokens=None):
         lengths = rng.integers(1, 61, count)
         content[split] = {
             "src-visual": list(padded(rng, lengths, 60, 35, front)),
-            "src-audio": padded(rng, lengths, 60, 74, front, np.float64),
+            "src-audio": torch.from_numpy(padded(rng, lengths, 60, 74, front, np.float64)),
             "src-text": padded(rng, lengths, 60, 300, front).tolist(),
             "tgt": tokens[split] if tokens else token_lists(rng, count)[0],
         }

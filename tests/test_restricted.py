@@ -2,6 +2,7 @@
 
 import argparse
 import builtins
+import codecs
 import contextlib
 import ctypes
 import os
@@ -185,6 +186,8 @@ class Dtype:
 
 
 F8, O8 = np.dtype("f8"), np.dtype("O")
+scalar = np.float32(1).__reduce__()[0]
+frombuffer = np.ones(1).__reduce_ex__(5)[0]
 
 
 @pytest.mark.parametrize(
@@ -207,6 +210,28 @@ F8, O8 = np.dtype("f8"), np.dtype("O")
     ],
 )
 def test_hostile_states_of_arrays_are_refused(tmp_path, value):
+    (tmp_path / "data.pkl").write_bytes(pickle.dumps(value, 2))
+    with pytest.raises(ValueError, match="not a readable pickle"):
+        load_pickle(tmp_path / "data.pkl")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        Reduce(scalar, O8, b"A" * 8),
+        Reduce(scalar, F8, b"A" * 4),
+        Reduce(scalar, F8, None),
+        Reduce(scalar, "f8", b"A" * 8),
+        Reduce(frombuffer, b"A" * 8, O8, (1,), "C"),
+        Reduce(frombuffer, b"A" * 8, F8, (1,), "K"),
+        Reduce(frombuffer, b"A" * 8, F8, (2,), "C"),
+        Reduce(frombuffer, b"A" * 8, F8, (-1,), "C"),
+        Reduce(frombuffer, np.ones(1), F8, (1,), "C"),  # a view of an array that may be replaced
+        Reduce(codecs.encode, "a", "rot13"),
+        Reduce(codecs.encode, b"a", "latin1"),
+    ],
+)
+def test_admitted_functions_take_only_what_arrays_need(tmp_path, value):
     (tmp_path / "data.pkl").write_bytes(pickle.dumps(value, 2))
     with pytest.raises(ValueError, match="not a readable pickle"):
         load_pickle(tmp_path / "data.pkl")

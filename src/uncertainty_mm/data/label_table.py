@@ -158,9 +158,10 @@ def read_label_csv(
             f"row {line} has {len(row)} fields, the header {len(header)}",
         )
     columns = dict(zip(header, zip(*rows, strict=True), strict=True))
-    emotions: dict[str, str] = {}
-    for name in header:
-        emotions.setdefault(canonical(name), name)
+    emotions = {canonical(name): name for name in header}
+    for name in label_names:
+        same = [column for column in header if canonical(column) == canonical(name)]
+        need(len(same) <= 1, path, f"several columns for the label `{name}`: {same}")
     absent = [name for name in label_names if canonical(name) not in emotions]
     soft_labels = None
     if not absent:

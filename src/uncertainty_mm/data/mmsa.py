@@ -54,7 +54,7 @@ def read_mmsa(
             and is joined by the order of rows, or a table. None takes `tgt` of the pickle.
         label_names: Labels in the order wanted. Names in `labels` are matched to them, whatever their order there.
         join_by: `"id"`, `"order"` (of rows, within each split if the table has splits), or `"auto"`: by id where
-            pickle and table have ids.
+            pickle and table have ids. The order of rows cannot be checked, except for their number.
         padding: Where the masks come from.
 
             - `"auto"`: from `audio_lengths` and `vision_lengths`, else from the attention mask `text_bert[:, 1]` for
