@@ -501,7 +501,8 @@ def test_tailor_values_masks_and_labels(tmp_path, zipped, front):
             ("audio", "src-audio"),
             ("vision", "src-visual"),
         ):
-            expected = torch.tensor(np.array(content[key][source])).float()
+            rows = [np.asarray(row) for row in content[key][source]]
+            expected = torch.from_numpy(np.stack(rows)).float()
             assert torch.equal(data.features[name], expected)
             assert torch.equal(data.padding_mask[name], (expected == 0).all(2))
         for row, tokens in zip(data.labels, content[key]["tgt"], strict=True):
