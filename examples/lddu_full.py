@@ -857,7 +857,9 @@ def check_options(args: argparse.Namespace) -> None:
         raise UsageError(f"--hidden-dim {args.hidden_dim} is no multiple of --heads {args.heads}")
     for name in ("dropout", "warmup", "drop_modality", "corrupt_modality"):
         if getattr(args, name) >= 1:
-            raise UsageError(f"--{name} must be below 1, got {getattr(args, name)}")
+            raise UsageError(
+                f"--{name.replace('_', '-')} must be below 1, got {getattr(args, name)}"
+            )
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
