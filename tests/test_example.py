@@ -115,7 +115,9 @@ def test_same_seed_gives_same_metrics(example, finished, tmp_path):
     assert (tmp_path / "metrics.csv").read_text() == (folder / "metrics.csv").read_text()
 
 
-@pytest.mark.parametrize("options", [[], ["--drop-modality", 0.5, "--thresholds", "label"]])
+@pytest.mark.parametrize(
+    "options", [[], ["--drop-modality", 0.5], ["--corrupt-modality", 0.5, "--thresholds", "label"]]
+)
 def test_resumed_run_equals_the_uninterrupted_one(
     example, finished, tmp_path, monkeypatch, options
 ):
@@ -495,6 +497,34 @@ def test_modality_answers_for_its_own_errors(example):
         expected = expected + model.ordinality(std, *own)
     torch.testing.assert_close(model.calibration(output, labels, indices), expected)
     assert model.tracker.counts(indices).tolist() == [[2, 1]] + [[2, 2]] * 4 + [[2, 0]]
+
+
+def test_disturbed_training_samples(example):
+    """As many sequences as asked are left out or get noise, of the size asked, and none at padding."""
+    options = {"hidden_dim": 16, "heads": 2, "layers": 1, "queue_size": 0}
+    lit = example.LitLDDU({"a": 3}, {"a": 5}, ["x"], 4000, options, drop_modality=0.4)
+    lit.model.encoders["a"].std.copy_(torch.tensor([0.1, 1.0, 10.0]))
+    batch = example.Batch(
+        {"a": torch.ones(4000, 5, 3)},
+        {"a": torch.arange(5) >= torch.full((4000, 1), 3)},
+        torch.zeros(4000, 1),
+        torch.arange(4000),
+    )
+    features, padding = lit.disturbed(batch)
+    assert torch.equal(features["a"], batch.features["a"])
+    lost = padding["a"].all(1)
+    assert torch.equal(padding["a"][~lost], batch.padding["a"][~lost])
+    assert float(lost.float().mean()) == pytest.approx(0.2, abs=0.03)
+    lit.hparams["drop_modality"], lit.hparams["corrupt_modality"] = 0.0, 0.4
+    features, padding = lit.disturbed(batch)
+    assert torch.equal(padding["a"], batch.padding["a"])
+    noise = features["a"] - 1
+    assert not noise[batch.padding["a"]].any()
+    changed = noise.flatten(1).any(1)
+    assert float(changed.float().mean()) == pytest.approx(0.4, abs=0.04)
+    # the variance of a uniform size in [0, 5] times a standard normal is 25 / 3
+    spread = noise[changed][:, :3].square().mean((0, 1)).sqrt() / lit.model.encoders["a"].std
+    torch.testing.assert_close(spread, torch.full((3,), (25 / 3) ** 0.5), rtol=0.1, atol=0)
 
 
 def test_size_of_a_sequence_is_taken_apart(example):
