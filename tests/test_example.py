@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -453,6 +454,15 @@ CHOICES |= {"anchors"}
 
 def test_every_choice_is_tested(example):
     assert {k for k, (v, _) in example.MODEL_OPTIONS.items() if isinstance(v, tuple)} == CHOICES
+
+
+def test_every_choice_is_documented(example):
+    page = (ROOT / "docs" / "example.md").read_text()
+    for option, (choices, _) in (example.MODEL_OPTIONS | example.TRAINING_OPTIONS).items():
+        if isinstance(choices, tuple) and option != "strategy":  # Lightning's
+            (row,) = re.findall(rf"^\| `--{option.replace('_', '-')}` \|.*", page, re.MULTILINE)
+            assert set(re.findall(r"`([^`]+)`", row)) >= set(choices)
+            assert f"| `{choices[0]}`" in row  # the default has a column of its own
 
 
 @pytest.mark.parametrize("option", sorted(CHOICES))
