@@ -64,8 +64,7 @@ def test_failing_arm_costs_itself_and_a_finished_one_is_not_repeated(study, tmp_
     assert rows[0] == row
     with open(tmp_path / "study.csv", newline="") as file:
         assert [float(line["miF1"]) for line in csv.DictReader(file)] == [r["miF1"] for r in rows]
-    lines = (tmp_path / "study.md").read_text().splitlines()
-    assert [line for line in lines if line.startswith(("| default | 1 |", "| paper | 1 |"))]
+    assert (tmp_path / "study.md").read_text() == study.table(rows)
     for figure in ("reliability", "risk_coverage", "attribution", "noise"):
         assert (tmp_path / f"synthetic_{figure}.png").stat().st_size > 0
     model = torch.load(tmp_path / "synthetic" / "paper" / "0" / "best.ckpt", weights_only=True)
@@ -117,12 +116,21 @@ def test_corruption_touches_valid_steps_of_one_modality(study, tmp_path):
     )
 
 
-def test_table_has_mean_and_standard_deviation_over_seeds(study):
+def test_tables_have_mean_and_standard_deviation_over_seeds(study):
+    others = dict.fromkeys(set(study.PREDICTION) - {"miF1"}, 0.0)
     rows = [
-        {"data": "one", "arm": arm, "seed": seed, "miF1": score}
-        for arm, seed, score in (("paper", 0, 0.5), ("default", 0, 0.6), ("default", 1, 0.8))
+        {"data": "one", "arm": arm, "seed": seed, "miF1": score, "std": std, **others}
+        for arm, seed, score, std in (
+            ("paper", 0, None, 0.3),  # not measurable there
+            ("default", 0, 0.6, 1.0),
+            ("default", 1, 0.8, 2.0),
+        )
     ]
-    assert study.table(rows).split("\n") == [
-        *("### one", "", "| arm | seeds | miF1 |", "|---|---:|---:|"),
-        *("| default | 2 | 0.700 ± 0.141 |", "| paper | 1 | 0.500 |", ""),
+    lines = study.table(rows).split("\n")
+    assert lines[0] == "one, 2 seeds:"
+    assert lines[2].startswith("| arm | miF1 | mAP |")
+    assert lines[4].startswith("| default | 0.700 ±0.141 | 0.000 ±0.000 |")
+    assert lines[5].startswith("| paper | nan | 0.000 |")
+    assert lines[7:] == [
+        *("| arm | std |", "|---|---:|", "| default | 1.500 ±0.707 |", "| paper | 0.300 |", "")
     ]
