@@ -59,6 +59,7 @@ import torch
 import torch.nn.functional as F
 from uncertainty_mm import *
 from uncertainty_mm import measures, metrics
+from uncertainty_mm.data import *
 from uncertainty_mm.functional import *
 from uncertainty_mm.measures import *
 from uncertainty_mm.metrics import *

@@ -196,10 +196,11 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(text)
 
 
-def cell(values: Sequence[float]) -> str:
-    """Mean and standard deviation over seeds."""
-    spread = f" ±{np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.3f}{spread}"
+def cell(values: Sequence[float | None]) -> str:
+    """Mean and standard deviation over seeds; nan where a run has none."""
+    array = np.array(values, dtype=float)
+    spread = f" ±{array.std(ddof=1):.3f}" if len(array) > 1 else ""
+    return f"{array.mean():.3f}{spread}"
 
 
 def figures(folder: Path, file: Path, output: Path) -> None:
