@@ -227,7 +227,7 @@ class LDDU(nn.Module):
         latent_dim: int = 64,
         queue_size: int = 8192,
         temperature: float = 0.07,
-        anchors: str = "present",
+        anchors: str = "all",
         gate: str = "expected",
         mean_weight: str = "certainty",
         size: str = "apart",
@@ -235,7 +235,7 @@ class LDDU(nn.Module):
         ordinality: str = "rank",
         pairs: str = "SR",
         targets: str = "modality",
-        embedding: str = "both",
+        embedding: str = "joint",
         scl_weight: float = 0.1,
         ocl_weight: float = 0.3,
         dir_weight: float = 0.1,
@@ -245,7 +245,6 @@ class LDDU(nn.Module):
         modalities = len(modality_dims)
         self.gate = gate
         self.targets = targets
-        self.embedding = embedding
         self.weights = {
             "cls": 1.0,
             "ocl": ocl_weight,
@@ -291,12 +290,13 @@ class LDDU(nn.Module):
         self.contrastive = DistributionSupConLoss(
             modalities,
             num_labels,
-            latent_dim * (2 if embedding == "joint" else 1),
+            latent_dim,
             queue_size=queue_size,
             temperature=temperature,
             anchors=anchors,
             use_mean=embedding != "std",
-            use_std=embedding in ("both", "std"),
+            use_std=embedding != "mean",
+            joint=embedding == "joint",
             gather=True,
         )
         # Eq. 8-9
@@ -359,18 +359,11 @@ class LDDU(nn.Module):
             "cls": F.binary_cross_entropy_with_logits(output.fused.logits, target),
             "dir": F.binary_cross_entropy_with_logits(output.dir_logits.float(), target),
             "modality": by_modality.mean(),
-            "scl": self.contrastive(self.embedded(output.latent), labels, output.missing),
+            "scl": self.contrastive(output.latent, labels, output.missing),
             "ocl": self.calibration(output, labels, indices),
         }
         total = torch.stack([self.weights[name] * loss for name, loss in losses.items()]).sum()
         return {**losses, "total": total}
-
-    def embedded(self, latent: DiagonalGaussian) -> DiagonalGaussian:
-        """Eq. 4 divides mean and standard deviation by their lengths; "joint" divides both by one length."""
-        if self.embedding != "joint":
-            return latent
-        both = torch.cat(latent, dim=-1)
-        return DiagonalGaussian(both, torch.ones_like(both))
 
     def calibration(self, output: Output, labels: Tensor, indices: Tensor) -> Tensor:
         """Eq. 10-15: the standard deviations in the order of the errors; the tracker learns of the outcome.
@@ -1125,7 +1118,7 @@ MODEL_OPTIONS: dict[str, tuple[Any, str]] = {
     "latent_dim": (64, "latent dimensions of a Gaussian"),
     "queue_size": (8192, "Gaussians remembered for the contrastive loss"),
     "temperature": (0.07, "temperature of Eq. 6 (from the released code)"),
-    "anchors": (("present", "all"), "anchors of Eq. 7"),
+    "anchors": (("all", "present"), "anchors of Eq. 7"),
     "gate": (("expected", "constant", "oracle", "released"), "uncertainty of Eq. 8"),
     "mean_weight": (("certainty", "uncertainty"), "what weighs the means in Eq. 8"),
     "size": (("apart", "within"), "size of a sequence: a separate input, or left in the features"),

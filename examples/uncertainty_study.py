@@ -58,14 +58,14 @@ ARMS: dict[str, str] = {
     "targets: sample": "--targets sample",
     "combine: concatenation": "--combine concat",
     "size: within": "--size within",
-    "embedding: size of std kept": "--embedding joint",
+    "embedding: Eq. 4": "--embedding both",
     "embedding: mean only": "--embedding mean",
-    "anchors: all": "--anchors all",
+    "anchors: present": "--anchors present",
     "queue: none": "--queue-size 0",
     "contrastive: none": "--scl-weight 0",
     "corruption in training": "--corrupt-modality 0.2",
-    "paper": "--size within --combine concat --targets sample --ordinality raw --pairs SR+DR --ocl-weight 0.1 "
-    "--scl-weight 0.8 --modality-weight 0",
+    "paper": "--embedding both --anchors present --size within --combine concat --targets sample "
+    "--ordinality raw --pairs SR+DR --ocl-weight 0.1 --scl-weight 0.8 --modality-weight 0",
 }
 SMALL = "--hidden-dim 64 --layers 1 --heads 4 --queue-size 2048 --lr 1e-3 --drop-modality 0.2"
 PREDICTION = ("miF1", "mAP", "Brier", "ECE before", "ECE", "AURC", "entropy ~ error")
