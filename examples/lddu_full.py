@@ -284,7 +284,7 @@ class LDDU(nn.Module):
             normalize_mean=combine == "product",
         )
         # What each modality says by itself, so that its standard deviation can be held against its own errors
-        self.modality_weight = nn.Parameter(torch.zeros(modalities, latent_dim))
+        self.modality_readout = nn.Parameter(torch.zeros(modalities, latent_dim))
         self.modality_bias = nn.Parameter(torch.zeros(modalities, num_labels))
         # Eq. 4-7
         self.contrastive = DistributionSupConLoss(
@@ -330,7 +330,7 @@ class LDDU(nn.Module):
         z = ((1 + scale) * z + shift).masked_fill(missing[:, :, None, None], 0)
         dir_logits = self.info_classifier(z.flatten(1))
         latent = self.decoupler(z, missing)
-        modality_logits = torch.einsum("bmqk,mk->bmq", latent.mean, self.modality_weight)
+        modality_logits = torch.einsum("bmqk,mk->bmq", latent.mean, self.modality_readout)
         modality_logits = modality_logits + self.modality_bias
         uncertainty = self.uncertainty(dir_logits.detach().float().sigmoid(), labels)
         fused = self.fusion(latent, uncertainty, missing)
@@ -340,9 +340,7 @@ class LDDU(nn.Module):
         """The gate of Eq. 8, which as printed needs the labels; see `--gate`."""
         if self.gate == "oracle" and self.training and labels is not None:
             return prediction_distance(dir_probs, labels).mean(1)
-        if (
-            self.gate == "released"
-        ):  # the released code weighs the means by the first prediction itself
+        if self.gate == "released":  # that code weighs the means by the first prediction itself
             return 1 - dir_probs
         if self.gate == "constant":
             return torch.full_like(dir_probs, 0.5)
