@@ -1125,8 +1125,8 @@ MODEL_OPTIONS: dict[str, tuple[Any, str]] = {
         "how modalities meet: product of Gaussians, or as in the paper",
     ),
     "embedding": (
-        ("both", "mean", "std", "joint"),
-        "what Eq. 4 embeds; joint keeps the size of std",
+        ("joint", "both", "mean", "std"),
+        "what Eq. 4 embeds: joint keeps the size of std, both is the paper",
     ),
     "ordinality": (("rank", "standardized", "raw"), "mode of Eq. 15"),
     "pairs": (("SR", "SR+DR", "DR", "DS", "SR+DR+DS"), "pairs of Eq. 15"),
