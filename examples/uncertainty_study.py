@@ -185,13 +185,14 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     for name in dict.fromkeys(row["data"] for row in rows):
         here = [row for row in rows if row["data"] == name]
         measures = [key for key in here[0] if key not in ("data", "arm", "seed")]
-        text += [f"{name}, {len({row['seed'] for row in here})} seeds:", ""]
+        text += [f"{name}:", ""]
         for columns in (PREDICTION, [key for key in measures if key not in PREDICTION]):
-            text += ["| arm | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
+            text.append("| arm | seeds | " + " | ".join(columns) + " |")
+            text.append("|---|---:|" + "---:|" * len(columns))
             for arm in (arm for arm in ARMS if any(row["arm"] == arm for row in here)):
                 of_arm = [row for row in here if row["arm"] == arm]
                 cells = (cell([row[column] for row in of_arm]) for column in columns)
-                text.append(f"| {arm} | " + " | ".join(cells) + " |")
+                text.append(f"| {arm} | {len(of_arm)} | " + " | ".join(cells) + " |")
             text.append("")
     return "\n".join(text)
 

@@ -127,10 +127,14 @@ def test_tables_have_mean_and_standard_deviation_over_seeds(study):
         )
     ]
     lines = study.table(rows).split("\n")
-    assert lines[0] == "one, 2 seeds:"
-    assert lines[2].startswith("| arm | miF1 | mAP |")
-    assert lines[4].startswith("| default | 0.700 ±0.141 | 0.000 ±0.000 |")
-    assert lines[5].startswith("| paper | nan | 0.000 |")
+    assert lines[0] == "one:"
+    assert lines[2].startswith("| arm | seeds | miF1 | mAP |")
+    assert lines[4].startswith("| default | 2 | 0.700 ±0.141 | 0.000 ±0.000 |")
+    assert lines[5].startswith("| paper | 1 | nan | 0.000 |")
     assert lines[7:] == [
-        *("| arm | std |", "|---|---:|", "| default | 1.500 ±0.707 |", "| paper | 0.300 |", "")
+        "| arm | seeds | std |",
+        "|---|---:|---:|",
+        "| default | 2 | 1.500 ±0.707 |",
+        "| paper | 1 | 0.300 |",
+        "",
     ]
