@@ -19,7 +19,7 @@ extensions = [
     "sphinx_copybutton",
     "sphinxcontrib.bibtex",
 ]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "study"]  # study: included by uncertainty.md
 default_role = "literal"  # `name` in a docstring is code
 html_theme = "furo"
 html_title = f"uncertainty-mm {release}"

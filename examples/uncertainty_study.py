@@ -58,14 +58,14 @@ ARMS: dict[str, str] = {
     "targets: sample": "--targets sample",
     "combine: concatenation": "--combine concat",
     "size: within": "--size within",
-    "embedding: size of std kept": "--embedding joint",
+    "embedding: Eq. 4": "--embedding both",
     "embedding: mean only": "--embedding mean",
-    "anchors: all": "--anchors all",
+    "anchors: present": "--anchors present",
     "queue: none": "--queue-size 0",
     "contrastive: none": "--scl-weight 0",
     "corruption in training": "--corrupt-modality 0.2",
-    "paper": "--size within --combine concat --targets sample --ordinality raw --pairs SR+DR --ocl-weight 0.1 "
-    "--scl-weight 0.8 --modality-weight 0",
+    "paper": "--embedding both --anchors present --size within --combine concat --targets sample "
+    "--ordinality raw --pairs SR+DR --ocl-weight 0.1 --scl-weight 0.8 --modality-weight 0",
 }
 SMALL = "--hidden-dim 64 --layers 1 --heads 4 --queue-size 2048 --lr 1e-3 --drop-modality 0.2"
 PREDICTION = ("miF1", "mAP", "Brier", "ECE before", "ECE", "AURC", "entropy ~ error")
@@ -185,21 +185,23 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     for name in dict.fromkeys(row["data"] for row in rows):
         here = [row for row in rows if row["data"] == name]
         measures = [key for key in here[0] if key not in ("data", "arm", "seed")]
-        text += [f"{name}, {len({row['seed'] for row in here})} seeds:", ""]
+        text += [f"{name}:", ""]
         for columns in (PREDICTION, [key for key in measures if key not in PREDICTION]):
-            text += ["| arm | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
+            text.append("| arm | seeds | " + " | ".join(columns) + " |")
+            text.append("|---|---:|" + "---:|" * len(columns))
             for arm in (arm for arm in ARMS if any(row["arm"] == arm for row in here)):
                 of_arm = [row for row in here if row["arm"] == arm]
                 cells = (cell([row[column] for row in of_arm]) for column in columns)
-                text.append(f"| {arm} | " + " | ".join(cells) + " |")
+                text.append(f"| {arm} | {len(of_arm)} | " + " | ".join(cells) + " |")
             text.append("")
     return "\n".join(text)
 
 
-def cell(values: Sequence[float]) -> str:
-    """Mean and standard deviation over seeds."""
-    spread = f" ±{np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.3f}{spread}"
+def cell(values: Sequence[float | None]) -> str:
+    """Mean and standard deviation over seeds; nan where a run has none."""
+    array = np.array(values, dtype=float)
+    spread = f" ±{array.std(ddof=1):.3f}" if len(array) > 1 else ""
+    return f"{array.mean():.3f}{spread}"
 
 
 def figures(folder: Path, file: Path, output: Path) -> None:

@@ -91,6 +91,18 @@ def test_equals_the_loops(anchors, missing):
     close(loss(latent, labels, missing), expected)
 
 
+def test_joint_embedding_is_that_of_a_mean_of_twice_the_size():
+    latent, labels = random_batch()
+    both = torch.cat(latent, dim=-1)
+    alone = DiagonalGaussian(both, torch.ones_like(both))
+    sizes = latent.mean.shape[1:]
+    expected = DistributionSupConLoss(sizes[0], sizes[1], both.shape[-1], use_std=False).double()
+    loss = DistributionSupConLoss(*sizes, joint=True).double()
+    for _ in range(2):  # without and with keys in the queue
+        close(loss(latent, labels), expected(alone, labels))
+    close(loss.queue, expected.queue)
+
+
 @pytest.mark.parametrize(("use_mean", "use_std"), [(True, False), (False, True)])
 def test_equals_the_loops_with_one_half_of_the_embedding(use_mean, use_std):
     (latent, labels), loss = random_batch(), build(use_mean=use_mean, use_std=use_std)

@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
+
+from support import poisoned
+from uncertainty_mm import DiagonalGaussian, PlattScaling
 
 for extra in ("lightning", "torchmetrics", "matplotlib"):
     pytest.importorskip(extra)
+f1_score = pytest.importorskip("sklearn.metrics").f1_score
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = [
@@ -80,9 +86,28 @@ def test_run_folder(finished):
         path.name for path in folder.iterdir()
     }
     results = json.loads((folder / "metrics.json").read_text())
-    assert set(results["test"]) == {"Acc", "P", "R", "miF1", "mAP", "Brier"}
+    measures = {"Acc", "P", "R", "miF1", "mAP", "Brier", "ECE", "AURC", "rho"}
+    for part in ("validation", "test", "uncalibrated"):
+        assert set(results[part]) == measures
+    assert "Bayes" not in results  # nobody knows it of a file
     assert results["seed"] == 0
-    assert 0.01 <= results["threshold"] <= 0.99
+    first, second = results["threshold"]
+    assert 0.01 <= first == second <= 0.99
+
+
+def test_every_subset_of_the_modalities_is_evaluated(example, finished):
+    folder, data = finished
+    results = json.loads((folder / "metrics.json").read_text())
+    rows = results["modalities"]
+    assert list(rows) == ["a + b", "a", "b", "none"]
+    assert {name: rows["a + b"][name] for name in results["test"]} == results["test"]
+    lit = example.LitLDDU.load_from_checkpoint(folder / "best.ckpt", weights_only=True).eval()
+    test = example.load_npz(data)["test"]
+    padding = test.padding | {"b": torch.ones_like(test.padding["b"])}
+    with torch.no_grad():
+        logits = lit.model(test.features, padding).fused.logits
+    brier = (lit.calibration(logits).sigmoid() - test.labels).square().mean()
+    assert rows["a"]["Brier"] == pytest.approx(float(brier), abs=1e-4)
 
 
 def test_same_seed_gives_same_metrics(example, finished, tmp_path):
@@ -91,19 +116,29 @@ def test_same_seed_gives_same_metrics(example, finished, tmp_path):
     assert (tmp_path / "metrics.csv").read_text() == (folder / "metrics.csv").read_text()
 
 
-def test_resumed_run_equals_the_uninterrupted_one(example, finished, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "options", [[], ["--drop-modality", 0.5], ["--corrupt-modality", 0.5, "--thresholds", "label"]]
+)
+def test_resumed_run_equals_the_uninterrupted_one(
+    example, finished, tmp_path, monkeypatch, options
+):
     folder, data = finished
+    common = ["--data", data, "--epochs", 3, "--lr", 0.01, *SMALL, *options]
+    if options:
+        folder = tmp_path / "whole"
+        run(example, *common, "--output", folder)
+        assert (folder / "metrics.csv").read_text() != (finished[0] / "metrics.csv").read_text()
+    tmp_path = tmp_path / "resumed"
 
     def interrupted(self):
         if self.current_epoch == 2:
             raise RuntimeError("power cut")
 
-    arguments = ["--data", data, "--epochs", 3, "--lr", 0.01, "--output", tmp_path, *SMALL]
     with monkeypatch.context() as patch:
         patch.setattr(example.LitLDDU, "on_train_epoch_start", interrupted)
         with pytest.raises(RuntimeError, match="power cut"):
-            run(example, *arguments)
-    run(example, *arguments, "--ckpt", tmp_path / "last.ckpt")
+            run(example, *common, "--output", tmp_path)
+    run(example, *common, "--output", tmp_path, "--ckpt", tmp_path / "last.ckpt")
     assert (tmp_path / "metrics.csv").read_text() == (folder / "metrics.csv").read_text()
     whole, resumed = (
         torch.load(path / "last.ckpt", weights_only=True)["state_dict"]
@@ -118,10 +153,12 @@ def test_built_in_data_train(example, tmp_path, monkeypatch):
     full = example.synthetic
     monkeypatch.setattr(example, "synthetic", lambda seed: full(seed, (64, 32, 32)))
     run(example, "--epochs", 1, "--output", tmp_path, *SMALL)
-    assert (tmp_path / "metrics.json").exists()
+    results = json.loads((tmp_path / "metrics.json").read_text())
+    assert results["Bayes"]["Brier"] < results["test"]["Brier"]
+    assert len(results["modalities"]) == 2**3
 
 
-@pytest.mark.parametrize("option", ["--gate=oracle", "--gate=released", "--precision=bf16-mixed"])
+@pytest.mark.parametrize("option", ["--gate=oracle", "--precision=bf16-mixed"])
 def test_options_train(example, tmp_path, option):
     data = save(tmp_path / "data.npz")
     run(example, "--data", data, "--epochs", 1, option, "--output", tmp_path / "out", *SMALL)
@@ -142,7 +179,8 @@ def test_two_processes_train_and_share_their_history(tmp_path):
     command += ["--output", tmp_path / "out", "--devices", "2", "--strategy", "ddp"]
     subprocess.run(command, check=True, capture_output=True, timeout=240)
     state = torch.load(tmp_path / "out" / "last.ckpt", weights_only=True)["state_dict"]
-    assert state["model.tracker.history"][1].tolist() == [2] * 20  # every sample once an epoch
+    # every sample once an epoch, its modalities apart; sample 0 lacks the second
+    assert state["model.tracker.history"][1].tolist() == [[2, 0]] + [[2, 2]] * 19
     assert state["model.contrastive.queue_classes"].ge(0).all()
 
 
@@ -158,6 +196,9 @@ def test_predict_csv_and_npz_agree(example, finished, tmp_path):
     assert len(rows) == 20
     assert outputs["probs"].shape == (20, 2)
     assert outputs["std_norm"].shape == (20, 2, 2)  # sample, modality, label
+    p = outputs["probs"].astype(float)
+    entropy = -(p * np.log(p) + (1 - p) * np.log(1 - p)).sum(1)
+    assert outputs["uncertainty"] == pytest.approx(entropy, rel=1e-4)
     assert list(outputs["modalities"]) == ["a", "b"]
     for index, row in enumerate(rows):
         assert float(row["prob.second"]) == pytest.approx(outputs["probs"][index, 1], rel=1e-4)
@@ -165,10 +206,63 @@ def test_predict_csv_and_npz_agree(example, finished, tmp_path):
         assert float(row["std_norm.b.first"]) == pytest.approx(
             outputs["std_norm"][index, 1, 0], rel=1e-4
         )
-        predicted = outputs["probs"][index, 0] > outputs["threshold"]
-        assert float(row["predicted.first"]) == predicted
+        assert float(row["uncertainty"]) == pytest.approx(entropy[index], rel=1e-4)
+        predicted = outputs["probs"][index] > outputs["threshold"]
+        assert [float(row["predicted.first"]), float(row["predicted.second"])] == predicted.tolist()
     assert outputs["missing"][0].tolist() == [0, 1]
     assert outputs["std_norm"][0, 1] == pytest.approx(2.0)  # the prior: norm of four ones
+
+
+def test_predict_calibrates_as_the_validation_set_asks(example, finished, tmp_path):
+    """Scale, shift and thresholds are fitted on the validation set and travel in the checkpoint."""
+    _, data = finished
+    options = ["--epochs", 1, "--lr", 0.01, "--thresholds", "label"]
+    run(example, "--data", data, *options, "--output", tmp_path, *SMALL)
+    ckpt = tmp_path / "best.ckpt"
+    lit = example.LitLDDU.load_from_checkpoint(ckpt, weights_only=True).eval()
+    parts = example.load_npz(data)
+    with torch.no_grad():
+        validation, test = (
+            lit.model(parts[part].features, parts[part].padding).fused.logits
+            for part in ("validation", "test")
+        )
+    labels = parts["validation"].labels
+    fitted = PlattScaling(2).fit(validation, labels)
+    probs = fitted(validation).sigmoid()
+    state = torch.load(ckpt, weights_only=True)["state_dict"]
+    torch.testing.assert_close(state["calibration.scale"], fitted.scale, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(state["calibration.shift"], fitted.shift, rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(fitted.scale, torch.ones(2), atol=0.01)
+    torch.testing.assert_close(state["threshold"], example.best_threshold(probs, labels, "label"))
+
+    output = tmp_path / "p.npz"
+    common = ["predict", "--ckpt", ckpt, "--data", data, "--accelerator", "cpu"]
+    run(example, *common, "--output", output)
+    with np.load(output) as file:
+        outputs = {
+            key: torch.from_numpy(file[key]) for key in ("probs", "uncalibrated", "threshold")
+        }
+    torch.testing.assert_close(outputs["probs"], lit.calibration(test).sigmoid())
+    torch.testing.assert_close(outputs["uncalibrated"], test.sigmoid())
+    assert torch.equal(outputs["threshold"], state["threshold"])
+    results = json.loads((tmp_path / "metrics.json").read_text())
+    assert results["threshold"] == pytest.approx(state["threshold"].tolist(), abs=1e-6)
+    predicted = (outputs["probs"] > outputs["threshold"]).int()
+    f1 = f1_score(parts["test"].labels, predicted, average="micro")
+    assert results["test"]["miF1"] == pytest.approx(f1, abs=1e-4)
+
+
+@pytest.mark.parametrize(("thresholds", "average"), [("single", "micro"), ("label", None)])
+def test_best_threshold_has_the_best_f1_of_the_grid(example, thresholds, average):
+    generator = torch.Generator().manual_seed(0)
+    labels = (torch.rand(80, 3, generator=generator) < 0.4).long()
+    noise = torch.rand(80, 3, generator=generator)
+    probs = (0.5 * labels + 0.7 * noise).clamp(0, 1) * torch.tensor([0.3, 0.6, 1.0])
+    found = example.best_threshold(probs, labels, thresholds)
+    assert found.shape == ((1,) if thresholds == "single" else (3,))
+    score = f1_score(labels, probs > found, average=average)
+    others = np.stack([f1_score(labels, probs > t / 100, average=average) for t in range(1, 100)])
+    assert score == pytest.approx(others.max(0))
 
 
 def test_steps_that_are_not_finite_become_padding(example, tmp_path, capsys):
@@ -263,6 +357,7 @@ def test_predict_refuses_other_labels_and_foreign_checkpoints(example, finished,
         (["--batch-size", "0"], "--batch-size must be above 0"),
         (["--heads", "3"], "--hidden-dim 16 is no multiple of --heads 3"),
         (["--dropout", "1"], "--dropout must be below 1"),
+        (["--drop-modality", "1"], "--drop-modality must be below 1"),
         (["--seed", str(2**32)], "--seed must be below 2**32"),
         (["--ckpt", "nowhere.ckpt"], "nowhere.ckpt: no such file"),
         (["--output", "/dev/null/folder"], "cannot write there"),
@@ -297,18 +392,170 @@ def test_checkpoint_of_another_model_is_not_resumed(example, finished):
         run(example, *options, "--output", folder / "other")
 
 
-def test_masked_modality_equals_a_missing_one(example):
-    """Whatever stands at padded steps, the prediction is that without the modality."""
-    torch.manual_seed(0)
+def small_model(example, **options):
+    """A model of two modalities and four labels, without dropout."""
+    options = {"hidden_dim": 16, "heads": 2, "layers": 1, "z_dim": 8, "latent_dim": 4} | options
     dims, steps = {"a": 3, "b": 2}, {"a": 5, "b": 7}
-    model = example.LDDU(dims, steps, 4, 10, hidden_dim=16, heads=2, layers=1, queue_size=8).eval()
+    return example.LDDU(dims, steps, 4, 10, queue_size=32, dropout=0.0, **options)
+
+
+def small_inputs():
+    """Features and padding of six samples; the last one lacks `b`."""
     features = {"a": torch.randn(6, 5, 3), "b": torch.randn(6, 7, 2)}
-    padding = {"a": torch.zeros(6, 5, dtype=torch.bool), "b": torch.ones(6, 7, dtype=torch.bool)}
+    padding = {name: torch.rand(x.shape[:2]) < 0.3 for name, x in features.items()}
+    padding["a"][:, 0] = padding["b"][:, 0] = False
+    padding["b"][5] = True
+    return features, padding
+
+
+@pytest.mark.parametrize("combine", ["product", "concat"])
+@pytest.mark.parametrize("size", ["apart", "within"])
+def test_masked_modality_equals_a_missing_one(example, combine, size):
+    """Whatever stands at padded steps, the prediction is that without the modality."""
+    model = small_model(example, combine=combine, size=size).eval()
+    features, padding = small_inputs()
+    padding["b"] = torch.ones(6, 7, dtype=torch.bool)
     first = model(features, padding)
-    second = model(features | {"b": 100 * torch.randn(6, 7, 2)}, padding)
-    torch.testing.assert_close(first.fused.logits, second.fused.logits, rtol=0, atol=0)
+    other = {"a": features["a"].masked_fill(padding["a"].unsqueeze(2), 1e4)}
+    second = model(other | {"b": 100 * torch.randn(6, 7, 2)}, padding)
+    for one, two in zip(tree_leaves(first), tree_leaves(second), strict=True):
+        assert torch.equal(one, two)
     assert first.missing.tolist() == [[False, True]] * 6
-    assert torch.equal(first.latent.std[:, 1], torch.ones(6, 4, 64))
+    assert torch.equal(first.latent.std[:, 1], torch.ones(6, 4, 4))
+    assert torch.equal(first.latent.mean[:, 1], torch.zeros(6, 4, 4))
+    assert not torch.equal(first.fused.logits[0], first.fused.logits[1])  # `a` is still read
+    latent = DiagonalGaussian(*(poisoned(x, first.missing, 9.0) for x in first.latent))
+    uncertainty = model.uncertainty(first.dir_logits.sigmoid(), None)
+    assert torch.equal(model.fusion(latent, uncertainty, first.missing).logits, first.fused.logits)
+
+
+@pytest.mark.parametrize("combine", ["product", "concat"])
+def test_samples_without_any_modality_get_one_answer(example, combine):
+    model = small_model(example, combine=combine)
+    features, _ = small_inputs()
+    padding = {name: torch.ones(x.shape[:2], dtype=torch.bool) for name, x in features.items()}
+    with torch.no_grad():
+        output = model(features, padding)
+    for leaf in tree_leaves(output):
+        assert leaf.float().isfinite().all()
+        assert torch.equal(leaf, leaf[:1].expand_as(leaf))
+    labels, indices = torch.randint(0, 2, (6, 4)), torch.arange(6)
+    for _ in range(2):
+        losses = model.losses(model(features, padding), labels, indices)
+        losses["total"].backward()
+        assert losses["ocl"] == losses["modality"] == losses["scl"] == 0
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    assert model.tracker.counts(indices).sum() == 0  # nothing was seen, so nothing was right
+
+
+CHOICES = {"gate", "mean_weight", "size", "combine", "ordinality", "pairs", "targets", "embedding"}
+CHOICES |= {"anchors"}
+
+
+def test_every_choice_is_tested(example):
+    assert {k for k, (v, _) in example.MODEL_OPTIONS.items() if isinstance(v, tuple)} == CHOICES
+
+
+def test_every_choice_is_documented(example):
+    page = (ROOT / "docs" / "example.md").read_text()
+    for option, (choices, _) in (example.MODEL_OPTIONS | example.TRAINING_OPTIONS).items():
+        if isinstance(choices, tuple) and option != "strategy":  # Lightning's
+            (row,) = re.findall(rf"^\| `--{option.replace('_', '-')}` \|.*", page, re.MULTILINE)
+            assert set(re.findall(r"`([^`]+)`", row)) >= set(choices)
+            assert f"| `{choices[0]}`" in row  # the default has a column of its own
+
+
+@pytest.mark.parametrize("option", sorted(CHOICES))
+def test_every_choice_takes_a_step_of_its_own(example, option):
+    totals = []
+    for choice in example.MODEL_OPTIONS[option][0]:
+        torch.manual_seed(0)
+        model = small_model(example, **{option: choice})
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        labels, indices = torch.randint(0, 2, (6, 4)), torch.arange(6)
+        features, padding = small_inputs()
+        for _ in range(2):  # samples have a history in the second step only
+            losses = model.losses(model(features, padding, labels), labels, indices)
+            optimizer.zero_grad()
+            losses["total"].backward()
+            assert losses["ocl"].isfinite()
+            for name, parameter in model.named_parameters():
+                assert parameter.grad is None or parameter.grad.isfinite().all(), (choice, name)
+            optimizer.step()
+        totals.append(float(losses["total"]))
+    assert len(set(totals)) == len(totals) > 1, totals
+
+
+def test_modality_answers_for_its_own_errors(example):
+    """The ordinality loss compares each modality's standard deviations with its own predictions."""
+    model = small_model(example)
+    features, padding = small_inputs()
+    labels, indices = torch.randint(0, 2, (6, 4)), torch.tensor([7, 0, 3, 9, 2, 5])
+    output = model(features, padding)
+    assert model.calibration(output, labels, indices) == 0  # no history yet
+    distance = (output.modality_logits.sigmoid() - labels.unsqueeze(1)).abs().mean(2)
+    history = model.tracker(indices)
+    assert model.tracker.counts(indices).tolist() == [[1, 1]] * 5 + [[1, 0]]
+    torch.testing.assert_close(history[:5], 1 - distance[:5])
+    padding["b"][0] = True  # lost since: its history of `b` stays, and is not compared
+    output = model(features, padding)
+    distance = (output.modality_logits.sigmoid() - labels.unsqueeze(1)).abs().mean(2)
+    expected = 0
+    for modality, samples in enumerate((slice(0, 6), slice(1, 5))):
+        std = output.latent.std[samples, modality].flatten(1).norm(dim=1)
+        own = distance[samples, modality], history[samples, modality]
+        expected = expected + model.ordinality(std, *own)
+    torch.testing.assert_close(model.calibration(output, labels, indices), expected)
+    assert model.tracker.counts(indices).tolist() == [[2, 1]] + [[2, 2]] * 4 + [[2, 0]]
+
+
+def test_disturbed_training_samples(example):
+    """As many sequences as asked are left out or get noise, of the size asked, and none at padding."""
+    options = {"hidden_dim": 16, "heads": 2, "layers": 1, "queue_size": 0}
+    lit = example.LitLDDU({"a": 3}, {"a": 5}, ["x"], 4000, options, drop_modality=0.4)
+    lit.model.encoders["a"].std.copy_(torch.tensor([0.1, 1.0, 10.0]))
+    batch = example.Batch(
+        {"a": torch.ones(4000, 5, 3)},
+        {"a": torch.arange(5) >= torch.full((4000, 1), 3)},
+        torch.zeros(4000, 1),
+        torch.arange(4000),
+    )
+    features, padding = lit.disturbed(batch)
+    assert torch.equal(features["a"], batch.features["a"])
+    lost = padding["a"].all(1)
+    assert torch.equal(padding["a"][~lost], batch.padding["a"][~lost])
+    assert float(lost.float().mean()) == pytest.approx(0.2, abs=0.03)
+    lit.hparams["drop_modality"], lit.hparams["corrupt_modality"] = 0.0, 0.4
+    features, padding = lit.disturbed(batch)
+    assert torch.equal(padding["a"], batch.padding["a"])
+    noise = features["a"] - 1
+    assert not noise[batch.padding["a"]].any()
+    changed = noise.flatten(1).any(1)
+    assert float(changed.float().mean()) == pytest.approx(0.4, abs=0.04)
+    # the variance of a uniform size in [0, 5] times a standard normal is 25 / 3
+    spread = noise[changed][:, :3].square().mean((0, 1)).sqrt() / lit.model.encoders["a"].std
+    torch.testing.assert_close(spread, torch.full((3,), (25 / 3) ** 0.5), rtol=0.1, atol=0)
+
+
+def test_size_of_a_sequence_is_taken_apart(example):
+    """Root mean square of the valid standardised features, sequence by sequence."""
+    encoder = example.SequenceEncoder(3, 9, 16, layers=0, heads=2, dropout=0.0, size="apart")
+    encoder.mean.copy_(torch.randn(3))
+    encoder.std.copy_(torch.rand(3) + 0.5)
+    x, padding = (
+        torch.randn(6, 7, 3) * torch.logspace(-2, 2, 6)[:, None, None],
+        torch.rand(6, 7) < 0.4,
+    )
+    padding[0] = True
+    encoded = encoder(x, padding)
+    assert torch.equal(encoded[padding], torch.zeros_like(encoded[padding]))
+    for sample in range(1, 6):
+        valid = ~padding[sample]
+        features = (x[sample, valid] - encoder.mean) / encoder.std
+        size = features.square().mean().sqrt()
+        embedded = encoder.project(features / size) + encoder.positions[:7][valid]
+        expected = encoder.norm(embedded + encoder.size(size.log().view(1)))
+        torch.testing.assert_close(encoded[sample, valid], expected)
 
 
 def test_accuracy_is_the_mean_jaccard_index(example):
@@ -328,10 +575,11 @@ def test_accuracy_is_the_mean_jaccard_index(example):
     )
 
 
+@pytest.mark.parametrize("size", ["apart", "within"])
 @pytest.mark.parametrize("lacking", [0, 1, 6])
-def test_encoder_leaves_padding_out(example, monkeypatch, lacking):
+def test_encoder_leaves_padding_out(example, monkeypatch, lacking, size):
     """Values and gradients are those of the padded computation, whoever lacks the modality."""
-    encoder = example.SequenceEncoder(3, 9, 16, layers=2, heads=2, dropout=0.0).double()
+    encoder = example.SequenceEncoder(3, 9, 16, layers=2, heads=2, dropout=0.0, size=size).double()
     x = torch.randn(6, 7, 3, dtype=torch.double)
     padding = torch.rand(6, 7) < 0.4  # also between steps that are there
     padding[:lacking] = True

@@ -55,6 +55,8 @@ class DistributionSupConLoss(nn.Module):
             those of absent ones.
         use_mean: Include the normalised mean in the embedding.
         use_std: Include the normalised standard deviation in the embedding.
+        joint: Divide mean and standard deviation by the length of both together instead of each by its own (Eq. 4);
+            see :meth:`DiagonalGaussian.embedding`. The similarity is then in [-1, 1].
         reduction: `"mean"` over the anchors that have a positive, `"sum"`, or `"none"`.
         gather: Under `torch.distributed`, take keys from all ranks, with gradient. After averaging over ranks, as
             `DistributedDataParallel` does, the gradient is that of one process on the joined batch, the value of the
@@ -101,6 +103,7 @@ class DistributionSupConLoss(nn.Module):
         anchors: str = "present",
         use_mean: bool = True,
         use_std: bool = True,
+        joint: bool = False,
         reduction: str = "mean",
         gather: bool = False,
         max_batch_size: int | None = None,
@@ -116,6 +119,7 @@ class DistributionSupConLoss(nn.Module):
         check_choice("anchors", anchors, ("present", "all"))
         check_flag("use_mean", use_mean)
         check_flag("use_std", use_std)
+        check_flag("joint", joint)
         if not (use_mean or use_std):
             raise ValueError("Expected `use_mean` or `use_std` to be True, but got False for both")
         check_choice("reduction", reduction, ("none", "mean", "sum"))
@@ -130,6 +134,7 @@ class DistributionSupConLoss(nn.Module):
         self.anchors = anchors
         self.use_mean = use_mean
         self.use_std = use_std
+        self.joint = joint
         self.reduction = reduction
         self.gather = gather
         self.max_batch_size = max_batch_size
@@ -142,8 +147,8 @@ class DistributionSupConLoss(nn.Module):
         """The settings, for `repr`."""
         return (
             f"queue_size={self.queue_size}, temperature={self.temperature}, anchors={self.anchors!r}, "
-            f"use_mean={self.use_mean}, use_std={self.use_std}, reduction={self.reduction!r}, gather={self.gather}, "
-            f"max_batch_size={self.max_batch_size}"
+            f"use_mean={self.use_mean}, use_std={self.use_std}, joint={self.joint}, "
+            f"reduction={self.reduction!r}, gather={self.gather}, max_batch_size={self.max_batch_size}"
         )
 
     @property
@@ -221,7 +226,7 @@ class DistributionSupConLoss(nn.Module):
             left_out = missing.unsqueeze(-1)
             classes = classes.masked_fill(left_out, -1)
             mean, std = (x.masked_fill(left_out.unsqueeze(-1), 0) for x in (mean, std))
-        embeddings = DiagonalGaussian(mean, std).embedding(self.use_mean, self.use_std)
+        embeddings = DiagonalGaussian(mean, std).embedding(self.use_mean, self.use_std, self.joint)
         return embeddings.flatten(0, 2), classes.flatten()
 
     def _anchors(self, classes: Tensor) -> Tensor:

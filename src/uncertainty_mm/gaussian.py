@@ -78,12 +78,14 @@ class DiagonalGaussian(NamedTuple):
         mean = _at_least_float32(self.mean)
         return 0.5 * (mean.square() + self.variance - 1 - self.log_var).sum(-1)
 
-    def embedding(self, use_mean: bool = True, use_std: bool = True) -> Tensor:
+    def embedding(self, use_mean: bool = True, use_std: bool = True, joint: bool = False) -> Tensor:
         r"""Point that stands for the distribution in the contrastive loss (Eq. 4).
 
         Args:
             use_mean: Include the normalised mean.
             use_std: Include the normalised standard deviation.
+            joint: Divide mean and standard deviation by the length of both together instead of each by its own, so
+                that how large the standard deviation is, compared with the mean, is not lost.
 
         Returns:
             Tensor (..., 2K), or (..., K) if only one of both is included; see
@@ -94,6 +96,8 @@ class DiagonalGaussian(NamedTuple):
         """
         if not (use_mean or use_std):
             raise ValueError("Expected `use_mean` or `use_std` to be True, but got False for both")
+        if joint and use_mean and use_std:
+            return unit(torch.cat([self.mean, self.std], dim=-1))
         both = distribution_embedding(self.mean, self.std)
         size = self.mean.shape[-1]
         return both[..., 0 if use_mean else size : None if use_std else size]

@@ -17,6 +17,8 @@ from uncertainty_mm._checks import (
     check_tensor,
 )
 
+__all__ = ["Posterior", "SyntheticMMER", "SyntheticModality", "SyntheticSamples"]
+
 _CHUNK = 2**22  # numbers of a temporary in SyntheticMMER.posterior
 
 
