@@ -310,7 +310,7 @@ class LDDU(nn.Module):
         )
         # Eq. 10-15, with a history of every sample, or of every sample and modality
         self.tracker = CorrectnessTracker(
-            num_train_samples, modalities if targets == "modality" else None
+            num_train_samples, None if targets == "sample" else modalities
         )
         self.ordinality = SoftRankOrdinalityLoss(mode=ordinality, pairs=pairs.split("+"))
 
@@ -382,6 +382,9 @@ class LDDU(nn.Module):
         distance = prediction_distance(probs, labels.unsqueeze(1).expand_as(probs)).mean(2)
         self.tracker.update(indices, 1 - distance.detach(), output.missing)
         left_out = ~seen | output.missing
+        if self.targets == "pooled":
+            scores = (std_norm, distance, history, left_out)
+            return self.ordinality(*(score.flatten() for score in scores))
         columns = zip(
             std_norm.unbind(1),
             distance.unbind(1),
@@ -1130,7 +1133,10 @@ MODEL_OPTIONS: dict[str, tuple[Any, str]] = {
     ),
     "ordinality": (("rank", "standardized", "raw"), "mode of Eq. 15"),
     "pairs": (("SR", "SR+DR", "DR", "DS", "SR+DR+DS"), "pairs of Eq. 15"),
-    "targets": (("modality", "sample"), "whose errors the standard deviations are held against"),
+    "targets": (
+        ("modality", "pooled", "sample"),
+        "whose errors the standard deviations are held against",
+    ),
     "ocl_weight": (0.3, "lambda of Eq. 16, ordinality loss (paper: 0.1)"),
     "scl_weight": (0.1, "beta of Eq. 16, contrastive loss (paper: 0.8, see above)"),
     "dir_weight": (0.1, "gamma of Eq. 16, first prediction"),

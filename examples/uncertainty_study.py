@@ -55,6 +55,7 @@ ARMS: dict[str, str] = {
     "ordinality: standardized": "--ordinality standardized",
     "ordinality: none": "--ocl-weight 0",
     "ordinality: pairs SR, DR": "--pairs SR+DR",
+    "targets: pooled": "--targets pooled",
     "targets: sample": "--targets sample",
     "combine: concatenation": "--combine concat",
     "size: within": "--size within",
