@@ -70,6 +70,7 @@ ARMS: dict[str, str] = {
 }
 SMALL = "--hidden-dim 64 --layers 1 --heads 4 --queue-size 2048 --lr 1e-3 --drop-modality 0.2"
 PREDICTION = ("miF1", "mAP", "Brier", "ECE before", "ECE", "AURC", "entropy ~ error")
+APPLY = argparse.Namespace(accelerator="cpu", batch_size=256)  # how a checkpoint is applied
 CORRUPTION = 3.0  # standard deviation of the noise that is added, in that of the features
 
 
@@ -112,15 +113,19 @@ def sizes_of(outputs: Mapping[str, Tensor]) -> Tensor:
     return torch.linalg.vector_norm(outputs["std_norm"], dim=2)
 
 
-def measure(folder: Path, file: Path) -> dict[str, float]:
-    """What the test split says of the best checkpoint of a run."""
-    results = json.loads((folder / "metrics.json").read_text())
-    args = argparse.Namespace(accelerator="cpu", batch_size=256)
+def best_of(folder: Path, file: Path) -> tuple[lddu_full.LitLDDU, lddu_full.Data]:
+    """The best checkpoint of a run, and the test split."""
     lit = lddu_full.LitLDDU.load_from_checkpoint(
         folder / "best.ckpt", map_location="cpu", weights_only=True
     )
-    data = lddu_full.load_npz(file, splits=["test"])["test"]
-    outputs = lddu_full.apply(lit, data, args)
+    return lit, lddu_full.load_npz(file, splits=["test"])["test"]
+
+
+def measure(folder: Path, file: Path) -> dict[str, float]:
+    """What the test split says of the best checkpoint of a run."""
+    results = json.loads((folder / "metrics.json").read_text())
+    lit, data = best_of(folder, file)
+    outputs = lddu_full.apply(lit, data, APPLY)
     probs, sizes, missing = outputs["probs"], sizes_of(outputs), outputs["missing"].bool()
     total = torch.linalg.vector_norm(sizes, dim=1)
     error, entropy = (probs - data.labels).abs().mean(1), predictive_entropy(probs)
@@ -134,7 +139,7 @@ def measure(folder: Path, file: Path) -> dict[str, float]:
     share = modality_attribution(sizes, missing)
     for index, name in enumerate(data.dims):
         there = ~missing[:, index]
-        changed = sizes_of(lddu_full.apply(lit, corrupted(data, name, CORRUPTION), args))
+        changed = sizes_of(lddu_full.apply(lit, corrupted(data, name, CORRUPTION), APPLY))
         aurocs.append(float(auroc(changed[there, index], sizes[there, index])))
         shift = modality_attribution(changed, missing)[there, index] - share[there, index]
         shifts.append(float(shift.mean()))
@@ -207,12 +212,8 @@ def cell(values: Sequence[float | None]) -> str:
 
 def figures(folder: Path, file: Path, output: Path) -> None:
     """Reliability, risk and coverage, and, of synthetic data, the standard deviations against the noise."""
-    args = argparse.Namespace(accelerator="cpu", batch_size=256)
-    lit = lddu_full.LitLDDU.load_from_checkpoint(
-        folder / "best.ckpt", map_location="cpu", weights_only=True
-    )
-    data = lddu_full.load_npz(file, splits=["test"])["test"]
-    outputs = lddu_full.apply(lit, data, args)
+    lit, data = best_of(folder, file)
+    outputs = lddu_full.apply(lit, data, APPLY)
     probs, sizes, missing = outputs["probs"], sizes_of(outputs), outputs["missing"].bool()
     names = list(data.dims)
     axes: dict[str, Any] = {
@@ -228,7 +229,7 @@ def figures(folder: Path, file: Path, output: Path) -> None:
     levels = torch.tensor([0.0, 0.5, 1.0, 2.0, 3.0, 4.0])
     shares = []
     for level in levels.tolist():
-        changed = sizes_of(lddu_full.apply(lit, corrupted(data, names[0], level), args))
+        changed = sizes_of(lddu_full.apply(lit, corrupted(data, names[0], level), APPLY))
         shares.append(modality_attribution(changed, missing).mean(0))
     axes["attribution"] = plots.modality_attribution(levels, torch.stack(shares), names)
     axes["attribution"].set_xlabel(
