@@ -1,9 +1,10 @@
 r"""LDDU, the paper in one file: train, evaluate and apply it.
 
-    python examples/lddu_full.py                                  # built-in synthetic data
-    python examples/lddu_full.py --data FILE.npz                  # your data
-    python examples/lddu_full.py --data FILE.npz --ckpt LAST.ckpt # resume
-    python examples/lddu_full.py predict --ckpt BEST.ckpt --data FILE.npz --output predictions.csv
+    python examples/lddu_full.py                                     # built-in synthetic data
+    python examples/lddu_full.py --data FILE                         # your data
+    python examples/lddu_full.py --data FILE --config mosei-aligned  # options from a file
+    python examples/lddu_full.py --data FILE --ckpt LAST.ckpt        # resume
+    python examples/lddu_full.py predict --ckpt BEST.ckpt --data FILE --output predictions.csv
 
 LDDU (Huang et al. 2025, arXiv 2502.13954) recognises several emotions at once from sequences of several modalities.
 Every emotion asks every modality what concerns it (Eq. 1-2), and each answer becomes a Gaussian: its mean says what was
@@ -33,28 +34,31 @@ import json
 import logging
 import math
 import os
+import platform
+import shutil
 import sys
+import tempfile
 import time
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
-from zipfile import BadZipFile
 
 import lightning as L
 import numpy as np
 import torch
 import torch.nn.functional as F
+import yaml
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, TQDMProgressBar
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from matplotlib.figure import Figure
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
+from torch.utils.data import DataLoader, DistributedSampler
 from torchmetrics import CatMetric
 from torchmetrics.functional.classification import (
     multilabel_average_precision,
@@ -74,7 +78,17 @@ from uncertainty_mm import (
     SoftRankOrdinalityLoss,
     UncertaintyGatedFusion,
 )
-from uncertainty_mm.data import SyntheticMMER
+from uncertainty_mm.data import (
+    SPLITS,
+    MultimodalBatch,
+    MultimodalDataset,
+    SyntheticMMER,
+    read_folder,
+    read_m3ed,
+    read_mmsa,
+    read_npz,
+    read_tailor,
+)
 from uncertainty_mm.functional import expected_distance, prediction_distance
 from uncertainty_mm.measures import (
     calibration_error,
@@ -204,9 +218,23 @@ class Output(NamedTuple):
     missing: Tensor  # (B, M)
 
     @property
+    def logits(self) -> Tensor:
+        """The final prediction, (B, Q)."""
+        return self.fused.logits
+
+    @property
     def std_norm(self) -> Tensor:
         """Size of the standard deviations per modality and label, (B, M, Q)."""
         return torch.linalg.vector_norm(self.latent.std.float(), dim=-1)
+
+    @property
+    def details(self) -> dict[str, Tensor]:
+        """What explains the prediction."""
+        return {
+            "std_norm": self.std_norm,
+            "gate": self.fused.mean_weight,
+            "missing": self.missing,
+        }
 
 
 class LDDU(nn.Module):
@@ -344,6 +372,9 @@ class LDDU(nn.Module):
             return 1 - dir_probs
         if self.gate == "constant":
             return torch.full_like(dir_probs, 0.5)
+        if self.gate in ("mean", "std"):  # one branch alone
+            certain = (self.gate == "mean") == (self.fusion.mean_weight == "certainty")
+            return torch.full_like(dir_probs, 0.0 if certain else 1.0)
         return expected_distance(dir_probs)
 
     def losses(self, output: Output, labels: Tensor, indices: Tensor) -> dict[str, Tensor]:
@@ -402,6 +433,7 @@ class LitLDDU(L.LightningModule):
     """Optimiser, schedule and validation; hyper-parameters and label names go into every checkpoint."""
 
     threshold: Tensor
+    network: Callable[..., nn.Module] = LDDU  # another one is trained by a subclass with its own
 
     def __init__(
         self,
@@ -420,7 +452,9 @@ class LitLDDU(L.LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        self.model = LDDU(modality_dims, max_steps, len(label_names), num_train_samples, **model)
+        self.model = self.network(
+            modality_dims, max_steps, len(label_names), num_train_samples, **model
+        )
         self.calibration = PlattScaling(len(label_names))
         self.register_buffer("threshold", torch.full((len(label_names),), 0.5))
         self.logits, self.labels = CatMetric(), CatMetric()  # of the validation set
@@ -444,19 +478,19 @@ class LitLDDU(L.LightningModule):
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},
         }
 
-    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+    def on_train_batch_start(self, batch: MultimodalBatch, batch_idx: int) -> None:
         # Dropout depends on seed and step alone, so that a resumed run repeats the uninterrupted one.
         place = (self.hparams["seed"] * 1000 + self.global_rank) * 10**9 + self.global_step
         torch.manual_seed(place % 2**63)
 
-    def disturbed(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def disturbed(self, batch: MultimodalBatch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Features and padding with modalities left out and corrupted at random, so that the model knows such input."""
         count, device = batch.labels.shape[0], batch.labels.device
 
         def some(share: float) -> Tensor:
             return torch.rand(count, 1, device=device) < share
 
-        features, padding = dict(batch.features), dict(batch.padding)
+        features, padding = dict(batch.features), dict(batch.padding_mask)
         if share := self.hparams["drop_modality"]:
             chosen = some(share)
             padding = {name: mask | (chosen & some(0.5)) for name, mask in padding.items()}
@@ -468,7 +502,7 @@ class LitLDDU(L.LightningModule):
                 features[name] = x + noise.masked_fill(padding[name].unsqueeze(2), 0)
         return features, padding
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: MultimodalBatch, batch_idx: int) -> Tensor:
         features, padding = self.disturbed(batch)
         output = self.model(features, padding, batch.labels)
         losses = self.model.losses(output, batch.labels, batch.indices)
@@ -487,11 +521,11 @@ class LitLDDU(L.LightningModule):
     def on_train_epoch_end(self) -> None:
         self.model.tracker.synchronize()
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        output = self.model(batch.features, batch.padding)
-        self.logits.update(output.fused.logits)
+    def validation_step(self, batch: MultimodalBatch, batch_idx: int) -> None:
+        output = self.model(batch.features, batch.padding_mask)
+        self.logits.update(output.logits)
         self.labels.update(batch.labels)
-        loss = F.binary_cross_entropy_with_logits(output.fused.logits, batch.labels.float())
+        loss = F.binary_cross_entropy_with_logits(output.logits, batch.labels.float())
         size = batch.labels.shape[0]
         self.log("val/cls", loss, prog_bar=True, batch_size=size, sync_dist=True)
 
@@ -508,14 +542,12 @@ class LitLDDU(L.LightningModule):
         )
         self.log("val/miF1", score, prog_bar=True)
 
-    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        output = self.model(batch.features, batch.padding)
+    def predict_step(self, batch: MultimodalBatch, batch_idx: int) -> dict[str, Tensor]:
+        output = self.model(batch.features, batch.padding_mask)
         return {
-            "probs": self.calibration(output.fused.logits).sigmoid(),
-            "uncalibrated": output.fused.probs,
-            "std_norm": output.std_norm,
-            "gate": output.fused.mean_weight,
-            "missing": output.missing,
+            "probs": self.calibration(output.logits).sigmoid(),
+            "uncalibrated": output.logits.sigmoid(),
+            **output.details,
         }
 
 
@@ -599,203 +631,91 @@ class UsageError(ValueError):
     """A file or an option cannot be used; the message says why in one line."""
 
 
-class Batch(NamedTuple):
-    """Part of a data set; True in `padding` marks steps to leave out."""
-
-    features: dict[str, Tensor]  # (B, S_m, D_m)
-    padding: dict[str, Tensor]  # (B, S_m)
-    labels: Tensor  # (B, Q) of 0 and 1
-    indices: Tensor  # (B,) positions in the split
-
-
-@dataclass
-class Data(Dataset[Batch]):
-    """One split, held as tensors; a batch is taken from them at once, without a loop over samples."""
-
-    features: dict[str, Tensor]
-    padding: dict[str, Tensor]
-    labels: Tensor
-    label_names: list[str]
-    bayes: Tensor | None = None  # (N, Q) exact probabilities, known of synthetic data
-
-    def __len__(self) -> int:
-        return self.labels.shape[0]
-
-    def __getitem__(self, index: int) -> Batch:
-        return self.__getitems__([index])
-
-    def __getitems__(self, indices: Sequence[int]) -> Batch:
-        rows = torch.as_tensor(indices)
-        return Batch(
-            {name: x[rows] for name, x in self.features.items()},
-            {name: x[rows] for name, x in self.padding.items()},
-            self.labels[rows],
-            rows,
-        )
-
-    def loader(self, batch_size: int, sampler: Sampler[int] | None = None) -> DataLoader[Batch]:
-        """Batches in order, or in the order of a sampler."""
-        return DataLoader(
-            self,
-            batch_size,
-            sampler=sampler,
-            collate_fn=lambda batch: batch,  # `__getitems__` has already collated
-            pin_memory=torch.cuda.is_available(),
-        )
-
-    def only(self, names: Collection[str]) -> Data:
-        """The same samples with the other modalities missing."""
-        padding = {
-            name: mask if name in names else torch.ones_like(mask)
-            for name, mask in self.padding.items()
-        }
-        return replace(self, padding=padding)
-
-    @property
-    def dims(self) -> dict[str, int]:
-        """Feature size by modality."""
-        return {name: x.shape[2] for name, x in self.features.items()}
-
-    @property
-    def steps(self) -> dict[str, int]:
-        """Length by modality."""
-        return {name: x.shape[1] for name, x in self.features.items()}
+READERS: dict[str, Callable[..., dict[str, MultimodalDataset]]] = {
+    "npz": lambda path: read_npz(path, splits=()),
+    "folder": read_folder,
+    "mmsa": read_mmsa,
+    "tailor": read_tailor,
+    "m3ed": read_m3ed,
+    "m3ed-dialogue": lambda path: read_m3ed(path, level="dialogue"),
+}
+SUFFIXES = {".npz": "npz", ".pkl": "mmsa", ".pt": "tailor", "": "folder"}
 
 
-SPLITS = ("train", "validation", "test")
+def read_data(
+    path: Path, layout: str = "auto", labels: Path | None = None, splits: Sequence[str] = SPLITS
+) -> dict[str, MultimodalDataset]:
+    """Reads a data set in any layout that the library knows.
 
-
-def load_npz(path: Path, *, splits: Sequence[str] = SPLITS) -> dict[str, Data]:
-    """Reads `features.<modality>` (N, S, D), `lengths.<modality>` (N,), `labels` (N, Q), `label_names`, `split` (N,).
-
-    Steps beyond a length are padding, and so are steps with a value that is not finite (COVAREP has -inf), which are
-    counted and reported. A length of 0 means that the sample lacks the modality. Every name in `splits` must have
-    samples.
+    Args:
+        path: The file or folder.
+        layout: One of `READERS`, or `"auto"`: by the suffix of the file.
+        labels: The file with the labels, where they are not in the first (`"mmsa"`).
+        splits: Splits that must have samples.
 
     Raises:
-        UsageError: If the file cannot be read or breaks the layout.
+        UsageError: If the file cannot be read or breaks its layout.
     """
+    if layout == "auto":
+        if path.suffix not in SUFFIXES:
+            raise UsageError(f"{path}: --format must say what it is, the suffix does not")
+        layout = SUFFIXES[path.suffix]
+    if labels and layout != "mmsa":
+        raise UsageError(f"{labels}: --labels goes with --format mmsa, got {layout}")
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {key: file[key] for key in file.files}
-    except FileNotFoundError:
-        raise UsageError(f"{path}: no such file") from None
-    except (OSError, ValueError, EOFError, BadZipFile, AttributeError) as error:
-        raise UsageError(f"{path}: not a readable .npz file of plain arrays ({error})") from error
-
-    def need(ok: bool, problem: str) -> None:
-        if not ok:
-            raise UsageError(f"{path}: {problem}")
-
-    names = [key.removeprefix("features.") for key in arrays if key.startswith("features.")]
-    wanted = ["labels", "label_names", "split", *(f"lengths.{name}" for name in names)]
-    absent = [key for key in wanted if key not in arrays]
-    need(bool(names), f"no array `features.<modality>` among {sorted(arrays)}")
-    need(not absent, f"missing {', '.join(f'`{key}`' for key in absent)}")
-    labels, split = arrays["labels"], arrays["split"]
-    label_names = [str(name) for name in arrays["label_names"].reshape(-1)]
-    need(labels.ndim == 2, f"`labels` must have shape (N, Q), got {labels.shape}")
-    need(
-        len(label_names) == labels.shape[1] > 0,
-        f"`label_names` has {len(label_names)} names for {labels.shape[1]} columns of `labels`",
-    )
-    need(len(set(label_names)) == len(label_names), f"`label_names` repeats a name: {label_names}")
-    for column, name in zip(labels.T, label_names, strict=True):
-        wrong = column[~np.isin(column, (0, 1))]
-        need(
-            wrong.size == 0, f"label `{name}` must be 0 or 1, got {wrong[0] if wrong.size else ''}"
-        )
-    count = labels.shape[0]
-    need(split.shape == (count,), f"`split` must have shape ({count},), got {split.shape}")
-    need(
-        bool(np.isin(split, (0, 1, 2)).all()),
-        "`split` must hold 0 (train), 1 (validation), 2 (test)",
-    )
-
-    features, padding = {}, {}
-    for name in names:
-        values, lengths = arrays[f"features.{name}"], arrays[f"lengths.{name}"]
-        need(
-            values.ndim == 3 and values.shape[0] == count,
-            f"`features.{name}` must have shape ({count}, S, D), got {values.shape}",
-        )
-        need(0 not in values.shape[1:], f"modality `{name}` is empty: shape {values.shape}")
-        need(values.dtype.kind in "fiu", f"`features.{name}` must hold numbers, got {values.dtype}")
-        need(
-            lengths.shape == (count,) and lengths.dtype.kind in "iu",
-            f"`lengths.{name}` must hold {count} integers, got {lengths.dtype} {lengths.shape}",
-        )
-        need(
-            bool(((lengths >= 0) & (lengths <= values.shape[1])).all()),
-            f"`lengths.{name}` must be in [0, {values.shape[1]}], "
-            f"got {lengths.min()} to {lengths.max()}",
-        )
-        outside = np.arange(values.shape[1]) >= lengths[:, None]
-        broken = ~np.isfinite(values).all(axis=2)
-        masked = broken & ~outside
-        if masked.any():
-            print(
-                f"{path.name}: {masked.sum()} steps of `{name}` in {masked.any(1).sum()} samples are not finite "
-                "and are left out"
-            )
-        outside |= broken
-        features[name] = torch.from_numpy(
-            np.where(outside[..., None], 0, values).astype(np.float32)
-        )
-        padding[name] = torch.from_numpy(outside)
-    parts = {}
-    for code, part in enumerate(SPLITS):
-        rows = torch.from_numpy(np.flatnonzero(split == code))
-        need(bool(len(rows)) or part not in splits, f"no sample in the {part} split")
-        parts[part] = Data(
-            {name: x[rows] for name, x in features.items()},
-            {name: x[rows] for name, x in padding.items()},
-            torch.from_numpy(labels.astype(np.uint8))[rows],
-            label_names,
-        )
+        parts = READERS[layout](path, **({"labels": labels} if labels else {}))
+    except (ValueError, TypeError, OSError) as error:
+        raise UsageError(" ".join(str(error).split())) from error
+    for split in splits:
+        if not len(parts.get(split, ())):
+            raise UsageError(f"{path}: no sample in the {split} split")
     return parts
 
 
-def synthetic(seed: int = 0, sizes: Sequence[int] = (3000, 500, 1000)) -> dict[str, Data]:
-    """Six correlated emotions seen through three noisy modalities, with the best possible predictions."""
+def synthetic(
+    seed: int = 0, sizes: Sequence[int] = (3000, 500, 1000)
+) -> tuple[dict[str, MultimodalDataset], dict[str, Tensor]]:
+    """Six correlated emotions seen through three noisy modalities, and the best possible predictions (N, Q)."""
     world = SyntheticMMER(missing_rate=0.05)
-    parts = {}
+    parts, bayes = {}, {}
     for offset, (part, size) in enumerate(zip(SPLITS, sizes, strict=True)):
         samples = world.sample(size, seed=3 * seed + offset)
-        parts[part] = Data(
+        parts[part] = MultimodalDataset(
             samples.features,
             samples.padding_mask,
             samples.labels,
             ["happy", "sad", "anger", "surprise", "disgust", "fear"],
-            world.posterior(samples).marginals.float(),
         )
-    return parts
+        bayes[part] = world.posterior(samples).marginals.float()
+    return parts, bayes
 
 
 class DataModule(L.LightningDataModule):
     """Hands the splits to Lightning."""
 
-    def __init__(self, parts: dict[str, Data], batch_size: int, seed: int) -> None:
+    def __init__(self, parts: dict[str, MultimodalDataset], batch_size: int, seed: int) -> None:
         super().__init__()
         self.parts, self.batch_size, self.seed = parts, batch_size, seed
 
-    def train_dataloader(self) -> DataLoader[Batch]:
+    def train_dataloader(self) -> DataLoader[MultimodalBatch]:
         """The training split, in an order that depends on seed and epoch alone, divided among the processes."""
         assert self.trainer is not None
         data, rank = self.parts["train"], self.trainer.global_rank
-        return data.loader(
-            self.batch_size, DistributedSampler(data, self.trainer.world_size, rank, seed=self.seed)
-        )
+        sampler = DistributedSampler(data, self.trainer.world_size, rank, seed=self.seed)
+        return data.loader(self.batch_size, sampler=sampler, pin_memory=torch.cuda.is_available())
 
-    def val_dataloader(self) -> DataLoader[Batch]:
+    def val_dataloader(self) -> DataLoader[MultimodalBatch]:
         """The validation split, in order."""
-        return self.parts["validation"].loader(self.batch_size)
+        return self.parts["validation"].loader(
+            self.batch_size, pin_memory=torch.cuda.is_available()
+        )
 
 
 # --- Command line ----------------------------------------------------------------------------------------------------
 
 
 say = rank_zero_only(print)
+PRESETS = Path(__file__).with_name("configs")
 
 
 def run_folder(args: argparse.Namespace, name: str) -> Path:
@@ -820,6 +740,52 @@ def run_folder(args: argparse.Namespace, name: str) -> Path:
     except OSError as error:
         raise UsageError(f"{folder}: cannot write there ({error.strerror})") from error
     return folder
+
+
+def presets() -> str:
+    """Names of the bundled files of options."""
+    return ", ".join(sorted(path.stem for path in PRESETS.glob("*.yaml")))
+
+
+def options_from_file(arguments: Sequence[str]) -> list[str]:
+    """Puts the options of the file after --config, or of a preset, in front of those of the command line."""
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--config")
+    found, rest = finder.parse_known_args(arguments)
+    if found.config is None:
+        return rest
+    path = PRESETS / f"{found.config}.yaml"
+    path = path if path.is_file() else Path(found.config)
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(
+            f"{path}: neither a file of options nor one of {presets()} ({reason})"
+        ) from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{path}: must hold options, `name: value`, got {type(content).__name__}")
+    return [f"--{str(name).replace('_', '-')}={value}" for name, value in content.items()] + rest
+
+
+def save_options(args: argparse.Namespace, folder: Path) -> None:
+    """Writes all options as config.yaml, for --config, and what the run stands on as environment.json."""
+    left_out = ("command", "ckpt", "output", "fast_dev_run")
+    options = {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in vars(args).items()
+        if name not in left_out and value is not None
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(options, sort_keys=False))
+    packages = ("uncertainty-mm", "torch", "numpy", "lightning", "torchmetrics")
+    environment = {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        **{name: version(name) for name in packages},
+    }
+    (folder / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
 
 
 def collect_history(folder: Path) -> list[dict[str, str]]:
@@ -885,21 +851,29 @@ def check_resumable(path: Path, lit: LitLDDU, epochs: int) -> None:
             )
 
 
-def train(args: argparse.Namespace) -> dict[str, Any]:
+def train(args: argparse.Namespace, lit_class: type[LitLDDU] = LitLDDU) -> dict[str, Any]:
     """Trains, selects the checkpoint on the validation split, and evaluates it once on the test split."""
     start = time.perf_counter()
     check_options(args)
     L.seed_everything(args.seed, workers=True, verbose=False)
-    parts = load_npz(args.data) if args.data else synthetic(args.seed)
-    name = args.data.stem if args.data else "synthetic"
+    bayes: dict[str, Tensor] = {}
+    if args.data:
+        parts, name = read_data(args.data, args.format, args.labels), args.data.stem
+    else:
+        (parts, bayes), name = synthetic(args.seed), "synthetic"
+    epochs = (30 if args.data else 12) if args.epochs is None else args.epochs
+    if args.fast_dev_run:  # one batch of every split takes the whole way, and nothing is kept
+        parts = {
+            part: data.select(range(min(len(data), args.batch_size)))
+            for part, data in parts.items()
+        }
+        bayes, epochs = {}, 1
+        args.output = Path(tempfile.mkdtemp())
     folder = run_folder(args, name)
     data = parts["train"]
-    say(
-        f"{name}: {' + '.join(str(len(parts[part])) for part in SPLITS)} samples, "
-        f"modalities {', '.join(f'{m} {data.steps[m]}x{d}' for m, d in data.dims.items())}, "
-        f"labels {', '.join(data.label_names)}"
-    )
-    lit = LitLDDU(
+    say(f"{name}: {' + '.join(str(len(parts[part])) for part in SPLITS)} samples; for training")
+    say(data.summary())
+    lit = lit_class(
         data.dims,
         data.steps,
         data.label_names,
@@ -914,13 +888,13 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         args.seed,
     )
     for modality, encoder in lit.model.encoders.items():
-        valid = data.features[modality][~data.padding[modality]]
+        valid = data.features[modality][~data.padding_mask[modality]].float()
         if len(valid):
             encoder.mean.copy_(valid.mean(0))
             encoder.std.copy_(valid.std(0, correction=0).clamp_min(1e-3))
-    # With this bound several processes need not ask each other at every step how large their batches are.
-    lit.model.contrastive.max_batch_size = args.batch_size
-    epochs = (30 if args.data else 12) if args.epochs is None else args.epochs
+    if isinstance(lit.model, LDDU):
+        # With this bound several processes need not ask each other at every step how large their batches are.
+        lit.model.contrastive.max_batch_size = args.batch_size
     if args.ckpt:
         check_resumable(args.ckpt, lit, epochs)
     best = ModelCheckpoint(
@@ -938,7 +912,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         strategy=DDPStrategy(broadcast_buffers=False) if distributed else "auto",
         precision=args.precision,
         gradient_clip_val=1.0,
-        logger=CSVLogger(folder, name="logs"),
+        logger=[CSVLogger(folder, name="logs"), TensorBoardLogger(folder, name="tensorboard")],
         callbacks=[
             best,
             last,
@@ -948,6 +922,8 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         log_every_n_steps=1_000_000,  # once an epoch is enough, and never waits for the device
         num_sanity_val_steps=0,
     )
+    if trainer.is_global_zero:
+        save_options(args, folder)
     trainer.fit(
         lit, DataModule(parts, args.batch_size, args.seed), ckpt_path=args.ckpt, weights_only=True
     )
@@ -955,7 +931,9 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     if not trainer.is_global_zero:
         return {}
 
-    lit = LitLDDU.load_from_checkpoint(best.best_model_path, map_location="cpu", weights_only=True)
+    lit = lit_class.load_from_checkpoint(
+        best.best_model_path, map_location="cpu", weights_only=True
+    )
     results: dict[str, Any] = {
         "data": name,
         "seed": args.seed,
@@ -967,10 +945,10 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         outputs = apply(lit, parts[part], args)
         results[part] = evaluate(outputs["probs"], parts[part].labels, lit.threshold)
     results["uncalibrated"] = evaluate(outputs["uncalibrated"], test.labels, lit.threshold)
-    if test.bayes is not None:  # what no model can surpass
-        known = parts["validation"]
-        threshold = best_threshold(known.bayes, known.labels, args.thresholds)
-        results["Bayes"] = evaluate(test.bayes, test.labels, threshold)
+    save_arrays(folder / "predictions.npz", lit, test, outputs)
+    if bayes:  # what no model can surpass
+        threshold = best_threshold(bayes["validation"], parts["validation"].labels, args.thresholds)
+        results["Bayes"] = evaluate(bayes["test"], test.labels, threshold)
     results["modalities"] = {}
     for present in product((True, False), repeat=len(test.dims)):
         names = [modality for modality, here in zip(test.dims, present, strict=True) if here]
@@ -979,8 +957,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         row["uncertainty"] = round(float(predictive_entropy(probs).mean()), 4)
         results["modalities"][" + ".join(names) or "none"] = row
     results["seconds"] = round(time.perf_counter() - start, 1)
-    results["command"] = vars(args) | {"data": args.data and str(args.data), "output": str(folder)}
-    (folder / "metrics.json").write_text(json.dumps(results, indent=2, default=str) + "\n")
+    (folder / "metrics.json").write_text(json.dumps(results, indent=2) + "\n")
     plot(collect_history(folder), outputs["probs"], test.labels, folder / "training.png")
     rows = ("validation", "test", "uncalibrated", "Bayes")
     print_table({row: results[row] for row in rows if row in results})
@@ -990,9 +967,12 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     print_table(results["modalities"], ("Acc", "miF1", "mAP", "Brier", "ECE", "uncertainty"))
     print(
         f"\ncalibration and threshold {results['threshold']} from validation, {results['epochs']} epochs, "
-        f"{results['seconds']:.0f} s, seed {args.seed}\n"
-        f"{folder}/: metrics.json, metrics.csv, training.png, best.ckpt, last.ckpt"
+        f"{results['seconds']:.0f} s, seed {args.seed}"
     )
+    if args.fast_dev_run:
+        shutil.rmtree(folder)
+    else:
+        print(f"{folder}/: {', '.join(sorted(path.name for path in folder.iterdir()))}")
     return results
 
 
@@ -1021,7 +1001,7 @@ def make_trainer(**options: Any) -> L.Trainer:
         raise UsageError(" ".join(str(error).split())) from error
 
 
-def apply(lit: LitLDDU, data: Data, args: argparse.Namespace) -> dict[str, Tensor]:
+def apply(lit: LitLDDU, data: MultimodalDataset, args: argparse.Namespace) -> dict[str, Tensor]:
     """The outputs of `predict_step` for a whole split."""
     trainer = make_trainer(
         accelerator=args.accelerator,
@@ -1039,7 +1019,7 @@ def predict(args: argparse.Namespace) -> None:
     """Applies a checkpoint to one split and writes one row a sample (.csv) or arrays (.npz)."""
     read_checkpoint(args.ckpt)
     lit = LitLDDU.load_from_checkpoint(args.ckpt, map_location="cpu", weights_only=True)
-    data = load_npz(args.data, splits=[args.split])[args.split]
+    data = read_data(args.data, args.format, args.labels, [args.split])[args.split]
     for what, wanted, received in (
         ("modalities and feature sizes", lit.hparams["modality_dims"], data.dims),
         ("labels", lit.hparams["label_names"], data.label_names),
@@ -1053,40 +1033,53 @@ def predict(args: argparse.Namespace) -> None:
             raise UsageError(
                 f"{args.data}: modality `{name}` has {data.steps[name]} steps, the checkpoint knows {steps}"
             )
-    outputs = apply(lit, data, args)
-    modalities, labels = list(data.dims), data.label_names
-    uncertainty = predictive_entropy(outputs["probs"]).float()
-    if args.output.suffix == ".npz":
-        np.savez_compressed(
-            args.output,
-            **{key: value.numpy() for key, value in outputs.items()},
-            uncertainty=uncertainty.numpy(),
-            threshold=lit.threshold.numpy(),
-            modalities=np.array(modalities),
-            label_names=np.array(labels),
-        )
-    else:
-        header = ["sample", "uncertainty"]
-        header += [f"prob.{label}" for label in labels]
-        header += [f"predicted.{label}" for label in labels]
-        header += [f"gate.{label}" for label in labels]
-        header += [f"std_norm.{modality}.{label}" for modality in modalities for label in labels]
-        columns = [
-            uncertainty.unsqueeze(1),
-            outputs["probs"],
-            (outputs["probs"] > lit.threshold).float(),
-            outputs["gate"],
-            outputs["std_norm"].flatten(1),
-        ]
-        with open(args.output, "w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(header)
-            for sample, row in enumerate(torch.cat(columns, dim=1).tolist()):
-                writer.writerow([sample, *(f"{value:.6g}" for value in row)])
+    save = save_arrays if args.output.suffix == ".npz" else save_rows
+    save(args.output, lit, data, apply(lit, data, args))
     print(
         f"{len(data)} samples of the {args.split} split, thresholds "
         f"{[round(value, 2) for value in lit.threshold.tolist()]}: {args.output}"
     )
+
+
+def save_arrays(
+    path: Path, lit: LitLDDU, data: MultimodalDataset, outputs: Mapping[str, Tensor]
+) -> None:
+    """Writes all outputs, the labels, and what the axes mean as .npz."""
+    np.savez_compressed(
+        path,
+        **{key: value.numpy() for key, value in outputs.items()},
+        uncertainty=predictive_entropy(outputs["probs"]).float().numpy(),
+        threshold=lit.threshold.numpy(),
+        labels=data.labels.numpy(),
+        label_names=np.array(data.label_names),
+        modalities=np.array(list(data.dims)),
+        **({} if data.ids is None else {"ids": np.array(data.ids)}),
+    )
+
+
+def save_rows(
+    path: Path, lit: LitLDDU, data: MultimodalDataset, outputs: Mapping[str, Tensor]
+) -> None:
+    """Writes the outputs as .csv, one row a sample."""
+    modalities, labels = list(data.dims), data.label_names
+    header = ["sample", "uncertainty"]
+    header += [f"prob.{label}" for label in labels]
+    header += [f"predicted.{label}" for label in labels]
+    header += [f"gate.{label}" for label in labels]
+    header += [f"std_norm.{modality}.{label}" for modality in modalities for label in labels]
+    columns = [
+        predictive_entropy(outputs["probs"]).float().unsqueeze(1),
+        outputs["probs"],
+        (outputs["probs"] > lit.threshold).float(),
+        outputs["gate"],
+        outputs["std_norm"].flatten(1),
+    ]
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        for sample, row in enumerate(torch.cat(columns, dim=1).tolist()):
+            name = sample if data.ids is None else data.ids[sample]
+            writer.writerow([name, *(f"{value:.6g}" for value in row)])
 
 
 # Option: default and help. A tuple lists the choices, the default first.
@@ -1120,7 +1113,10 @@ MODEL_OPTIONS: dict[str, tuple[Any, str]] = {
     "queue_size": (8192, "Gaussians remembered for the contrastive loss"),
     "temperature": (0.07, "temperature of Eq. 6 (from the released code)"),
     "anchors": (("all", "present"), "anchors of Eq. 7"),
-    "gate": (("expected", "constant", "oracle", "released"), "uncertainty of Eq. 8"),
+    "gate": (
+        ("expected", "constant", "oracle", "released", "mean", "std"),
+        "uncertainty of Eq. 8; mean and std leave one branch alone",
+    ),
     "mean_weight": (("certainty", "uncertainty"), "what weighs the means in Eq. 8"),
     "size": (("apart", "within"), "size of a sequence: a separate input, or left in the features"),
     "combine": (
@@ -1156,6 +1152,12 @@ def non_negative(kind: type[int] | type[float]) -> Callable[[str], float]:
     return convert
 
 
+def add_layout(add: Callable[..., Any]) -> None:
+    """The options that say how to read --data."""
+    add("--format", choices=("auto", *READERS), default="auto", help="default: by the suffix")
+    add("--labels", type=Path, help="file with the labels of --format mmsa (.csv or .pt)")
+
+
 def parser() -> argparse.ArgumentParser:
     """The commands `train` and `predict` with their options."""
     main_parser = argparse.ArgumentParser(
@@ -1164,13 +1166,16 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = main_parser.add_subparsers(dest="command", required=True)
 
-    train_parser = commands.add_parser("train", help="train and evaluate")
+    train_parser = commands.add_parser("train", help="train and evaluate", allow_abbrev=False)
     add = train_parser.add_argument
-    add("--data", type=Path, help="an .npz file (default: a built-in synthetic set)")
+    add("--data", type=Path, help="file or folder (default: a built-in synthetic set)")
+    add_layout(add)
+    add("--config", help="options from a .yaml file, or one of " + presets())
     add("--output", type=Path, help="run folder (default: runs/DATA-TIME)")
     add("--ckpt", type=Path, help="resume from this checkpoint (last.ckpt)")
     add("--epochs", type=non_negative(int), help="default: the paper's 30; synthetic set: 12")
     add("--accelerator", default="auto", help="auto (default), cpu, cuda, ... (see Lightning)")
+    add("--fast-dev-run", action="store_true", help="try everything on one batch, keep nothing")
     for title, options in (("training", TRAINING_OPTIONS), ("model", MODEL_OPTIONS)):
         group = train_parser.add_argument_group(title)
         for name, (default, text) in options.items():
@@ -1184,7 +1189,8 @@ def parser() -> argparse.ArgumentParser:
     predict_parser = commands.add_parser("predict", help="apply a checkpoint")
     add = predict_parser.add_argument
     add("--ckpt", type=Path, required=True, help="checkpoint of a training run")
-    add("--data", type=Path, required=True, help="an .npz file")
+    add("--data", type=Path, required=True, help="file or folder")
+    add_layout(add)
     add("--output", type=Path, default=Path("predictions.csv"), help=".csv or .npz to write")
     add("--split", choices=SPLITS, default="test", help="part of the file (default: test)")
     add("--batch-size", type=non_negative(int), default=128, help="samples a step")
@@ -1197,10 +1203,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] not in ("train", "predict", "-h", "--help"):
         arguments.insert(0, "train")
-    args = parser().parse_args(arguments)
     warnings.filterwarnings("ignore", module="lightning")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     try:
+        args = parser().parse_args(arguments[:1] + options_from_file(arguments[1:]))
         if args.command == "predict":
             predict(args)
         else:

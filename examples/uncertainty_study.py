@@ -19,7 +19,6 @@ import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ import torch
 from torch import Tensor
 
 from uncertainty_mm import plots
-from uncertainty_mm.data import SyntheticMMER
+from uncertainty_mm.data import MultimodalDataset, SyntheticMMER, read_npz
 from uncertainty_mm.measures import (
     auroc,
     calibration_error,
@@ -75,7 +74,7 @@ CORRUPTION = 3.0  # standard deviation of the noise that is added, in that of th
 
 
 def synthetic_file(path: Path, sizes: Sequence[int]) -> None:
-    """Writes samples of `SyntheticMMER` with what is known of them, in the layout of `lddu_full.load_npz`."""
+    """Writes samples of `SyntheticMMER` with what is known of them, in the layout of `read_npz`."""
     world = SyntheticMMER()
     samples = world.sample(sum(sizes), seed=1)
     posterior = world.posterior(samples)
@@ -99,13 +98,20 @@ def synthetic_file(path: Path, sizes: Sequence[int]) -> None:
     partial.replace(path)
 
 
-def corrupted(data: lddu_full.Data, modality: str, size: float, seed: int = 0) -> lddu_full.Data:
+def corrupted(
+    data: MultimodalDataset, modality: str, size: float, seed: int = 0
+) -> MultimodalDataset:
     """The same samples with noise added to one modality, `size` times as large as its features."""
-    x, valid = data.features[modality], ~data.padding[modality].unsqueeze(2)
+    x, valid = data.features[modality], ~data.padding_mask[modality].unsqueeze(2)
     spread = x[valid.squeeze(2)].std(0).clamp_min(1e-3)
     generator = torch.Generator().manual_seed(seed)
     noise = size * spread * torch.randn(x.shape, generator=generator)
-    return replace(data, features=data.features | {modality: x + noise * valid})
+    return MultimodalDataset(
+        data.features | {modality: x + noise * valid},
+        data.padding_mask,
+        data.labels,
+        data.label_names,
+    )
 
 
 def sizes_of(outputs: Mapping[str, Tensor]) -> Tensor:
@@ -113,12 +119,12 @@ def sizes_of(outputs: Mapping[str, Tensor]) -> Tensor:
     return torch.linalg.vector_norm(outputs["std_norm"], dim=2)
 
 
-def best_of(folder: Path, file: Path) -> tuple[lddu_full.LitLDDU, lddu_full.Data]:
+def best_of(folder: Path, file: Path) -> tuple[lddu_full.LitLDDU, MultimodalDataset]:
     """The best checkpoint of a run, and the test split."""
     lit = lddu_full.LitLDDU.load_from_checkpoint(
         folder / "best.ckpt", map_location="cpu", weights_only=True
     )
-    return lit, lddu_full.load_npz(file, splits=["test"])["test"]
+    return lit, read_npz(file, splits=["test"])["test"]
 
 
 def measure(folder: Path, file: Path) -> dict[str, float]:

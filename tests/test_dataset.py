@@ -115,6 +115,23 @@ def test_a_batch_feeds_the_attention():
     assert missing.tolist() == [[False, True, True]] * 4
 
 
+def test_select():
+    data = make(ids=list(map(str, range(20))))
+    part = data.select(torch.tensor([7, 2, -1]))
+    assert (len(part), part.ids, part.label_names) == (3, ["7", "2", "19"], data.label_names)
+    for row, index in enumerate([7, 2, 19]):
+        got, expected = part[row], data[index]
+        assert got.indices == row
+        for name in data.dims:
+            assert torch.equal(got.features[name], expected.features[name])
+            assert torch.equal(got.padding_mask[name], expected.padding_mask[name])
+        assert torch.equal(got.labels, expected.labels)
+        assert torch.equal(got.soft_labels, expected.soft_labels)
+    assert len(data.select([])) == 0
+    with pytest.raises(IndexError):
+        data.select([20])
+
+
 def test_only():
     data = make(ids=list(map(str, range(20))))
     rest = data.only(["c", "a"])

@@ -3,9 +3,11 @@
 import csv
 import importlib.util
 import json
+import pickle
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +17,11 @@ from torch.utils._pytree import tree_leaves
 
 from support import poisoned
 from uncertainty_mm import DiagonalGaussian, PlattScaling
+from uncertainty_mm.data import write_folder
 
 for extra in ("lightning", "torchmetrics", "matplotlib"):
     pytest.importorskip(extra)
+yaml = pytest.importorskip("yaml")
 f1_score = pytest.importorskip("sklearn.metrics").f1_score
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -82,9 +86,13 @@ def finished(example, tmp_path_factory):
 
 def test_run_folder(finished):
     folder, _ = finished
-    assert {"best.ckpt", "last.ckpt", "metrics.json", "metrics.csv", "training.png"} <= {
-        path.name for path in folder.iterdir()
-    }
+    assert {
+        *("best.ckpt", "last.ckpt", "metrics.json", "metrics.csv", "training.png"),
+        *("config.yaml", "environment.json", "predictions.npz", "tensorboard"),
+    } <= {path.name for path in folder.iterdir()}
+    assert list(folder.glob("tensorboard/version_0/events.*"))
+    environment = json.loads((folder / "environment.json").read_text())
+    assert environment["torch"] == torch.__version__
     results = json.loads((folder / "metrics.json").read_text())
     measures = {"Acc", "P", "R", "miF1", "mAP", "Brier", "ECE", "AURC", "rho"}
     for part in ("validation", "test", "uncalibrated"):
@@ -102,8 +110,8 @@ def test_every_subset_of_the_modalities_is_evaluated(example, finished):
     assert list(rows) == ["a + b", "a", "b", "none"]
     assert {name: rows["a + b"][name] for name in results["test"]} == results["test"]
     lit = example.LitLDDU.load_from_checkpoint(folder / "best.ckpt", weights_only=True).eval()
-    test = example.load_npz(data)["test"]
-    padding = test.padding | {"b": torch.ones_like(test.padding["b"])}
+    test = example.read_data(data)["test"]
+    padding = test.padding_mask | {"b": torch.ones_like(test.padding_mask["b"])}
     with torch.no_grad():
         logits = lit.model(test.features, padding).fused.logits
     brier = (lit.calibration(logits).sigmoid() - test.labels).square().mean()
@@ -220,10 +228,10 @@ def test_predict_calibrates_as_the_validation_set_asks(example, finished, tmp_pa
     run(example, "--data", data, *options, "--output", tmp_path, *SMALL)
     ckpt = tmp_path / "best.ckpt"
     lit = example.LitLDDU.load_from_checkpoint(ckpt, weights_only=True).eval()
-    parts = example.load_npz(data)
+    parts = example.read_data(data)
     with torch.no_grad():
         validation, test = (
-            lit.model(parts[part].features, parts[part].padding).fused.logits
+            lit.model(parts[part].features, parts[part].padding_mask).fused.logits
             for part in ("validation", "test")
         )
     labels = parts["validation"].labels
@@ -265,53 +273,12 @@ def test_best_threshold_has_the_best_f1_of_the_grid(example, thresholds, average
     assert score == pytest.approx(others.max(0))
 
 
-def test_steps_that_are_not_finite_become_padding(example, tmp_path, capsys):
-    content = arrays()
-    features = content["features.a"].copy()
-    features[3, 1, 0] = -np.inf
-    features[4, 0, 2] = np.nan
-    features[4, 4, 0] = np.nan
-    parts = example.load_npz(save(tmp_path / "data.npz", **{"features.a": features}))
-    assert "3 steps of `a` in 2 samples are not finite" in capsys.readouterr().out
-    padding = parts["train"].padding["a"]
-    assert padding.nonzero().tolist() == [[3, 1], [4, 0], [4, 4]]
-    assert parts["train"].features["a"].isfinite().all()
-
-
-def bad(key, change):
-    content = arrays()
-    return {key: change(content[key].copy())}
-
-
-def put(index, value):
-    def change(array):
-        array = array.astype(np.result_type(array, np.min_scalar_type(value)))
-        array[index] = value
-        return array
-
-    return change
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"labels": None}, "missing `labels`"),
-        ({"lengths.b": None}, "missing `lengths.b`"),
-        ({"features.a": None, "features.b": None}, "no array `features.<modality>`"),
-        (bad("labels", put((2, 1), 2)), "label `second` must be 0 or 1, got 2"),
-        (bad("labels", lambda x: x.astype(float) * np.nan), "label `first` must be 0 or 1"),
-        (bad("labels", lambda x: x[:, 0]), "`labels` must have shape"),
-        ({"label_names": np.array(["x"])}, "1 names for 2 columns"),
-        ({"label_names": np.array(["x", "x"])}, "repeats a name"),
-        (bad("split", put(slice(None), 0)), "no sample in the validation split"),
-        (bad("split", put(0, 3)), "`split` must hold"),
-        (bad("split", lambda x: x[1:]), "`split` must have shape"),
-        (bad("features.a", lambda x: x[:, :0]), "modality `a` is empty"),
-        (bad("features.a", lambda x: x[1:]), "`features.a` must have shape"),
-        (bad("features.a", lambda x: x.astype(str)), "must hold numbers"),
-        (bad("lengths.b", put(0, 8)), "`lengths.b` must be in [0, 7]"),
-        (bad("lengths.b", put(0, -1)), "`lengths.b` must be in [0, 7]"),
-        (bad("lengths.b", lambda x: x / 2), "`lengths.b` must hold 60 integers"),
+        ({"split": np.zeros(60, np.uint8)}, "no sample in the validation split"),
+        ({"label_names": np.array(["x", None], dtype=object)}, "not a readable"),
     ],
 )
 def test_bad_data_ends_in_one_line(example, tmp_path, changes, message):
@@ -323,21 +290,129 @@ def test_bad_data_ends_in_one_line(example, tmp_path, changes, message):
     assert "\n" not in str(stop.value)
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut", b"no archive", None])
-def test_unreadable_file_ends_in_one_line(example, tmp_path, content):
-    data = tmp_path / "data.npz"
-    if content is not None:
-        data.write_bytes(content)
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("none.npz", [], "no such file"),
+        ("data.csv", [], "--format must say what it is"),
+        ("data.npz", ["--labels", "table.csv"], "--labels goes with --format mmsa, got npz"),
+        ("data.npz", ["--format", "m3ed"], "data.npz"),
+        ("data.npz", ["--format", "tailor"], "data.npz"),
+    ],
+)
+def test_file_of_another_layout_ends_in_one_line(example, tmp_path, name, options, message):
+    save(tmp_path / "data.npz")
     with pytest.raises(SystemExit) as stop:
-        run(example, "--data", data, *SMALL)
-    assert str(stop.value).startswith(f"error: {data}: ")
+        run(example, "--data", tmp_path / name, *options, *SMALL)
+    assert str(stop.value).startswith("error: ")
+    assert message in str(stop.value)
     assert "\n" not in str(stop.value)
 
 
-def test_pickled_arrays_are_refused(example, tmp_path):
-    data = save(tmp_path / "data.npz", label_names=np.array(["x", None], dtype=object))
-    with pytest.raises(SystemExit, match="not a readable"):
-        run(example, "--data", data, *SMALL)
+def mmsa(path):
+    """A pickle in the layout of MMSA and a table with its emotions in another order of rows."""
+    rng, content, rows = np.random.default_rng(0), {}, []
+    for split, count in (("train", 20), ("valid", 10), ("test", 10)):
+        ids = [f"{split}{number}$_$0" for number in range(count)]
+        intensities = np.round(rng.uniform(0, 3, (count, 6)) * rng.integers(0, 2, (count, 6)), 2)
+        content[split] = {
+            "id": np.array(ids),
+            "text": rng.normal(size=(count, 5, 4)).astype(np.float32),
+            "audio": rng.normal(size=(count, 9, 3)),
+            "vision": rng.normal(size=(count, 7, 2)),
+            "audio_lengths": rng.integers(1, 10, count).tolist(),
+            "vision_lengths": rng.integers(1, 8, count).tolist(),
+        }
+        rows += [[name, *row] for name, row in zip(ids, intensities.tolist(), strict=True)]
+    path.write_bytes(pickle.dumps(content))
+    table = path.with_suffix(".csv")
+    with open(table, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["id", "happy", "sad", "anger", "surprise", "disgust", "fear"])
+        writer.writerows(rows[::-1])
+    return path, table
+
+
+@pytest.mark.parametrize("layout", ["mmsa", "folder"])
+def test_other_layouts_train_and_are_predicted(example, tmp_path, layout):
+    data, table = mmsa(tmp_path / "aligned_50.pkl")
+    where = ["--data", data, "--labels", table]
+    if layout == "folder":
+        write_folder(example.read_data(data, labels=table), tmp_path / "folder")
+        where = ["--data", tmp_path / "folder"]
+    out = tmp_path / "out"
+    run(example, *where, "--config", "mosei-unaligned", "--epochs", 1, "--output", out, *SMALL)
+    run(example, "predict", "--ckpt", out / "best.ckpt", *where, "--output", out / "rows.csv")
+    with open(out / "rows.csv") as file:
+        assert [row["sample"] for row in csv.DictReader(file)] == [
+            f"test{number}$_$0" for number in range(10)
+        ]
+
+
+PRESETS = sorted(path.stem for path in (ROOT / "examples" / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_preset_is_overridden_by_the_command_line(example, preset):
+    arguments = ["train", *example.options_from_file(["--config", preset, "--lr", "1"])]
+    args = example.parser().parse_args(arguments)
+    content = yaml.safe_load((ROOT / "examples" / "configs" / f"{preset}.yaml").read_text())
+    assert args.lr == 1
+    for name in content.keys() - {"lr"}:
+        assert getattr(args, name) == content[name], name
+
+
+def test_presets_have_the_values_of_the_paper(example):
+    assert PRESETS == ["m3ed", "mosei-aligned", "mosei-unaligned", "released"]
+    first, *others = (example.options_from_file(["--config", name]) for name in PRESETS[:3])
+    assert others == [first, first]
+    args = example.parser().parse_args(["train", *first])
+    sizes = (args.hidden_dim, args.z_dim, args.latent_dim, args.layers, args.queue_size)
+    assert sizes == (256, 128, 64, 3, 8192)
+    assert (args.batch_size, args.lr, args.epochs) == (128, 2e-5, 30)
+    assert (args.ocl_weight, args.scl_weight, args.dir_weight) == (0.1, 0.8, 0.1)
+
+
+def test_saved_options_repeat_the_run(example, finished, tmp_path):
+    folder, data = finished
+    config = folder / "config.yaml"
+    assert yaml.safe_load(config.read_text())["data"] == str(data)
+    run(example, "--config", config, "--output", tmp_path)
+    assert (tmp_path / "metrics.csv").read_text() == (folder / "metrics.csv").read_text()
+    assert (tmp_path / "config.yaml").read_text() == config.read_text()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("- 1", "must hold options"),
+        ("a: [", "neither a file of options nor one of m3ed, mosei"),
+        (None, "neither a file of options"),
+    ],
+)
+def test_bad_config_ends_in_one_line(example, tmp_path, content, message):
+    path = tmp_path / "config.yaml"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(SystemExit) as stop:
+        run(example, "--config", path)
+    assert message in str(stop.value)
+    assert "\n" not in str(stop.value)
+
+
+def test_unknown_option_of_a_config_is_refused(example, tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("learning_rate: 1")
+    with pytest.raises(SystemExit):
+        run(example, "--config", tmp_path / "config.yaml")
+    assert "--learning-rate=1" in capsys.readouterr().err
+
+
+def test_fast_dev_run_keeps_nothing(example, finished, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    run(example, "--data", finished[1], "--fast-dev-run", *SMALL)
+    assert "test split" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
 
 
 def test_predict_refuses_other_labels_and_foreign_checkpoints(example, finished, tmp_path):
@@ -514,7 +589,7 @@ def test_disturbed_training_samples(example):
     options = {"hidden_dim": 16, "heads": 2, "layers": 1, "queue_size": 0}
     lit = example.LitLDDU({"a": 3}, {"a": 5}, ["x"], 4000, options, drop_modality=0.4)
     lit.model.encoders["a"].std.copy_(torch.tensor([0.1, 1.0, 10.0]))
-    batch = example.Batch(
+    batch = example.MultimodalBatch(
         {"a": torch.ones(4000, 5, 3)},
         {"a": torch.arange(5) >= torch.full((4000, 1), 3)},
         torch.zeros(4000, 1),
@@ -523,13 +598,13 @@ def test_disturbed_training_samples(example):
     features, padding = lit.disturbed(batch)
     assert torch.equal(features["a"], batch.features["a"])
     lost = padding["a"].all(1)
-    assert torch.equal(padding["a"][~lost], batch.padding["a"][~lost])
+    assert torch.equal(padding["a"][~lost], batch.padding_mask["a"][~lost])
     assert float(lost.float().mean()) == pytest.approx(0.2, abs=0.03)
     lit.hparams["drop_modality"], lit.hparams["corrupt_modality"] = 0.0, 0.4
     features, padding = lit.disturbed(batch)
-    assert torch.equal(padding["a"], batch.padding["a"])
+    assert torch.equal(padding["a"], batch.padding_mask["a"])
     noise = features["a"] - 1
-    assert not noise[batch.padding["a"]].any()
+    assert not noise[batch.padding_mask["a"]].any()
     changed = noise.flatten(1).any(1)
     assert float(changed.float().mean()) == pytest.approx(0.4, abs=0.04)
     # the variance of a uniform size in [0, 5] times a standard normal is 25 / 3

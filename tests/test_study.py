@@ -85,7 +85,7 @@ def test_every_arm_changes_the_default(study):
 
 def test_synthetic_file_holds_what_is_known(study, tmp_path):
     study.synthetic_file(tmp_path / "data.npz", (5, 3, 2))
-    parts = study.lddu_full.load_npz(tmp_path / "data.npz")
+    parts = study.read_npz(tmp_path / "data.npz")
     assert [len(parts[part]) for part in ("train", "validation", "test")] == [5, 3, 2]
     world = SyntheticMMER()
     samples = world.sample(10, seed=1)
@@ -97,16 +97,16 @@ def test_synthetic_file_holds_what_is_known(study, tmp_path):
     for name, features in samples.features.items():
         joined = torch.cat([part.features[name] for part in parts.values()])
         assert torch.equal(joined, features)
-        padding = torch.cat([part.padding[name] for part in parts.values()])
+        padding = torch.cat([part.padding_mask[name] for part in parts.values()])
         assert torch.equal(padding, samples.padding_mask[name])
 
 
 def test_corruption_touches_valid_steps_of_one_modality(study, tmp_path):
     study.synthetic_file(tmp_path / "data.npz", (500, 1, 1))
-    data = study.lddu_full.load_npz(tmp_path / "data.npz")["train"]
+    data = study.read_npz(tmp_path / "data.npz")["train"]
     changed = study.corrupted(data, "audio", 3.0)
     assert all(torch.equal(changed.features[m], data.features[m]) for m in ("text", "vision"))
-    valid = ~data.padding["audio"]
+    valid = ~data.padding_mask["audio"]
     added = changed.features["audio"] - data.features["audio"]
     assert not added[~valid].any()
     ratio = added[valid].std(0) / data.features["audio"][valid].std(0)

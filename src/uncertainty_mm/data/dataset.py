@@ -261,6 +261,29 @@ class MultimodalDataset(Dataset[MultimodalBatch]):
             validate_args=False,
         )
 
+    def select(self, indices: Sequence[int] | Tensor) -> MultimodalDataset:
+        """The samples at these positions, in this order.
+
+        Args:
+            indices: Positions in the data set; negative ones count from the end.
+
+        Returns:
+            A data set whose own positions begin with 0. How many of its masked steps were not finite is not known.
+
+        Raises:
+            IndexError: If there is no such position.
+        """
+        rows = torch.as_tensor(indices, dtype=torch.int64)
+        return MultimodalDataset(
+            {name: x[rows] for name, x in self.features.items()},
+            {name: x[rows] for name, x in self.padding_mask.items()},
+            self.labels[rows],
+            self.label_names,
+            soft_labels=None if self.soft_labels is None else self.soft_labels[rows],
+            ids=None if self.ids is None else [self.ids[row] for row in rows.tolist()],
+            validate_args=False,
+        )
+
     @property
     def dims(self) -> dict[str, int]:
         """Size of a step by modality: what the layers take as `modality_dims`."""
