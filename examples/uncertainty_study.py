@@ -5,21 +5,16 @@
     python examples/uncertainty_study.py --arms default paper --seeds 0 1      # part of it
 
 Every run is a run of `lddu_full.py` with a few options changed (`ARMS`), for several seeds. A finished run is not
-repeated, so the command can be stopped and started again, and extended by arms, seeds and files. It writes
-`study.json` (every run), `study.md` (mean and standard deviation over seeds) and figures of the default arm.
+repeated, so the command can be stopped and started again, and extended by arms, seeds and files (`sweep.py`). It writes
+every run (`runs.json`, `runs.csv`), mean and standard deviation over seeds (`study.md`) and figures of the default arm.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import csv
 import json
-import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +35,10 @@ from uncertainty_mm.measures import (
 
 try:
     from . import lddu_full
+    from .sweep import Row, Run, add_arguments, slug, sweep, table
 except ImportError:  # run as a script
     import lddu_full  # type: ignore[no-redef]
+    from sweep import Row, Run, add_arguments, slug, sweep, table  # type: ignore[no-redef]
 
 # What an arm changes. Everything else is the default of `lddu_full.py`, but for the size of the model (`SMALL`).
 ARMS: dict[str, str] = {
@@ -170,50 +167,24 @@ def measure(folder: Path, file: Path) -> dict[str, float]:
     return row
 
 
-def run(file: Path, arm: str, seed: int, epochs: int, options: str, folder: Path) -> dict[str, Any]:
-    """One run; what it prints goes to `run.log`."""
-    done = folder / "measures.json"
-    if not done.exists():
-        torch.set_num_threads(1)
-        folder.mkdir(parents=True, exist_ok=True)
-        arguments = f"{SMALL} {ARMS[arm]} {options} --seed {seed} --epochs {epochs}".split()
-        arguments += ["--accelerator", "cpu", "--data", str(file), "--output", str(folder)]
-        with (
-            open(folder / "run.log", "w") as log,
-            contextlib.redirect_stdout(log),
-            contextlib.redirect_stderr(log),
-        ):
-            lddu_full.main(arguments)
-        row = measure(folder, file)
-        partial = done.with_suffix(".part")
-        partial.write_text(json.dumps(row, indent=2))
-        partial.replace(done)
-    return {"data": file.stem, "arm": arm, "seed": seed, **json.loads(done.read_text())}
+def work(run: Run) -> dict[str, float]:
+    """Trains one arm with one seed, and measures it."""
+    args = run.args
+    arguments = f"{SMALL} {ARMS[run.arm]} {args.options} --seed {run.seed} --epochs {args.epochs}"
+    where = ["--accelerator", "cpu", "--data", str(run.file), "--output", str(run.folder)]
+    lddu_full.main(arguments.split() + where)
+    return measure(run.folder, run.file)
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown: mean and standard deviation over seeds; two tables a data set, of predictions and of uncertainties."""
-    text = []
+def report(rows: Sequence[Row]) -> str:
+    """Markdown: two tables a data set, of predictions and of uncertainties."""
+    lines = []
     for name in dict.fromkeys(row["data"] for row in rows):
         here = [row for row in rows if row["data"] == name]
         measures = [key for key in here[0] if key not in ("data", "arm", "seed")]
-        text += [f"{name}:", ""]
-        for columns in (PREDICTION, [key for key in measures if key not in PREDICTION]):
-            text.append("| arm | seeds | " + " | ".join(columns) + " |")
-            text.append("|---|---:|" + "---:|" * len(columns))
-            for arm in (arm for arm in ARMS if any(row["arm"] == arm for row in here)):
-                of_arm = [row for row in here if row["arm"] == arm]
-                cells = (cell([row[column] for row in of_arm]) for column in columns)
-                text.append(f"| {arm} | {len(of_arm)} | " + " | ".join(cells) + " |")
-            text.append("")
-    return "\n".join(text)
-
-
-def cell(values: Sequence[float | None]) -> str:
-    """Mean and standard deviation over seeds; nan where a run has none."""
-    array = np.array(values, dtype=float)
-    spread = f" ±{array.std(ddof=1):.3f}" if len(array) > 1 else ""
-    return f"{array.mean():.3f}{spread}"
+        lines += [f"{name}:", "", *table(here, PREDICTION), ""]
+        lines += [*table(here, [key for key in measures if key not in PREDICTION]), ""]
+    return "\n".join(lines)
 
 
 def figures(folder: Path, file: Path, output: Path) -> None:
@@ -250,66 +221,20 @@ def figures(folder: Path, file: Path, output: Path) -> None:
         ax.figure.savefig(output / f"{file.stem}_{name}.png", dpi=110)
 
 
-def study(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """All runs of all data sets, `--jobs` at a time; writes tables and figures."""
-    args.output.mkdir(parents=True, exist_ok=True)
-    files: list[Path] = []
+def study(args: argparse.Namespace) -> int:
+    """All runs of all data sets; writes tables and figures. Returns how many runs failed."""
+    files = list(args.data)
     if not args.no_synthetic:
-        files.append(args.output / "synthetic.npz")
+        files.insert(0, args.output / "synthetic.npz")
         if not files[0].exists():
             synthetic_file(files[0], args.sizes)
-    files += args.data
-    jobs = [
-        (
-            file,
-            arm,
-            seed,
-            args.epochs,
-            args.options,
-            args.output / file.stem / slug(arm) / str(seed),
-        )
-        for seed in args.seeds  # a stopped study has all arms of the first seeds
-        for file in files
-        for arm in args.arms
-    ]
-    rows: dict[int, dict[str, Any]] = {}
-    with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
-        futures = {pool.submit(run, *job): index for index, job in enumerate(jobs)}
-        for future in as_completed(futures):
-            index = futures[future]
-            file, arm, seed = jobs[index][:3]
-            try:
-                rows[index] = future.result()
-                outcome = f"miF1 {rows[index]['miF1']:.3f}"
-            except (Exception, SystemExit) as error:  # the other runs go on
-                outcome = f"failed: {error}, see {jobs[index][-1]}/run.log"
-            print(
-                f"[{len(rows)}/{len(jobs)}] {file.stem}, {arm}, seed {seed}: {outcome}", flush=True
-            )
-    finished = [rows[index] for index in sorted(rows)]
-    (args.output / "study.json").write_text(json.dumps(finished, indent=1) + "\n")
-    (args.output / "study.md").write_text(table(finished))
-    write_csv(args.output / "study.csv", finished)
+    rows, failed = sweep(work, files, args)
+    (args.output / "study.md").write_text(report(rows))
     for file in files:
         folder = args.output / file.stem / slug("default") / str(args.seeds[0])
         if (folder / "best.ckpt").exists():
             figures(folder, file, args.output)
-    return finished
-
-
-def slug(arm: str) -> str:
-    """Name of an arm's folder."""
-    return "".join(c if c.isalnum() else "_" for c in arm)
-
-
-def write_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """One line a run."""
-    rows = list(rows)
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
+    return failed
 
 
 def parser() -> argparse.ArgumentParser:
@@ -317,24 +242,21 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         description="Variants of LDDU and what their uncertainty is worth."
     )
+    add_arguments(result, list(ARMS), "runs/uncertainty")
     add = result.add_argument
-    add("--data", type=Path, nargs="*", default=[], help=".npz files in the layout of lddu_full.py")
     add("--no-synthetic", action="store_true", help="leave the synthetic data out")
     add("--sizes", type=int, nargs=3, default=(4000, 1000, 2000), help="of the synthetic splits")
-    add("--arms", nargs="*", default=list(ARMS), choices=list(ARMS), metavar="ARM", help="variants")
-    add("--seeds", type=int, nargs="*", default=[0, 1, 2, 3, 4])
     add("--epochs", type=int, default=10)
-    add("--options", default="", help="further options of lddu_full.py for all runs, in quotes")
-    add("--jobs", type=int, default=os.cpu_count(), help="runs at a time")
-    add("--output", type=Path, default=Path("runs/uncertainty"))
     return result
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line."""
     args = parser().parse_args(sys.argv[1:] if argv is None else argv)
-    study(args)
+    failed = study(args)
     print((args.output / "study.md").read_text())
+    if failed:
+        sys.exit(f"{failed} runs failed")
 
 
 if __name__ == "__main__":

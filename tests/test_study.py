@@ -36,7 +36,8 @@ def study():
         import uncertainty_study
 
         yield uncertainty_study
-        del sys.modules["uncertainty_study"]
+        for name in ("uncertainty_study", "lddu_full", "sweep"):
+            del sys.modules[name]
 
 
 def test_failing_arm_costs_itself_and_a_finished_one_is_not_repeated(study, tmp_path, capsys):
@@ -45,9 +46,10 @@ def test_failing_arm_costs_itself_and_a_finished_one_is_not_repeated(study, tmp_
     in_the_way = tmp_path / "synthetic" / "paper"
     in_the_way.parent.mkdir()
     in_the_way.touch()  # where the folder of the run should be
-    study.main(command)
-    assert "paper, seed 0: failed: " in capsys.readouterr().out
-    (row,) = json.loads((tmp_path / "study.json").read_text())
+    with pytest.raises(SystemExit, match="1 runs failed"):
+        study.main(command)
+    assert "paper, seed 0: failed: " in "".join(capsys.readouterr())
+    (row,) = json.loads((tmp_path / "runs.json").read_text())
     assert (row["data"], row["arm"], row["seed"]) == ("synthetic", "default", 0)
     assert set(row) == MEASURES | {"data", "arm", "seed"}
 
@@ -59,12 +61,12 @@ def test_failing_arm_costs_itself_and_a_finished_one_is_not_repeated(study, tmp_
     study.main(command)
     assert [path.stat().st_mtime_ns for path in finished] == before
 
-    rows = json.loads((tmp_path / "study.json").read_text())
+    rows = json.loads((tmp_path / "runs.json").read_text())
     assert [row["arm"] for row in rows] == ["default", "paper"]
     assert rows[0] == row
-    with open(tmp_path / "study.csv", newline="") as file:
+    with open(tmp_path / "runs.csv", newline="") as file:
         assert [float(line["miF1"]) for line in csv.DictReader(file)] == [r["miF1"] for r in rows]
-    assert (tmp_path / "study.md").read_text() == study.table(rows)
+    assert (tmp_path / "study.md").read_text() == study.report(rows)
     for figure in ("reliability", "risk_coverage", "attribution", "noise"):
         assert (tmp_path / f"synthetic_{figure}.png").stat().st_size > 0
     model = torch.load(tmp_path / "synthetic" / "paper" / "0" / "best.ckpt", weights_only=True)
@@ -121,12 +123,12 @@ def test_tables_have_mean_and_standard_deviation_over_seeds(study):
     rows = [
         {"data": "one", "arm": arm, "seed": seed, "miF1": score, "std": std, **others}
         for arm, seed, score, std in (
-            ("paper", 0, None, 0.3),  # not measurable there
             ("default", 0, 0.6, 1.0),
+            ("paper", 0, None, 0.3),  # not measurable there
             ("default", 1, 0.8, 2.0),
         )
     ]
-    lines = study.table(rows).split("\n")
+    lines = study.report(rows).split("\n")
     assert lines[0] == "one:"
     assert lines[2].startswith("| arm | seeds | miF1 | mAP |")
     assert lines[4].startswith("| default | 2 | 0.700 ±0.141 | 0.000 ±0.000 |")

@@ -1,0 +1,142 @@
+"""Many runs, each on its own: over data sets, variants and seeds, some at a time, resumable.
+
+A run has a folder, prints into `run.log` there, and leaves its measures in `measures.json`. A run that is finished is
+not repeated, and one that fails does not stop the others. `uncertainty_study.py`, `lddu_ablation.py` and `baselines.py`
+are such sweeps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import json
+import os
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+
+class Run(NamedTuple):
+    """One run of a sweep."""
+
+    file: Path  # the data
+    arm: str  # the variant
+    seed: int
+    folder: Path  # where the run is written
+    args: argparse.Namespace  # command line of the sweep
+
+    def __str__(self) -> str:
+        return f"{self.file.stem}, {self.arm}, seed {self.seed}"
+
+
+Row = dict[str, Any]
+Work = Callable[[Run], Mapping[str, float]]
+
+
+def add_arguments(parser: argparse.ArgumentParser, arms: Sequence[str], output: str) -> None:
+    """The options that all sweeps share."""
+    add = parser.add_argument
+    add("--data", type=Path, nargs="*", default=[], help="files, in a layout of lddu_full.py")
+    add("--arms", nargs="*", default=list(arms), choices=list(arms), metavar="ARM", help="variants")
+    add("--seeds", type=int, nargs="*", default=[0, 1, 2, 3, 4], help="default: 0 to 4")
+    add("--options", default="", help="options of lddu_full.py for all runs, in quotes")
+    add("--jobs", type=int, default=os.cpu_count(), help="runs at a time")
+    add("--output", type=Path, default=Path(output), help="folder (default: %(default)s)")
+
+
+def sweep(work: Work, files: Sequence[Path], args: argparse.Namespace) -> tuple[list[Row], int]:
+    """Runs `work` for all files, arms and seeds, `args.jobs` at a time; writes `runs.json` and `runs.csv`.
+
+    Args:
+        work: Takes a run, writes into its folder, and returns its measures. It must be importable by its name.
+        files: Data sets.
+        args: What :func:`add_arguments` has added, parsed.
+
+    Returns:
+        A row for every finished run (`data`, `arm`, `seed`, and its measures), and how many runs failed.
+    """
+    runs = [
+        Run(file, arm, seed, args.output / file.stem / slug(arm) / str(seed), args)
+        for seed in args.seeds  # a stopped sweep has all arms of the first seeds
+        for file in files
+        for arm in args.arms
+    ]
+    rows: dict[int, Row] = {}
+    with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
+        futures = {pool.submit(finish, work, run): index for index, run in enumerate(runs)}
+        with tqdm(total=len(runs), unit="run", smoothing=0) as bar:
+            for future in as_completed(futures):
+                index = futures[future]
+                try:
+                    rows[index] = future.result()
+                except (Exception, SystemExit) as error:  # the other runs go on
+                    bar.write(f"{runs[index]}: failed: {error}, see {runs[index].folder}/run.log")
+                bar.update()
+    finished = [rows[index] for index in sorted(rows)]
+    args.output.mkdir(parents=True, exist_ok=True)
+    (args.output / "runs.json").write_text(json.dumps(finished, indent=1) + "\n")
+    with open(args.output / "runs.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in finished for key in row)))
+        writer.writeheader()
+        writer.writerows(finished)
+    return finished, len(runs) - len(finished)
+
+
+def finish(work: Work, run: Run) -> Row:
+    """Does a run unless it was done; its measures appear in one piece or not at all."""
+    done = run.folder / "measures.json"
+    if not done.exists():
+        torch.set_num_threads(1)
+        run.folder.mkdir(parents=True, exist_ok=True)
+        with (
+            open(run.folder / "run.log", "w") as log,
+            contextlib.redirect_stdout(log),
+            contextlib.redirect_stderr(log),
+        ):
+            try:
+                measures = work(run)
+            except BaseException:
+                traceback.print_exc()
+                raise
+        partial = done.with_suffix(".part")
+        partial.write_text(json.dumps(measures, indent=2) + "\n")
+        partial.replace(done)
+    return {
+        "data": run.file.stem,
+        "arm": run.arm,
+        "seed": run.seed,
+        **json.loads(done.read_text()),
+    }
+
+
+def table(rows: Sequence[Row], columns: Sequence[str]) -> list[str]:
+    """Markdown, one line an arm: mean and standard deviation over seeds."""
+    lines = [
+        "| arm | seeds | " + " | ".join(columns) + " |",
+        "|---|---:|" + "---:|" * len(columns),
+    ]
+    for arm in dict.fromkeys(row["arm"] for row in rows):
+        of_arm = [row for row in rows if row["arm"] == arm]
+        cells = (cell([row.get(column) for row in of_arm]) for column in columns)
+        lines.append(f"| {arm} | {len(of_arm)} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def cell(values: Sequence[float | None]) -> str:
+    """Mean and standard deviation over seeds; nan where a run has none."""
+    array = np.array(values, dtype=float)
+    spread = f" ±{array.std(ddof=1):.3f}" if len(array) > 1 else ""
+    return f"{array.mean():.3f}{spread}"
+
+
+def slug(arm: str) -> str:
+    """Name of an arm's folder."""
+    return "".join(c if c.isalnum() else "_" for c in arm)
