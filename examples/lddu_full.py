@@ -1198,15 +1198,20 @@ def parser() -> argparse.ArgumentParser:
     return main_parser
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command line."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The command (default: train), its options, and those of a file after --config."""
+    arguments = list(arguments)
     if not arguments or arguments[0] not in ("train", "predict", "-h", "--help"):
         arguments.insert(0, "train")
+    return parser().parse_args(arguments[:1] + options_from_file(arguments[1:]))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command line."""
     warnings.filterwarnings("ignore", module="lightning")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     try:
-        args = parser().parse_args(arguments[:1] + options_from_file(arguments[1:]))
+        args = parse(sys.argv[1:] if argv is None else argv)
         if args.command == "predict":
             predict(args)
         else:

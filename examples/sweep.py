@@ -117,16 +117,22 @@ def finish(work: Work, run: Run) -> Row:
     }
 
 
-def table(rows: Sequence[Row], columns: Sequence[str]) -> list[str]:
-    """Markdown, one line an arm: mean and standard deviation over seeds."""
+def table(
+    rows: Sequence[Row],
+    columns: Sequence[str],
+    notes: Mapping[str, Mapping[str, str]] | None = None,
+) -> list[str]:
+    """Markdown, one line an arm: mean and standard deviation over seeds, then `notes[column][arm]`."""
+    notes = notes or {}
     lines = [
-        "| arm | seeds | " + " | ".join(columns) + " |",
-        "|---|---:|" + "---:|" * len(columns),
+        "| " + " | ".join(("arm", "seeds", *columns, *notes)) + " |",
+        "|---|---:|" + "---:|" * (len(columns) + len(notes)),
     ]
     for arm in dict.fromkeys(row["arm"] for row in rows):
         of_arm = [row for row in rows if row["arm"] == arm]
-        cells = (cell([row.get(column) for row in of_arm]) for column in columns)
-        lines.append(f"| {arm} | {len(of_arm)} | " + " | ".join(cells) + " |")
+        cells = [cell([row.get(column) for row in of_arm]) for column in columns]
+        cells += [note[arm] for note in notes.values()]
+        lines.append("| " + " | ".join((arm, str(len(of_arm)), *cells)) + " |")
     return lines
 
 
