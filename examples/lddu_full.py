@@ -838,6 +838,16 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return content
 
 
+def load(path: Path, lit_class: type[LitLDDU] = LitLDDU) -> LitLDDU:
+    """The model of a checkpoint, on the CPU; raises UsageError if it is not of this version of the program."""
+    read_checkpoint(path)
+    try:
+        return lit_class.load_from_checkpoint(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, TypeError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"{path}: of another model or version ({reason})") from error
+
+
 def check_resumable(path: Path, lit: LitLDDU, epochs: int) -> None:
     """Raises UsageError unless the checkpoint is of the same training and leaves something to do."""
     checkpoint = read_checkpoint(path)
@@ -931,9 +941,7 @@ def train(args: argparse.Namespace, lit_class: type[LitLDDU] = LitLDDU) -> dict[
     if not trainer.is_global_zero:
         return {}
 
-    lit = lit_class.load_from_checkpoint(
-        best.best_model_path, map_location="cpu", weights_only=True
-    )
+    lit = load(Path(best.best_model_path), lit_class)
     results: dict[str, Any] = {
         "data": name,
         "seed": args.seed,
@@ -1017,8 +1025,7 @@ def apply(lit: LitLDDU, data: MultimodalDataset, args: argparse.Namespace) -> di
 
 def predict(args: argparse.Namespace) -> None:
     """Applies a checkpoint to one split and writes one row a sample (.csv) or arrays (.npz)."""
-    read_checkpoint(args.ckpt)
-    lit = LitLDDU.load_from_checkpoint(args.ckpt, map_location="cpu", weights_only=True)
+    lit = load(args.ckpt)
     data = read_data(args.data, args.format, args.labels, [args.split])[args.split]
     for what, wanted, received in (
         ("modalities and feature sizes", lit.hparams["modality_dims"], data.dims),

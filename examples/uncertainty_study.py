@@ -118,10 +118,7 @@ def sizes_of(outputs: Mapping[str, Tensor]) -> Tensor:
 
 def best_of(folder: Path, file: Path) -> tuple[lddu_full.LitLDDU, MultimodalDataset]:
     """The best checkpoint of a run, and the test split."""
-    lit = lddu_full.LitLDDU.load_from_checkpoint(
-        folder / "best.ckpt", map_location="cpu", weights_only=True
-    )
-    return lit, read_npz(file, splits=["test"])["test"]
+    return lddu_full.load(folder / "best.ckpt"), read_npz(file, splits=["test"])["test"]
 
 
 def measure(folder: Path, file: Path) -> dict[str, float]:

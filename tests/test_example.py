@@ -420,7 +420,14 @@ def test_predict_refuses_other_labels_and_foreign_checkpoints(example, finished,
     other = save(tmp_path / "other.npz", label_names=np.array(["second", "first"]))
     with pytest.raises(SystemExit, match=r"labels .* are not those of the checkpoint"):
         run(example, "predict", "--ckpt", folder / "best.ckpt", "--data", other)
-    for ckpt, message in ((data, "not a checkpoint"), (tmp_path / "none.ckpt", "no such file")):
+    old = torch.load(folder / "best.ckpt", weights_only=True)
+    del old["state_dict"]["model.modality_bias"]
+    torch.save(old, tmp_path / "old.ckpt")
+    for ckpt, message in (
+        (data, "not a checkpoint"),
+        (tmp_path / "none.ckpt", "no such file"),
+        (tmp_path / "old.ckpt", "of another model or version .*modality_bias"),
+    ):
         with pytest.raises(SystemExit, match=message):
             run(example, "predict", "--ckpt", ckpt, "--data", data)
 
