@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -66,9 +67,9 @@ def explain(
 def tsne(runs: Sequence[lddu_full.LitLDDU], data: MultimodalDataset) -> Figure:
     """The Gaussians of the labels that are present, one panel a run, for the same samples.
 
-    Drawn is what the contrastive loss compares (Eq. 4, as the first run has it). The title has the silhouette (Rousseeuw
-    1987) of the classes that the loss pulls together, a modality and a label each, in the space of Eq. 4, not in the
-    plane: 1 for tight clusters far apart, 0 for none.
+    Drawn is what the contrastive loss compares (Eq. 4, as the first run has it). The title has the silhouette
+    (Rousseeuw 1987, doi 10.1016/0377-0427(87)90125-7) of the classes that the loss pulls together, a modality and a
+    label each, in the space of Eq. 4, not in the plane: 1 for tight clusters far apart, 0 or less for none.
     """
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
     few = data.select(order[:TSNE_SAMPLES])
@@ -81,10 +82,16 @@ def tsne(runs: Sequence[lddu_full.LitLDDU], data: MultimodalDataset) -> Figure:
             contrastive.use_mean, contrastive.use_std, contrastive.joint
         )
         shown = (few.labels > 0).unsqueeze(1) & ~output.missing.unsqueeze(2)  # (B, M, Q)
+        if shown.sum() < 3:
+            raise lddu_full.UsageError(
+                f"t-SNE needs at least 3 distributions of labels that are present, got {shown.sum()}"
+            )
         plots.latent_tsne(embedding, few.label_names, list(few.dims), shown=shown, ax=panel)
         _, modality, label = shown.nonzero(as_tuple=True)
         classes = modality * len(few.label_names) + label
-        silhouette = silhouette_score(embedding[shown].numpy(), classes.numpy())
+        silhouette = math.nan  # unless there are classes of several points
+        if 1 < len(classes.unique()) < len(classes):
+            silhouette = silhouette_score(embedding[shown].numpy(), classes.numpy())
         weight = lit.hparams["model"]["scl_weight"]
         loss = r"$\mathcal{L}_{scl}$"
         title = f"with {loss}, weight {weight:g}" if weight else f"without {loss}"
@@ -136,7 +143,7 @@ def case(
     sample = data.select([position])
     output, weights = explain(lit, sample)
     names, rows = data.label_names, len(data.label_names)
-    figure = Figure(figsize=(9.5, 3.4 + 0.5 * rows), layout="constrained")
+    figure = Figure(figsize=(max(9.5, 3.2 * len(weights)), 3.4 + 0.5 * rows), layout="constrained")
     above, below = figure.subfigures(2, 1)
     name = position if data.ids is None else data.ids[position]
     present = [label for label, y in zip(names, sample.labels[0].tolist(), strict=True) if y]
@@ -225,8 +232,10 @@ def correlations(probs: Tensor, threshold: Tensor, data: MultimodalDataset) -> F
 def draw(args: argparse.Namespace) -> None:
     """Writes all figures."""
     data = lddu_full.read_data(args.data, args.format, args.labels, ["test"])["test"]
-    if min(data.labels.shape) < 2 or data.labels.sum() < 3:
-        raise lddu_full.UsageError(f"{args.data}: the test split is too small for figures")
+    if min(data.labels.shape) < 2:
+        raise lddu_full.UsageError(
+            f"{args.data}: the figures need at least two test samples and two labels"
+        )
     runs = [lddu_full.load(run / "best.ckpt", data, args.data) for run in args.runs]
     lit = runs[0]
     position = None if args.sample is None else position_of(args.sample, data)

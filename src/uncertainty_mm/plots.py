@@ -425,7 +425,7 @@ def attention_map(
         ax = _figure(7, 1.2 + 0.3 * len(names)).subplots()
     image = ax.imshow(w.numpy(), aspect="auto", vmin=0, cmap="viridis", interpolation="nearest")
     ax.set_yticks(range(len(names)), names)
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
     ax.set(xlabel="step of the sequence")
     ax.figure.colorbar(image, ax=ax, label="weight")
     return ax
