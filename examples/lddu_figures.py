@@ -183,7 +183,14 @@ def draw_probs(
     rows = torch.arange(len(names))
     ax.barh(rows, probs, 0.7, color=[PRESENT if y else ABSENT for y in labels.tolist()])
     (diamonds,) = ax.plot(
-        first, rows, "D", color=ACCENT, markersize=5, zorder=3, label="first prediction"
+        first,
+        rows,
+        "D",
+        color=ACCENT,
+        markersize=5,
+        zorder=3,
+        clip_on=False,
+        label="first prediction",
     )
     lines = ax.vlines(
         threshold, rows - 0.5, rows + 0.5, color="black", linestyle="--", label="threshold"

@@ -376,9 +376,9 @@ def latent_tsne(
         for q in range(labels):
             x, y = plane[(modality == m) & (label == q)].T
             color, marker = COLORS[q % len(COLORS)], MARKERS[m % len(MARKERS)]
-            style = (
-                {"c": color, "lw": 0} if q < len(COLORS) else {"fc": "none", "ec": color, "lw": 1}
-            )
+            style: dict[str, Any] = {"color": color, "linewidths": 0}
+            if q >= len(COLORS):
+                style = {"facecolors": "none", "edgecolors": color, "linewidths": 1}
             ax.scatter(x, y, s=14, marker=marker, alpha=0.7, **style)
     ax.set(xticks=[], yticks=[], xlabel="t-SNE 1", ylabel="t-SNE 2")
     handles = [
