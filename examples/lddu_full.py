@@ -1023,23 +1023,29 @@ def apply(lit: LitLDDU, data: MultimodalDataset, args: argparse.Namespace) -> di
     return {key: torch.cat([step[key] for step in steps]).float() for key in steps[0]}
 
 
-def predict(args: argparse.Namespace) -> None:
-    """Applies a checkpoint to one split and writes one row a sample (.csv) or arrays (.npz)."""
-    lit = load(args.ckpt)
-    data = read_data(args.data, args.format, args.labels, [args.split])[args.split]
+def load_for(data: MultimodalDataset, source: Path, ckpt: Path) -> LitLDDU:
+    """The model of a checkpoint; raises UsageError unless it can be applied to the data, which `source` holds."""
+    lit = load(ckpt)
     for what, wanted, received in (
         ("modalities and feature sizes", lit.hparams["modality_dims"], data.dims),
         ("labels", lit.hparams["label_names"], data.label_names),
     ):
         if wanted != received:
             raise UsageError(
-                f"{args.data}: {what} {received} are not those of the checkpoint, {wanted}"
+                f"{source}: {what} {received} are not those of the checkpoint, {wanted}"
             )
     for name, steps in lit.hparams["max_steps"].items():
         if data.steps[name] > steps:
             raise UsageError(
-                f"{args.data}: modality `{name}` has {data.steps[name]} steps, the checkpoint knows {steps}"
+                f"{source}: modality `{name}` has {data.steps[name]} steps, the checkpoint knows {steps}"
             )
+    return lit
+
+
+def predict(args: argparse.Namespace) -> None:
+    """Applies a checkpoint to one split and writes one row a sample (.csv) or arrays (.npz)."""
+    data = read_data(args.data, args.format, args.labels, [args.split])[args.split]
+    lit = load_for(data, args.data, args.ckpt)
     save = save_arrays if args.output.suffix == ".npz" else save_rows
     save(args.output, lit, data, apply(lit, data, args))
     print(
