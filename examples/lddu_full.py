@@ -377,9 +377,14 @@ class LDDU(nn.Module):
             return torch.full_like(dir_probs, 0.0 if certain else 1.0)
         return expected_distance(dir_probs)
 
-    def losses(self, output: Output, labels: Tensor, indices: Tensor) -> dict[str, Tensor]:
-        """The losses of Eq. 16, of the modalities alone, and their weighted sum, `total`."""
-        target = labels.float()
+    def losses(
+        self, output: Output, labels: Tensor, indices: Tensor, targets: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """The losses of Eq. 16, of the modalities alone, and their weighted sum, `total`.
+
+        The classifiers are trained towards `targets` (B, Q) in [0, 1] if given, such as soft labels, else the labels.
+        """
+        target = (labels if targets is None else targets).float()
         each = target.unsqueeze(1).expand_as(output.modality_logits)
         by_modality = F.binary_cross_entropy_with_logits(
             output.modality_logits.float(), each, reduction="none"
@@ -449,6 +454,7 @@ class LitLDDU(L.LightningModule):
         corrupt_modality: float = 0.0,
         thresholds: str = "single",
         seed: int = 0,
+        soft_labels: float = 0.0,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -502,10 +508,19 @@ class LitLDDU(L.LightningModule):
                 features[name] = x + noise.masked_fill(padding[name].unsqueeze(2), 0)
         return features, padding
 
+    def targets(self, batch: MultimodalBatch) -> Tensor:
+        """What the classifiers are trained towards: the labels, or soft labels in [0, 1], or between the two."""
+        labels = batch.labels.float()
+        return (
+            labels
+            if batch.soft_labels is None
+            else labels.lerp(batch.soft_labels, self.hparams["soft_labels"])
+        )
+
     def training_step(self, batch: MultimodalBatch, batch_idx: int) -> Tensor:
         features, padding = self.disturbed(batch)
         output = self.model(features, padding, batch.labels)
-        losses = self.model.losses(output, batch.labels, batch.indices)
+        losses = self.model.losses(output, batch.labels, batch.indices, self.targets(batch))
         size = batch.labels.shape[0]
         for name, loss in losses.items():
             self.log(
@@ -818,6 +833,8 @@ def check_options(args: argparse.Namespace) -> None:
         raise UsageError("--epochs must be above 0")
     if args.hidden_dim % args.heads:
         raise UsageError(f"--hidden-dim {args.hidden_dim} is no multiple of --heads {args.heads}")
+    if args.soft_labels > 1:
+        raise UsageError(f"--soft-labels must be in [0, 1], got {args.soft_labels}")
     for name in ("dropout", "warmup", "drop_modality", "corrupt_modality"):
         if getattr(args, name) >= 1:
             raise UsageError(
@@ -881,6 +898,11 @@ def train(args: argparse.Namespace, lit_class: type[LitLDDU] = LitLDDU) -> dict[
         args.output = Path(tempfile.mkdtemp())
     folder = run_folder(args, name)
     data = parts["train"]
+    if args.soft_labels:
+        if data.soft_labels is None:
+            raise UsageError("--soft-labels: the training split has none")
+        # Shares of raters stay as they are; intensities, 0 to 3 in CMU-MOSEI, become shares of the largest.
+        data.soft_labels = data.soft_labels / data.soft_labels.max().clamp_min(1)
     say(f"{name}: {' + '.join(str(len(parts[part])) for part in SPLITS)} samples; for training")
     say(data.summary())
     lit = lit_class(
@@ -896,6 +918,7 @@ def train(args: argparse.Namespace, lit_class: type[LitLDDU] = LitLDDU) -> dict[
         args.corrupt_modality,
         args.thresholds,
         args.seed,
+        args.soft_labels,
     )
     for modality, encoder in lit.model.encoders.items():
         valid = data.features[modality][~data.padding_mask[modality]].float()
@@ -1109,6 +1132,10 @@ TRAINING_OPTIONS: dict[str, tuple[Any, str]] = {
     "corrupt_modality": (
         0.0,
         "share of the training sequences that get noise of up to 5 times their spread",
+    ),
+    "soft_labels": (
+        0.0,
+        "share of the soft labels (of raters, intensities) in what the classifiers are trained towards",
     ),
     "thresholds": (("single", "label"), "one threshold for all labels, or one for each"),
     "weight_decay": (0.0, "decoupled weight decay (paper: Adam, none)"),
