@@ -262,7 +262,7 @@ class LDDU(nn.Module):
         combine: str = "product",
         ordinality: str = "rank",
         pairs: str = "SR",
-        targets: str = "modality",
+        targets: str = "both",
         embedding: str = "joint",
         scl_weight: float = 0.1,
         ocl_weight: float = 0.3,
@@ -418,17 +418,14 @@ class LDDU(nn.Module):
         distance = prediction_distance(probs, labels.unsqueeze(1).expand_as(probs)).mean(2)
         self.tracker.update(indices, 1 - distance.detach(), output.missing)
         left_out = ~seen | output.missing
-        if self.targets == "pooled":
-            scores = (std_norm, distance, history, left_out)
-            return self.ordinality(*(score.flatten() for score in scores))
-        columns = zip(
-            std_norm.unbind(1),
-            distance.unbind(1),
-            history.unbind(1),
-            left_out.unbind(1),
-            strict=True,
-        )
-        return torch.stack([self.ordinality(*column) for column in columns]).sum()
+        scores = (std_norm, distance, history, left_out)
+        loss = std_norm.new_zeros(())
+        if self.targets in ("both", "modality"):  # ranks among the samples, for each modality
+            columns = zip(*(score.unbind(1) for score in scores), strict=True)
+            loss = torch.stack([self.ordinality(*column) for column in columns]).sum()
+        if self.targets in ("both", "pooled"):  # ranks among samples and modalities
+            loss = loss + self.ordinality(*(score.flatten() for score in scores))
+        return loss
 
 
 # --- Training --------------------------------------------------------------------------------------------------------
@@ -1170,8 +1167,8 @@ MODEL_OPTIONS: dict[str, tuple[Any, str]] = {
     "ordinality": (("rank", "standardized", "raw"), "mode of Eq. 15"),
     "pairs": (("SR", "SR+DR", "DR", "DS", "SR+DR+DS"), "pairs of Eq. 15"),
     "targets": (
-        ("modality", "pooled", "sample"),
-        "whose errors the standard deviations are held against",
+        ("both", "modality", "pooled", "sample"),
+        "whose errors the standard deviations are held against, and among whom they are ranked",
     ),
     "ocl_weight": (0.3, "lambda of Eq. 16, ordinality loss (paper: 0.1)"),
     "scl_weight": (0.1, "beta of Eq. 16, contrastive loss (paper: 0.8, see above)"),

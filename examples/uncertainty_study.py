@@ -51,6 +51,7 @@ ARMS: dict[str, str] = {
     "ordinality: standardized": "--ordinality standardized",
     "ordinality: none": "--ocl-weight 0",
     "ordinality: pairs SR, DR": "--pairs SR+DR",
+    "targets: modality": "--targets modality",
     "targets: pooled": "--targets pooled",
     "targets: sample": "--targets sample",
     "combine: concatenation": "--combine concat",

@@ -623,9 +623,10 @@ def test_soft_labels_have_to_be_there(example, tmp_path):
             run(example, "--data", data, "--soft-labels", value, "--output", tmp_path / "out")
 
 
-def test_modality_answers_for_its_own_errors(example):
+@pytest.mark.parametrize("targets", ["both", "modality", "pooled"])
+def test_modality_answers_for_its_own_errors(example, targets):
     """The ordinality loss compares each modality's standard deviations with its own predictions."""
-    model = small_model(example)
+    model = small_model(example, targets=targets)
     features, padding = small_inputs()
     labels, indices = torch.randint(0, 2, (6, 4)), torch.tensor([7, 0, 3, 9, 2, 5])
     output = model(features, padding)
@@ -637,11 +638,14 @@ def test_modality_answers_for_its_own_errors(example):
     padding["b"][0] = True  # lost since: its history of `b` stays, and is not compared
     output = model(features, padding)
     distance = (output.modality_logits.sigmoid() - labels.unsqueeze(1)).abs().mean(2)
-    expected = 0
+    std = output.latent.std.flatten(2).norm(dim=2)
+    within, everything = 0, []
     for modality, samples in enumerate((slice(0, 6), slice(1, 5))):
-        std = output.latent.std[samples, modality].flatten(1).norm(dim=1)
-        own = distance[samples, modality], history[samples, modality]
-        expected = expected + model.ordinality(std, *own)
+        own = [score[samples, modality] for score in (std, distance, history)]
+        within = within + model.ordinality(*own)
+        everything.append(own)
+    across = model.ordinality(*(torch.cat(scores) for scores in zip(*everything, strict=True)))
+    expected = {"modality": within, "pooled": across, "both": within + across}[targets]
     torch.testing.assert_close(model.calibration(output, labels, indices), expected)
     assert model.tracker.counts(indices).tolist() == [[2, 1]] + [[2, 2]] * 4 + [[2, 0]]
 
