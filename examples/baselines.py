@@ -45,6 +45,7 @@ except ImportError:  # run as a script
     import lddu_full  # type: ignore[no-redef]
     from sweep import Row, Run, add_arguments, cell, slug, sweep  # type: ignore[no-redef]
 
+Vectors = Sequence[Tensor]  # by modality
 COLUMNS = ("Acc", "P", "R", "miF1", "mAP", "Brier", "ECE")
 
 # --- Networks --------------------------------------------------------------------------------------------------------
@@ -145,10 +146,8 @@ class Baseline(nn.Module):
         """Adds the layers behind the encoders."""
         raise NotImplementedError
 
-    def fuse(
-        self, encoded: Sequence[Tensor], padding: Sequence[Tensor], missing: Tensor
-    ) -> Tensor | Output:
-        """Logits (B, Q) from what the encoders say, padding (B, S_m) and missing modalities (B, M)."""
+    def fuse(self, encoded: Vectors, padding: Vectors) -> Tensor | Output:
+        """Logits (B, Q) from what the encoders say, (B, S_m, D) by modality, and the padding (B, S_m)."""
         raise NotImplementedError
 
     def forward(
@@ -161,8 +160,7 @@ class Baseline(nn.Module):
         encoded = [
             encoder(features[name], padding[name]) for name, encoder in self.encoders.items()
         ]
-        missing = torch.stack([mask.all(1) for mask in masks], 1)
-        fused = self.fuse(encoded, masks, missing)
+        fused = self.fuse(encoded, masks)
         return fused if isinstance(fused, Output) else Output(fused, {})
 
     def losses(self, output: Output, labels: Tensor, indices: Tensor) -> dict[str, Tensor]:
@@ -187,7 +185,8 @@ class Pooling(nn.Module):
         x = (x - self.mean) / self.std
         mean = mean_over_steps(x, padding)
         variance = mean_over_steps((x - mean.unsqueeze(1)).square(), padding)
-        return torch.cat([mean, variance.sqrt()], dim=1)
+        # The root has no slope at 0, the variance of a single step.
+        return torch.cat([mean, variance.clamp_min(1e-12).sqrt()], dim=1)
 
 
 @torch.no_grad()
@@ -221,7 +220,7 @@ class PooledMLP(Baseline):
         self.center.copy_(x.mean(0))
         self.scale.copy_(x.std(0, correction=0).clamp_min(1e-3))
 
-    def fuse(self, encoded: Sequence[Tensor], padding: Sequence[Tensor], missing: Tensor) -> Tensor:
+    def fuse(self, encoded: Vectors, padding: Vectors) -> Tensor:
         return self.head((torch.cat([*encoded], dim=1) - self.center) / self.scale)
 
 
@@ -237,7 +236,7 @@ class EarlyFusion(Baseline):
         self.transformer = Transformer(sizes.dim, sizes.layers + 1, sizes.heads, sizes.dropout)
         self.head = mlp(sizes.dim, sizes.dim, sizes.labels, sizes.dropout)
 
-    def fuse(self, encoded: Sequence[Tensor], padding: Sequence[Tensor], missing: Tensor) -> Tensor:
+    def fuse(self, encoded: Vectors, padding: Vectors) -> Tensor:
         steps = [x + mark for x, mark in zip(encoded, self.modality, strict=True)]
         mask = torch.cat([*padding], dim=1)
         return self.head(mean_over_steps(self.transformer(torch.cat(steps, dim=1), mask), mask))
@@ -251,9 +250,10 @@ class LateFusion(Baseline):
             mlp(sizes.dim, sizes.dim, sizes.labels, sizes.dropout) for _ in range(sizes.modalities)
         )
 
-    def fuse(self, encoded: Sequence[Tensor], padding: Sequence[Tensor], missing: Tensor) -> Tensor:
+    def fuse(self, encoded: Vectors, padding: Vectors) -> Tensor:
         each = zip(self.heads, encoded, padding, strict=True)
         logits = [head(mean_over_steps(x, mask)) for head, x, mask in each]
+        missing = torch.stack([mask.all(1) for mask in padding], dim=1)
         return mean_over_steps(torch.stack(logits, dim=1), missing)
 
 
@@ -294,7 +294,7 @@ class CrossModal(Baseline):
         vectors = sizes.modalities + len(self.pairs)
         self.head = mlp(vectors * sizes.dim, sizes.dim, sizes.labels, sizes.dropout)
 
-    def fuse(self, encoded: Sequence[Tensor], padding: Sequence[Tensor], missing: Tensor) -> Tensor:
+    def fuse(self, encoded: Vectors, padding: Vectors) -> Tensor:
         vectors = [mean_over_steps(x, mask) for x, mask in zip(encoded, padding, strict=True)]
         for (target, source), layer in zip(self.pairs, self.layers, strict=True):
             read = layer(encoded[target], encoded[source], padding[source])
@@ -302,33 +302,35 @@ class CrossModal(Baseline):
         return self.head(torch.cat(vectors, dim=1))
 
 
-def moments(x: Tensor, there: Tensor) -> Tensor:
-    """Mean and central moments 2 to 5 over the samples (B, D) that are there (B, 1), (5, D)."""
-
-    def mean(values: Tensor) -> Tensor:
-        return (values * there).sum(0) / there.sum().clamp_min(1)
-
-    center = mean(x)
-    return torch.stack([center, *(mean((x - center) ** order) for order in range(2, 6))])
+def mean_of(x: Tensor, there: Tensor) -> Tensor:
+    """Mean (D,) of the samples (B, D) that are there (B, 1)."""
+    return (x * there).sum(0) / there.sum().clamp_min(1)
 
 
-def similarity_loss(shared: Sequence[Tensor], there: Sequence[Tensor]) -> Tensor:
-    """Central moment discrepancy (Zellinger et al. 2017) between vectors in (0, 1), mean over the pairs."""
-    each = [moments(x, here) for x, here in zip(shared, there, strict=True)]
-    terms = [
-        torch.linalg.vector_norm(each[i] - each[j], dim=1).sum() * (there[i].any() & there[j].any())
-        for i, j in combinations(range(len(each)), 2)
-    ]
-    return torch.stack(terms).mean() if terms else shared[0].new_zeros(())
+def similarity_loss(shared: Vectors, there: Vectors) -> Tensor:
+    """Central moment discrepancy (Zellinger et al. 2017) of vectors in (0, 1), mean over pairs of modalities."""
+    moments = []  # mean and central moments 2 to 5, (5, D)
+    for x, here in zip(shared, there, strict=True):
+        mean = mean_of(x, here)
+        central = [mean_of((x - mean) ** order, here) for order in range(2, 6)]
+        moments.append(torch.stack([mean, *central]))
+    terms = [shared[0].new_zeros(())]  # of a single modality
+    for i, j in combinations(range(len(shared)), 2):
+        distance = torch.linalg.vector_norm(moments[i] - moments[j], dim=1).sum()
+        terms.append(distance * (there[i].any() & there[j].any()))
+    return torch.stack(terms).sum() / max(1, len(terms) - 1)
 
 
-def difference_loss(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """How far from orthogonal two vectors of a sample are: size of the product of their coordinates, summed over B."""
+def difference_loss(private: Vectors, shared: Vectors, there: Vectors) -> Tensor:
+    """How far the two vectors of a modality, and the private ones of two, are from orthogonal over a batch."""
 
-    def unit(x: Tensor) -> Tensor:
-        return F.normalize(x - x.mean(0), dim=1, eps=1e-6)
+    def unit(x: Tensor, here: Tensor) -> Tensor:
+        return F.normalize(x - mean_of(x, here), dim=1, eps=1e-6) * here
 
-    return torch.stack([(unit(a).T @ unit(b)).square().mean() for a, b in pairs]).sum()
+    own = [unit(x, here) for x, here in zip(private, there, strict=True)]
+    common = [unit(x, here) for x, here in zip(shared, there, strict=True)]
+    pairs = [*zip(own, common, strict=True), *combinations(own, 2)]
+    return torch.stack([(a.T @ b).square().mean() for a, b in pairs]).sum()
 
 
 class InvariantSpecific(Baseline):
@@ -340,43 +342,34 @@ class InvariantSpecific(Baseline):
     """
 
     def build(self, sizes: Sizes) -> None:
-        dim = sizes.dim
+        dim, modalities = sizes.dim, range(sizes.modalities)
         self.projections = nn.ModuleList(
-            nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.LayerNorm(dim))
-            for _ in range(sizes.modalities)
+            nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.LayerNorm(dim)) for _ in modalities
         )
-        self.private = nn.ModuleList(nn.Linear(dim, dim) for _ in range(sizes.modalities))
+        self.private = nn.ModuleList(nn.Linear(dim, dim) for _ in modalities)
         self.shared = nn.Linear(dim, dim)
-        self.decoders = nn.ModuleList(nn.Linear(dim, dim) for _ in range(sizes.modalities))
+        self.decoders = nn.ModuleList(nn.Linear(dim, dim) for _ in modalities)
         self.transformer = Transformer(dim, 1, sizes.heads, sizes.dropout)
         self.head = mlp(2 * sizes.modalities * dim, dim, sizes.labels, sizes.dropout)
 
-    def fuse(self, encoded: Sequence[Tensor], padding: Sequence[Tensor], missing: Tensor) -> Output:
+    def fuse(self, encoded: Vectors, padding: Vectors) -> Output:
         there = [~mask.all(1, keepdim=True) for mask in padding]
-        vectors = [
-            project(mean_over_steps(x, mask)) * here
-            for project, x, mask, here in zip(
-                self.projections, encoded, padding, there, strict=True
-            )
-        ]
-        private = [
-            layer(x).sigmoid() * here
-            for layer, x, here in zip(self.private, vectors, there, strict=True)
-        ]
-        shared = [self.shared(x).sigmoid() * here for x, here in zip(vectors, there, strict=True)]
-        decoded = [
-            decode(a + b) * here
-            for decode, a, b, here in zip(self.decoders, private, shared, there, strict=True)
-        ]
-        pairs = [*zip(private, shared, strict=True), *combinations(private, 2)]
-        joined = self.transformer(
-            torch.stack([*private, *shared], dim=1), torch.cat([missing, missing], dim=1)
-        )
+
+        def each(layers: nn.ModuleList, inputs: Vectors) -> list[Tensor]:
+            return [f(x) * here for f, x, here in zip(layers, inputs, there, strict=True)]
+
+        means = [mean_over_steps(x, mask) for x, mask in zip(encoded, padding, strict=True)]
+        vectors = each(self.projections, means)
+        private = [x.sigmoid() for x in each(self.private, vectors)]
+        shared = [self.shared(x).sigmoid() for x in vectors]
+        decoded = each(self.decoders, [a + b for a, b in zip(private, shared, strict=True)])
+        missing = ~torch.cat([*there, *there], dim=1)
+        joined = self.transformer(torch.stack([*private, *shared], dim=1), missing)
         return Output(
             self.head(joined.flatten(1)),
             {
                 "similarity": 1.0 * similarity_loss(shared, there),
-                "difference": 0.3 * difference_loss(pairs),
+                "difference": 0.3 * difference_loss(private, shared, there),
                 "reconstruction": 1.0 * F.mse_loss(torch.stack(decoded), torch.stack(vectors)),
             },
         )
@@ -526,7 +519,7 @@ class Interval(NamedTuple):
 
     def __str__(self) -> str:
         mark = " *" if self.low > 0 or self.high < 0 else ""
-        return f"{self.difference:+.3f} [{self.low:+.3f}, {self.high:+.3f}]{mark}"
+        return f"{self.difference:+.4f} [{self.low:+.4f}, {self.high:+.4f}]{mark}"
 
 
 def contributions(folder: Path) -> np.ndarray:
@@ -578,40 +571,45 @@ def paired_bootstrap(
     }
 
 
+def results(rows: Sequence[Row]) -> list[str]:
+    """Markdown, one line a method: mean and standard deviation over seeds."""
+    columns = ("arm", "seeds", "parameters", *COLUMNS)
+    lines = [f"| {' | '.join(columns)} |", "|---" + "|---:" * (len(columns) - 1) + "|"]
+    for arm in dict.fromkeys(row["arm"] for row in rows):
+        runs = [row for row in rows if row["arm"] == arm]
+        size = f"{runs[0]['parameters']:,}" if "parameters" in runs[0] else ""
+        cells = [cell([row[column] for row in runs]) for column in COLUMNS]
+        lines.append(f"| {arm} | {len(runs)} | {size} | {' | '.join(cells)} |")
+    return lines
+
+
+def differences(rows: Sequence[Row], folder: Path) -> list[str]:
+    """Markdown, one line a method: LDDU minus the method, over the seeds that both have."""
+    seeds: dict[str, set[int]] = {"LDDU": set()}
+    for row in rows:
+        seeds.setdefault(row["arm"], set()).add(row["seed"])
+    lines = ["| arm | seeds | miF1 | Brier |", "|---|---:|---:|---:|"]
+    for arm in [arm for arm in seeds if arm != "LDDU"]:
+        if both := sorted(seeds[arm] & seeds["LDDU"]):
+            ours, theirs = (
+                np.stack([contributions(folder / slug(name) / str(seed)) for seed in both])
+                for name in ("LDDU", arm)
+            )
+            found = paired_bootstrap(ours, theirs)
+            lines.append(f"| {arm} | {len(both)} | {found['miF1']} | {found['Brier']} |")
+    return lines
+
+
 def report(rows: Sequence[Row], output: Path) -> str:
-    """Markdown: two tables a data set, of the methods and of what LDDU is ahead of them."""
+    """Markdown: two tables a data set."""
     lines = []
     for name in dict.fromkeys(row["data"] for row in rows):
-        arms: dict[str, dict[int, Row]] = {}
-        for row in rows:
-            if row["data"] == name:
-                arms.setdefault(row["arm"], {})[row["seed"]] = row
-        columns = ("arm", "seeds", "parameters", *COLUMNS)
-        lines += [f"{name}, test split:", "", f"| {' | '.join(columns)} |"]
-        lines += ["|---" + "|---:" * (len(columns) - 1) + "|"]
-        for arm, runs in arms.items():
-            size = next(iter(runs.values())).get("parameters")
-            cells = [arm, str(len(runs)), "" if size is None else f"{size:,}"]
-            cells += [cell([row[column] for row in runs.values()]) for column in COLUMNS]
-            lines.append(f"| {' | '.join(cells)} |")
-        lines.append("")
-        compared = [
-            (arm, sorted(runs.keys() & arms["LDDU"].keys()))
-            for arm, runs in arms.items()
-            if arm != "LDDU" and "LDDU" in arms
-        ]
-        if any(seeds for _, seeds in compared):
-            lines += [f"{name}, LDDU minus the other, 95 % interval (* without 0):", ""]
-            lines += ["| arm | seeds | miF1 | Brier |", "|---|---:|---:|---:|"]
-        for arm, seeds in compared:
-            if seeds:
-                ours, theirs = (
-                    np.stack([contributions(output / name / slug(a) / str(s)) for s in seeds])
-                    for a in ("LDDU", arm)
-                )
-                found = paired_bootstrap(ours, theirs)
-                lines.append(f"| {arm} | {len(seeds)} | {found['miF1']} | {found['Brier']} |")
-        lines.append("")
+        here = [row for row in rows if row["data"] == name]
+        lines += [f"{name}, test split:", "", *results(here), ""]
+        compared = differences(here, output / name)
+        if len(compared) > 2:  # more than the head
+            lines += [f"{name}, LDDU minus the other, 95 % interval, * where it excludes 0:", ""]
+            lines += [*compared, ""]
     return "\n".join(lines)
 
 
