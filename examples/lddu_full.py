@@ -875,6 +875,15 @@ def check_resumable(path: Path, lit: LitLDDU, epochs: int) -> None:
             )
 
 
+def set_statistics(encoders: nn.ModuleDict, data: MultimodalDataset) -> None:
+    """Gives every encoder mean and standard deviation of its features over the valid steps."""
+    for modality, encoder in encoders.items():
+        valid = data.features[modality][~data.padding_mask[modality]].float()
+        if len(valid):
+            encoder.mean.copy_(valid.mean(0))
+            encoder.std.copy_(valid.std(0, correction=0).clamp_min(1e-3))
+
+
 def train(args: argparse.Namespace, lit_class: type[LitLDDU] = LitLDDU) -> dict[str, Any]:
     """Trains, selects the checkpoint on the validation split, and evaluates it once on the test split."""
     start = time.perf_counter()
@@ -917,11 +926,7 @@ def train(args: argparse.Namespace, lit_class: type[LitLDDU] = LitLDDU) -> dict[
         args.seed,
         args.soft_labels,
     )
-    for modality, encoder in lit.model.encoders.items():
-        valid = data.features[modality][~data.padding_mask[modality]].float()
-        if len(valid):
-            encoder.mean.copy_(valid.mean(0))
-            encoder.std.copy_(valid.std(0, correction=0).clamp_min(1e-3))
+    set_statistics(lit.model.encoders, data)
     if isinstance(lit.model, LDDU):
         # With this bound several processes need not ask each other at every step how large their batches are.
         lit.model.contrastive.max_batch_size = args.batch_size
@@ -966,6 +971,7 @@ def train(args: argparse.Namespace, lit_class: type[LitLDDU] = LitLDDU) -> dict[
         "data": name,
         "seed": args.seed,
         "epochs": trainer.current_epoch,
+        "parameters": sum(parameter.numel() for parameter in lit.parameters()),
         "threshold": [round(value, 2) for value in lit.threshold.tolist()],
     }
     test = parts["test"]

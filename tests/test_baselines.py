@@ -1,0 +1,405 @@
+"""The baselines: networks, classical methods, the bootstrap, what a sweep writes."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from uncertainty_mm.data import MultimodalDataset
+
+for extra in ("lightning", "torchmetrics", "matplotlib", "sklearn"):
+    pytest.importorskip(extra)
+
+ROOT = Path(__file__).resolve().parents[1]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*:UserWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+SMALL = (
+    "--hidden-dim 16 --heads 2 --layers 1 --z-dim 8 --latent-dim 4 --queue-size 64 --batch-size 16"
+)
+DIMS, STEPS, LABELS = {"text": 5, "audio": 3, "face": 4}, {"text": 6, "audio": 8, "face": 1}, 4
+OPTIONS = {"hidden_dim": 16, "layers": 1, "heads": 2, "dropout": 0.1, "size": "apart"}
+NETWORKS = [
+    *("MLP pooled", "early fusion", "late fusion"),
+    *("cross-modal (MulT)", "invariant/specific (MISA)"),
+]
+CLASSICAL = ["prior", "BR logistic", "LP logistic", "CC logistic", "BR boosted trees"]
+
+
+@pytest.fixture(scope="module")
+def baselines():
+    """The module under its own name, by which the worker processes import it too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "examples")
+        import baselines
+
+        yield baselines
+        for name in ("baselines", "lddu_full", "sweep"):
+            del sys.modules[name]
+
+
+def network(baselines, name, dims=DIMS, **options):
+    torch.manual_seed(0)
+    return baselines.NETWORKS[name](dims, STEPS, LABELS, 100, **OPTIONS | options)
+
+
+def inputs(count=7, dims=DIMS, seed=0):
+    """Features, padding of random lengths, labels; some samples lack a modality, the last lacks all."""
+    generator = torch.Generator().manual_seed(seed)
+    features = {m: torch.randn(count, STEPS[m], d, generator=generator) for m, d in dims.items()}
+    lengths = {m: torch.randint(STEPS[m] + 1, (count,), generator=generator) for m in dims}
+    padding = {m: torch.arange(STEPS[m]) >= lengths[m].unsqueeze(1) for m in dims}
+    for mask in padding.values():
+        mask[0], mask[-1] = False, True
+    return features, padding, torch.rand(count, LABELS, generator=generator).round().long()
+
+
+def write_data(path, sizes=(160, 60, 80), seed=0):
+    """Labels that a modality each shows, a label that is never there in training, one that always is."""
+    rng = np.random.default_rng(seed)
+    count = sum(sizes)
+    split = np.repeat(np.arange(3), sizes)
+    labels = (rng.random((count, 4)) < 0.4).astype(np.uint8)
+    labels[:, 2], labels[:, 3] = (split == 2) & (rng.random(count) < 0.1), 1
+    arrays = {}
+    for index, (name, dim) in enumerate(DIMS.items()):
+        x = rng.normal(size=(count, STEPS[name], dim))
+        x[..., 0] += 2.0 * labels[:, [index % 2]]
+        arrays[f"features.{name}"] = (10 + x).astype(np.float32)
+        arrays[f"lengths.{name}"] = rng.integers(0 if index else 1, STEPS[name] + 1, count)
+    names = np.array(["a", "b", "never", "always"])
+    np.savez(path, labels=labels, label_names=names, split=split, **arrays)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_what_is_padded_or_missing_does_not_count(baselines, name):
+    model = network(baselines, name).eval()
+    features, padding, _ = inputs()
+    expected = model(features, padding).logits
+    assert expected.shape == (7, LABELS)
+    assert expected.isfinite().all()
+    changed = {m: x + 100 * padding[m].unsqueeze(2) for m, x in features.items()}
+    torch.testing.assert_close(model(changed, padding).logits, expected)
+    for i in range(7):  # alone, and cut to what is there
+        longest = {m: max(1, int((~padding[m][i]).sum())) for m in DIMS}
+        one = model(
+            {m: x[i : i + 1, : longest[m]] for m, x in features.items()},
+            {m: x[i : i + 1, : longest[m]] for m, x in padding.items()},
+        )
+        torch.testing.assert_close(one.logits[0], expected[i], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_modality_and_every_step_counts(baselines, name):
+    model = network(baselines, name).eval()
+    features = {m: x.requires_grad_() for m, x in inputs()[0].items()}
+    none = {m: torch.zeros(7, STEPS[m], dtype=torch.bool) for m in DIMS}
+    model(features, none).logits.square().sum().backward()
+    for m, x in features.items():
+        moved = x.grad.abs().sum(2)
+        assert (moved > 0).all(), m
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("dims", [DIMS, {"text": 5}], ids=["three modalities", "one"])
+def test_gradients_are_finite_and_reach_all_parameters(baselines, name, dims):
+    model = network(baselines, name, dims)
+    features, padding, labels = inputs(dims=dims)
+    losses = model.losses(model(features, padding, labels), labels, torch.arange(7))
+    torch.testing.assert_close(
+        losses["total"], sum(loss for key, loss in losses.items() if key != "total")
+    )
+    losses["total"].backward()
+    for key, parameter in model.named_parameters():
+        assert parameter.grad is not None, key
+        assert parameter.grad.isfinite().all(), key
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_batches_without_a_modality_have_finite_gradients(baselines, name):
+    model = network(baselines, name)
+    features, padding, labels = inputs(count=1)  # a batch of one, for which moments are 0
+    for missing in (["text"], list(DIMS)):
+        masks = padding | {m: torch.ones_like(padding[m]) for m in missing}
+        losses = model.losses(model(features, masks, labels), labels, torch.arange(1))
+        model.zero_grad()
+        losses["total"].backward()
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        assert all(grad.isfinite().all() for grad in grads)
+
+
+def test_late_fusion_is_the_mean_of_what_each_modality_says(baselines):
+    model = network(baselines, "late fusion").eval()
+    features, padding, _ = inputs()
+    logits = model(features, padding).logits
+    for i in range(6):
+        alone = []
+        for m in DIMS:
+            if not padding[m][i].all():
+                others = {k: padding[k] if k == m else torch.ones_like(padding[k]) for k in DIMS}
+                alone.append(model(features, others).logits[i])
+        if alone:
+            torch.testing.assert_close(logits[i], torch.stack(alone).mean(0))
+
+
+def test_cross_modal_layers_read_the_other_modality(baselines):
+    """Against the attention of PyTorch on the valid steps of one sample."""
+    torch.manual_seed(0)
+    layer = baselines.CrossModalLayer(8, 2, 0.0).eval()
+    x, source = torch.randn(1, 3, 8), torch.randn(1, 5, 8)
+    padding = torch.tensor([[False, False, True, True, True]])
+    found = layer(x, source, padding)
+    valid = layer.source_norm(source[:, :2])
+    middle = x + layer.attention(layer.norm(x), valid, valid)[0]
+    torch.testing.assert_close(found, middle + layer.feed_forward(middle))
+    nothing = layer(x, source, torch.ones_like(padding))
+    torch.testing.assert_close(nothing, x + layer.feed_forward(x))
+
+
+def test_similarity_loss_is_the_central_moment_discrepancy(baselines):
+    torch.manual_seed(0)
+    x, y = torch.rand(20, 3).double(), torch.rand(20, 3).double() ** 2
+    there_x, there_y = torch.rand(20, 1) < 0.7, torch.rand(20, 1) < 0.7
+    a, b = x[there_x.flatten()].numpy(), y[there_y.flatten()].numpy()
+    expected = np.linalg.norm(a.mean(0) - b.mean(0))
+    for k in range(2, 6):
+        moments = [((c - c.mean(0)) ** k).mean(0) for c in (a, b)]
+        expected += np.linalg.norm(moments[0] - moments[1])
+    found = baselines.similarity_loss([x, y], [there_x, there_y])
+    torch.testing.assert_close(found.item(), expected)
+    none = torch.zeros(20, 1, dtype=torch.bool)
+    assert baselines.similarity_loss([x, y], [there_x, none]) == 0
+
+
+def test_difference_loss_is_the_size_of_the_products(baselines):
+    """Against MISA's definition on the samples that have both: rows centred, of length 1, |A' B|^2 / D^2."""
+    torch.manual_seed(0)
+    there = [torch.rand(20, 1) < 0.7 for _ in range(2)]
+    private, shared = torch.rand(2, 20, 3).double(), torch.rand(2, 20, 3).double()
+
+    def unit(x, here):
+        x = x - x[here.flatten()].mean(0)
+        return x / x.norm(dim=1, keepdim=True)
+
+    own = [unit(x, here) for x, here in zip(private, there, strict=True)]
+    common = [unit(x, here) for x, here in zip(shared, there, strict=True)]
+    expected = 0.0
+    for a, b, here in (
+        (own[0], common[0], there[0]),
+        (own[1], common[1], there[1]),
+        (own[0], own[1], there[0] & there[1]),
+    ):
+        rows = here.flatten()
+        expected += (a[rows].T @ b[rows]).square().sum() / 9
+    torch.testing.assert_close(baselines.difference_loss(private, shared, there), expected)
+    apart = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
+    turned = torch.tensor([[1.0, 0.0], [1.0, 0.0], [-1.0, 0.0], [-1.0, 0.0]])
+    all_there = [torch.ones(4, 1, dtype=torch.bool)]
+    assert baselines.difference_loss([apart], [turned], all_there) == 0  # not a line in common
+    assert baselines.difference_loss([turned], [turned], all_there) == 4.0
+
+
+def test_pooled_features_are_mean_and_deviation_of_valid_steps(baselines):
+    features, padding, labels = inputs()
+    data = MultimodalDataset(features, padding, labels, list("abcd"))
+    encoders = torch.nn.ModuleDict({m: baselines.Pooling(d) for m, d in DIMS.items()})
+    baselines.lddu_full.set_statistics(encoders, data)
+    found = baselines.pooled(encoders, data)
+    for i in range(7):
+        parts = []
+        for m, d in DIMS.items():
+            steps = features[m][~padding[m]]
+            mean, std = steps.mean(0), steps.std(0, correction=0).clamp_min(1e-3)
+            x = ((features[m][i] - mean) / std)[~padding[m][i]]
+            empty = torch.zeros(2 * d)
+            parts.append(torch.cat([x.mean(0), x.std(0, correction=0)]) if len(x) else empty)
+        torch.testing.assert_close(found[i], torch.cat(parts), rtol=1e-4, atol=1e-5)
+
+
+def test_classical_methods_are_those_of_scikit_learn(baselines):
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.multiclass import OneVsRestClassifier
+
+    rng = np.random.default_rng(0)
+    x, new = rng.normal(size=(150, 4)), rng.normal(size=(9, 4))
+    y = (x[:, :3] + rng.normal(size=(150, 3)) > 0.3).astype(int)
+    model = LogisticRegression(random_state=3)
+    expected = OneVsRestClassifier(model).fit(x, y).predict_proba(new)
+    np.testing.assert_allclose(baselines.binary_relevance(model, x, y)(new), expected)
+
+    powerset = LogisticRegression().fit(x, y @ [1, 2, 4])
+    probs = powerset.predict_proba(new)
+    for label in range(3):
+        members = (powerset.classes_ >> label) % 2 == 1
+        expected = probs[:, members].sum(1)
+        found = baselines.label_powerset(model, x, y)(new)[:, label]
+        np.testing.assert_allclose(found, expected, atol=1e-3)
+
+    order = np.random.RandomState(3).permutation(3)
+    given, asked, chained = x, new, np.empty((9, 3))
+    for label in order:
+        step = LogisticRegression().fit(given, y[:, label])
+        chained[:, label] = step.predict_proba(asked)[:, 1]
+        given = np.column_stack([given, y[:, label]])
+        asked = np.column_stack([asked, step.predict(asked)])
+    np.testing.assert_allclose(baselines.classifier_chain(model, x, y)(new), chained, atol=1e-6)
+
+
+def test_interval_of_the_brier_score_is_that_of_a_mean(baselines):
+    rng = np.random.default_rng(0)
+    ours, theirs = rng.gamma(1.0, 0.1, (2, 2, 3, 400))  # 2 seeds
+    change = (ours[:, 2] - theirs[:, 2]).mean(0)
+    half = 1.959964 * change.std() / np.sqrt(400)
+    found = baselines.paired_bootstrap(ours, theirs)["Brier"]
+    assert found.difference == pytest.approx(change.mean())
+    assert found.low == pytest.approx(change.mean() - half, abs=0.06 * half)
+    assert found.high == pytest.approx(change.mean() + half, abs=0.06 * half)
+
+
+def test_interval_of_micro_f1_is_that_of_its_linearisation(baselines):
+    """Delta method: the ratio 2 h / s changes by (2 h_i - F s_i) / mean(s) with sample i."""
+    rng = np.random.default_rng(1)
+
+    def method(quality):
+        labels = rng.random((600, 5)) < 0.4
+        predicted = np.where(rng.random((600, 5)) < quality, labels, ~labels)
+        hits, sizes = (labels & predicted).sum(1), labels.sum(1) + predicted.sum(1)
+        return np.stack([hits, sizes, np.zeros(600)]).astype(float)[None]
+
+    ours, theirs = method(0.8), method(0.7)
+    change, f1 = 0.0, []
+    for sign, (hits, sizes, _) in ((1, ours[0]), (-1, theirs[0])):
+        f1.append(2 * hits.sum() / sizes.sum())
+        change = change + sign * (2 * hits - f1[-1] * sizes) / sizes.mean()
+    half = 1.959964 * change.std() / np.sqrt(600)
+    found = baselines.paired_bootstrap(ours, theirs)["miF1"]
+    assert found.difference == pytest.approx(f1[0] - f1[1])
+    assert found.low == pytest.approx(f1[0] - f1[1] - half, abs=0.08 * half)
+    assert found.high == pytest.approx(f1[0] - f1[1] + half, abs=0.08 * half)
+
+
+def test_intervals_cover_the_truth_in_95_of_100_test_sets(baselines):
+    rng = np.random.default_rng(2)
+    population = rng.gamma(1.0, 0.1, (2, 1, 3, 100_000))
+    population[:, 0, 0] = rng.integers(0, 3, (2, 100_000))  # hits
+    population[:, 0, 1] = rng.integers(3, 7, (2, 100_000))  # labels predicted and present
+    hits, sizes, errors = population.mean(3)[:, 0].T
+    truth = {"miF1": np.diff(2 * hits / sizes)[0], "Brier": np.diff(errors)[0]}
+    covered = {"miF1": 0, "Brier": 0}
+    for test_set in range(400):
+        theirs, ours = population[..., rng.integers(100_000, size=150)]
+        found = baselines.paired_bootstrap(ours, theirs, draws=500, seed=test_set)
+        for name, interval in found.items():
+            covered[name] += interval.low <= truth[name] <= interval.high
+    # 0.95 is 380; four standard deviations of a binomial count are 17, and the percentiles are a little narrow
+    assert all(360 <= count <= 397 for count in covered.values()), covered
+
+
+def test_equal_methods_do_not_differ(baselines):
+    terms = np.random.default_rng(0).random((2, 3, 50))
+    for interval in baselines.paired_bootstrap(terms, terms, draws=100).values():
+        assert interval == (0, 0, 0)
+        assert not str(interval).endswith("*")
+    assert str(baselines.Interval(0.02, 0.01, 0.03)) == "+0.0200 [+0.0100, +0.0300] *"
+    assert str(baselines.Interval(-0.02, -0.03, 0.01)) == "-0.0200 [-0.0300, +0.0100]"
+
+
+def test_contributions_make_up_the_measures(baselines, tmp_path):
+    rng = np.random.default_rng(0)
+    probs, labels = rng.random((30, 4)).astype(np.float32), rng.integers(0, 2, (30, 4))
+    threshold = np.array([0.3, 0.4, 0.5, 0.6], dtype=np.float32)
+    np.savez(tmp_path / "predictions.npz", probs=probs, labels=labels, threshold=threshold)
+    terms = baselines.contributions(tmp_path)
+    measures = baselines.lddu_full.evaluate(*map(torch.from_numpy, (probs, labels, threshold)))
+    f1, brier = baselines.scores(np.ones((1, 30)), terms[None])[:, 0]
+    assert f1 == pytest.approx(measures["miF1"], abs=5e-5)
+    assert brier == pytest.approx(measures["Brier"], abs=5e-5)
+
+
+def test_every_method_learns_and_a_failing_one_costs_itself(baselines, tmp_path, capsys):
+    """A toy problem where a label is never there in training, one always is, and modalities are missing."""
+    write_data(tmp_path / "toy.npz")
+    output = tmp_path / "runs"
+    (output / "toy").mkdir(parents=True)
+    in_the_way = output / "toy" / baselines.slug("early fusion")
+    in_the_way.touch()  # where the folder of the run should be
+    command = ["--data", str(tmp_path / "toy.npz"), "--seeds", "0", "--jobs", "1"]
+    command += [
+        "--epochs",
+        "6",
+        "--options",
+        f"{SMALL} --lr 1e-2 --dropout 0",
+        "--output",
+        str(output),
+    ]
+    with pytest.raises(SystemExit, match="1 runs failed"):
+        baselines.main(command)
+    assert "early fusion, seed 0: failed: " in "".join(capsys.readouterr())
+    in_the_way.unlink()
+    baselines.main(command)
+
+    rows = {row["arm"]: row for row in json.loads((output / "runs.json").read_text())}
+    assert list(rows) == [*CLASSICAL, *NETWORKS, "LDDU"]
+    for arm in set(rows) - {"prior"}:
+        assert rows[arm]["miF1"] > rows["prior"]["miF1"] + 0.05, arm
+        assert rows[arm]["Brier"] < rows["prior"]["Brier"] - 0.02, arm
+    for arm, row in rows.items():
+        folder = output / "toy" / baselines.slug(arm) / "0"
+        with np.load(folder / "predictions.npz") as file:
+            probs, labels = torch.from_numpy(file["probs"]), torch.from_numpy(file["labels"])
+            found = baselines.lddu_full.evaluate(probs, labels, torch.from_numpy(file["threshold"]))
+        assert found == {name: row[name] for name in found}
+        if arm in (*NETWORKS, "LDDU"):
+            state = torch.load(folder / "best.ckpt", weights_only=True)["state_dict"]
+            assert 0 < row["parameters"] <= sum(x.numel() for x in state.values())
+            saved = {key.split(".")[2] for key in state if key.startswith("model.encoders.")}
+            assert saved == set(DIMS)
+            assert abs(state["model.encoders.text.mean"] - 10).max() < 1  # of the training set
+        else:
+            assert "parameters" not in row
+
+    text = (output / "baselines.md").read_text()
+    lines = text.split("\n")
+    assert lines[2] == "| arm | seeds | Acc | P | R | miF1 | mAP | Brier | ECE | parameters |"
+    row = rows["late fusion"]
+    assert f"| late fusion | 1 | {row['Acc']:.3f} | " in text
+    assert f" | {row['ECE']:.3f} | {row['parameters']:,} |\n" in text
+    compared = [
+        line.split(" | ")[0] for line in lines[lines.index("| arm | seeds | miF1 | Brier |") :]
+    ]
+    assert compared[2:-1] == [f"| {arm}" for arm in rows if arm != "LDDU"]
+    ahead = rows["LDDU"]["miF1"] - rows["prior"]["miF1"]
+    (line,) = [line for line in lines[16:] if line.startswith("| prior")]
+    assert f"| 1 | {ahead:+.4f}"[:-2] in line
+
+
+def test_report_has_the_spread_and_pairs_the_seeds(baselines, tmp_path):
+    rng = np.random.default_rng(0)
+    labels, rows = rng.integers(0, 2, (40, 3)), []
+    for arm, seed, noise in (
+        ("prior", 0, 0.9),
+        ("LDDU", 0, 0.1),
+        ("LDDU", 1, 0.2),
+        ("prior", 2, 0.9),
+    ):
+        folder = tmp_path / "toy" / arm / str(seed)
+        folder.mkdir(parents=True)
+        probs = (1 - noise) * labels + noise * rng.random((40, 3))
+        np.savez(folder / "predictions.npz", probs=probs, labels=labels, threshold=[0.5])
+        size = {"parameters": 1234} if arm == "LDDU" else {}
+        measures = dict.fromkeys(baselines.COLUMNS, 0.5 + 0.1 * seed)
+        rows.append({"data": "toy", "arm": arm, "seed": seed, **measures, **size})
+    text = baselines.report(rows, tmp_path)
+    assert "| LDDU | 2 | 0.550 ±0.071 | " in text
+    assert "±0.071 | 1,234 |\n" in text
+    assert "| prior | 2 | 0.600 ±0.141 | " in text
+    last = text.strip().split("\n")[-1]
+    assert last.startswith("| prior | 1 | +0.")  # seed 0 alone is in both
+    assert last.count("*") == 2
+    alone = baselines.report([row for row in rows if row["arm"] == "prior"], tmp_path)
+    assert "LDDU" not in alone
