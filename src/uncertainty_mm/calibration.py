@@ -16,6 +16,10 @@ from uncertainty_mm._checks import (
 )
 
 
+# How surely labels are alike; by cross-validation on a small real set (documentation, page on the uncertainty).
+LABEL_PRECISION = 20.0
+
+
 class PlattScaling(nn.Module):
     r"""Corrects the logits of a trained classifier for over- or under-confidence.
 
@@ -27,11 +31,11 @@ class PlattScaling(nn.Module):
     then nothing is changed. Both are buffers: they are saved with the model, and no optimizer touches them.
 
     Source: Platt 1999, "Probabilistic Outputs for Support Vector Machines"; Guo et al. 2017, arXiv 1706.04599; the
-    prior of :meth:`fit` is ours.
+    priors of :meth:`fit` are ours.
 
     Args:
         num_labels: Number of labels :math:`Q`.
-        per_label: Fit every label by itself; False fits one scale and one shift for all.
+        per_label: Let the labels depart from the pair that they share; False fits one scale and one shift for all.
         shift: Fit a shift as well; False leaves it at 0.
         validate_args: Look at values (NaN, infinity) in a forward pass also on an accelerator, at the price of a wait
             for it. :meth:`fit` always does.
@@ -49,7 +53,7 @@ class PlattScaling(nn.Module):
         >>> labels = torch.arange(300).unsqueeze(1) % 3 > 0  # but right two times in three
         >>> calibration = PlattScaling(num_labels=1).fit(logits, labels)
         >>> calibration(logits[:1]).sigmoid()
-        tensor([[0.6700]])
+        tensor([[0.6672]])
     """
 
     scale: Tensor
@@ -102,13 +106,16 @@ class PlattScaling(nn.Module):
     def fit(self, logits: Tensor, labels: Tensor) -> PlattScaling:
         r"""Finds scale and shift, whatever they were before.
 
-        Per label, or once over all labels together, they minimise
+        First one pair for all labels together, then for every label another pair on the logits so calibrated. Both
+        minimise
 
         .. math::
-            \sum_i \operatorname{BCE}(s \ell_i + t, y_i) + \tfrac12 (\log s)^2 + \tfrac12 t^2
+            \sum_i \operatorname{BCE}(s \ell_i + t, y_i) + \tfrac{\lambda}{2} \left((\log s)^2 + t^2\right)
 
-        the maximum a posteriori under a standard normal prior of :math:`\log s` and :math:`t`. It outweighs a handful
-        of samples, or a label that is never present, and vanishes beside many. Computed in float64 on the CPU.
+        the maximum a posteriori under a normal prior of :math:`\log s` and :math:`t`: :math:`\lambda = 1` for the
+        shared pair, :math:`\lambda = 20` for those of the labels, which so depart from it only where some twenty
+        samples or more tell them to. With 40 samples, labels fitted alone are calibrated worse than by the shared
+        pair; beside many samples the prior vanishes. Computed in float64 on the CPU.
 
         Args:
             logits: Tensor (B, Q), of a validation set.
@@ -130,9 +137,12 @@ class PlattScaling(nn.Module):
         check_finite("logits", logits)
         check_labels("labels", labels)
         x, y = logits.cpu().double(), labels.cpu().double()
-        if not self.per_label:
-            x, y = x.reshape(-1, 1), y.reshape(-1, 1)
-        log_scale, shift = _maximum_a_posteriori(x, y, self.with_shift)
+        columns = (x.reshape(-1, 1), y.reshape(-1, 1))
+        log_scale, shift = _maximum_a_posteriori(*columns, self.with_shift, 1.0)
+        if self.per_label:
+            calibrated = x * log_scale.exp() + shift
+            own = _maximum_a_posteriori(calibrated, y, self.with_shift, LABEL_PRECISION)
+            log_scale, shift = log_scale + own[0], shift * own[0].exp() + own[1]
         # within the dtype of the buffers: a scale of 0 would lose the order of the samples
         limits = torch.finfo(self.scale.dtype)
         self.scale.copy_(log_scale.exp().clamp(limits.tiny, limits.max))
@@ -140,14 +150,16 @@ class PlattScaling(nn.Module):
         return self
 
 
-def _objective(parameters: Tensor, x: Tensor, y: Tensor) -> Tensor:
+def _objective(parameters: Tensor, x: Tensor, y: Tensor, precision: float) -> Tensor:
     """Negative log-posterior (Q,) of parameters (2, Q), log-scale and shift, up to a constant."""
     z = x * parameters[0].exp() + parameters[1]
     log_likelihood = F.logsigmoid((2 * y - 1) * z).sum(0)  # -BCE, without cancellation
-    return -log_likelihood + 0.5 * parameters.square().sum(0)
+    return -log_likelihood + 0.5 * precision * parameters.square().sum(0)
 
 
-def _newton_step(parameters: Tensor, x: Tensor, y: Tensor, with_shift: bool) -> Tensor:
+def _newton_step(
+    parameters: Tensor, x: Tensor, y: Tensor, with_shift: bool, precision: float
+) -> Tensor:
     """Step (2, Q) downhill: Newton's, with the eigenvalues of the Hessian taken by magnitude.
 
     The objective is not convex in the log-scale; this way a saddle repels (Dauphin et al. 2014, arXiv 1406.2572).
@@ -159,8 +171,8 @@ def _newton_step(parameters: Tensor, x: Tensor, y: Tensor, with_shift: bool) -> 
     cross = (weight * scaled).sum(0)
     hessian = torch.stack(
         [(weight * scaled.square()).sum(0) + slope[0], cross, cross, weight.sum(0)], -1
-    ).unflatten(-1, (2, 2)) + torch.eye(2, dtype=x.dtype)
-    gradient = slope + parameters
+    ).unflatten(-1, (2, 2)) + precision * torch.eye(2, dtype=x.dtype)
+    gradient = slope + precision * parameters
     if not with_shift:
         gradient[1], hessian[:, 0, 1], hessian[:, 1, 0] = 0, 0, 0
     values, vectors = torch.linalg.eigh(hessian)
@@ -169,16 +181,16 @@ def _newton_step(parameters: Tensor, x: Tensor, y: Tensor, with_shift: bool) -> 
     return step.T
 
 
-def _maximum_a_posteriori(x: Tensor, y: Tensor, with_shift: bool) -> Tensor:
+def _maximum_a_posteriori(x: Tensor, y: Tensor, with_shift: bool, precision: float) -> Tensor:
     """Log-scale and shift (2, Q) of the samples x (B, Q) with labels y, for all columns at once."""
     parameters = torch.zeros(2, x.shape[1], dtype=x.dtype)  # the identity
-    value, size = _objective(parameters, x, y), torch.ones(x.shape[1], dtype=x.dtype)
+    value, size = _objective(parameters, x, y, precision), torch.ones(x.shape[1], dtype=x.dtype)
     for _ in range(200):  # about ten, unless the logits are huge
-        step = _newton_step(parameters, x, y, with_shift)
+        step = _newton_step(parameters, x, y, with_shift, precision)
         if (step.abs() <= 1e-10).all():
             break
         trial = parameters + size * step
-        trial_value = _objective(trial, x, y)
+        trial_value = _objective(trial, x, y, precision)
         better = trial_value <= value * (1 + 1e-13)  # up to rounding
         parameters = torch.where(better, trial, parameters)
         value = torch.where(better, trial_value, value)
