@@ -15,7 +15,6 @@ from uncertainty_mm._checks import (
     checks_values,
 )
 
-
 # How surely labels are alike; by cross-validation on a small real set (documentation, page on the uncertainty).
 LABEL_PRECISION = 20.0
 
