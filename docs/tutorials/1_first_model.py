@@ -27,8 +27,12 @@ torch.manual_seed(0)
 world = SyntheticMMER(noise=(0.3, 2.0))
 train, test = world.sample(2000, seed=1), world.sample(1000, seed=2)
 for name, frames in train.features.items():
-    print(f"{name}: {tuple(frames.shape)}, padded {train.padding_mask[name].float().mean():.0%}")
-print("labels:", tuple(train.labels.shape), "of the first sample:", train.labels[0].tolist())
+    print(
+        f"{name}: {tuple(frames.shape)}, padded {train.padding_mask[name].float().mean():.0%}"
+    )
+print(
+    f"labels: {tuple(train.labels.shape)}, {train.labels.sum(1).float().mean():.1f} in a sample"
+)
 
 # %%
 # The model
@@ -52,14 +56,18 @@ class FirstModel(nn.Module):
         )
         self.first = nn.Linear(modalities * num_labels * 32, num_labels)
         self.decoupler = umm.GaussianDecoupler(modalities, in_dim=32, latent_dim=16)
-        self.fusion = umm.UncertaintyGatedFusion(modalities, num_labels, latent_dim=16)
+        self.fusion = umm.UncertaintyGatedFusion(
+            modalities, num_labels, latent_dim=16
+        )
 
     def forward(self, features, padding_mask):
         missing = self.attention.missing(features, padding_mask)  # (B, M)
         z = self.attention(features, padding_mask)  # (B, M, Q, 32)
         first = self.first(z.flatten(1))  # (B, Q)
         latent = self.decoupler(z, missing)  # mean and std: (B, M, Q, 16)
-        doubt = expected_distance(first.detach().sigmoid())  # (B, Q), 0 sure to 0.5 unsure
+        doubt = expected_distance(
+            first.detach().sigmoid()
+        )  # (B, Q), 0 sure to 0.5 unsure
         return first, latent, self.fusion(latent, doubt, missing)
 
 
@@ -88,7 +96,9 @@ for _ in range(150):
     loss.backward()
     optimizer.step()
     history.append(classification.item())
-print(f"classification loss: {history[0]:.3f} at first, {sum(history[-20:]) / 20:.3f} at the end")
+print(
+    f"classification loss: {history[0]:.3f} at first, {sum(history[-20:]) / 20:.3f} at the end"
+)
 
 fig, ax = plt.subplots(figsize=(5, 3), layout="constrained")
 ax.plot(history)
@@ -113,7 +123,9 @@ print(f"{'':7s} {'Brier':>6s} {'Jaccard':>8s}")
 brier = {}
 for name, p in rows.items():
     brier[name] = float((p - test.labels).square().mean())
-    print(f"{name:7s} {brier[name]:6.3f} {measures.sample_jaccard(p, test.labels).mean():8.3f}")
+    print(
+        f"{name:7s} {brier[name]:6.3f} {measures.sample_jaccard(p, test.labels).mean():8.3f}"
+    )
 gained = (brier["shares"] - brier["model"]) / (brier["shares"] - brier["Bayes"])
 print(f"the model has gone {gained:.0%} of the way from the shares to Bayes")
 # sphinx_gallery_start_ignore

@@ -31,7 +31,9 @@ train = world.sample(2000, seed=1)
 class Reader(nn.Module):
     def __init__(self, own_weights: bool = True) -> None:
         super().__init__()
-        self.attention = EmotionQueryAttention({"text": 16}, num_labels=4, out_dim=32)
+        self.attention = EmotionQueryAttention(
+            {"text": 16}, num_labels=4, out_dim=32
+        )
         self.weight = nn.Parameter(torch.zeros(4 if own_weights else 1, 32))
         self.bias = nn.Parameter(torch.zeros(4))
 
@@ -80,7 +82,9 @@ def fit(model: Reader) -> float:
         rows = torch.randint(2000, (64,))
         features = {"text": train.features["text"][rows]}
         logits, _ = model(features, {"text": train.padding_mask["text"][rows]})
-        loss = F.binary_cross_entropy_with_logits(logits, train.labels[rows].float())
+        loss = F.binary_cross_entropy_with_logits(
+            logits, train.labels[rows].float()
+        )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

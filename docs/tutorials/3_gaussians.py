@@ -14,18 +14,26 @@ import torch
 from matplotlib import pyplot as plt
 from matplotlib.patches import Ellipse
 
-from uncertainty_mm import DiagonalGaussian, DistributionSupConLoss, GaussianDecoupler, plots
+from uncertainty_mm import (
+    DiagonalGaussian,
+    DistributionSupConLoss,
+    GaussianDecoupler,
+)
 from uncertainty_mm.data import SyntheticMMER
 
 torch.manual_seed(0)
 names = ["happy", "sad", "angry"]
-world = SyntheticMMER(3, {"text": (20, 16, 0.6)}, noise=(0.3, 0.6), prior=torch.full((8,), 1 / 8))
+even = torch.full((8,), 1 / 8)  # all sets of labels are equally likely
+world = SyntheticMMER(3, {"text": (20, 16, 0.6)}, noise=(0.3, 0.6), prior=even)
 train, test = world.sample(2000, seed=1), world.sample(60, seed=2)
 
 
 def vectors(samples) -> torch.Tensor:
     """One vector for each sample and label, (B, 1, 3, 19): the mean frame, and which label asks."""
-    frames, there = samples.features["text"], ~samples.padding_mask["text"].unsqueeze(2)
+    frames, there = (
+        samples.features["text"],
+        ~samples.padding_mask["text"].unsqueeze(2),
+    )
     mean = (frames * there).sum(1) / there.sum(1)
     who = torch.eye(3).expand(len(mean), 3, 3)
     return torch.cat([mean.unsqueeze(1).expand(-1, 3, -1), who], dim=2).unsqueeze(1)
@@ -35,12 +43,21 @@ def vectors(samples) -> torch.Tensor:
 # One modality and three labels make six classes. The label queries are left out here: each Gaussian is made from the
 # mean frame of the sequence and the name of the label that asks.
 
-decoupler = GaussianDecoupler(num_modalities=1, in_dim=19, latent_dim=2, dropout=0.0)
-contrastive = DistributionSupConLoss(1, 3, latent_dim=2, queue_size=512, anchors="all")
+decoupler = GaussianDecoupler(
+    num_modalities=1, in_dim=19, latent_dim=2, dropout=0.0
+)
+contrastive = DistributionSupConLoss(
+    1, 3, latent_dim=2, queue_size=512, anchors="all"
+)
 z_train, z_test = vectors(train), vectors(test)
 with torch.no_grad():
     before = decoupler(z_test)
-print("means", tuple(before.mean.shape), "standard deviations", tuple(before.std.shape))
+print(
+    "means",
+    tuple(before.mean.shape),
+    "standard deviations",
+    tuple(before.std.shape),
+)
 
 # %%
 # Training
@@ -71,21 +88,26 @@ print("Gaussians in the queue:", contrastive.queue_length)
 # its width and height are proportional to the standard deviations. It is filled where the label is present, dashed
 # where it is absent; the cross is the origin.
 
-colors = plots.COLORS[:3]
+colors = ("tab:blue", "tab:orange", "tab:green")
 fig, axes = plt.subplots(1, 2, figsize=(9, 4.4), layout="constrained")
-for ax, latent, title in zip(axes, (before, after), ("before", "after"), strict=True):
-    scale = 0.05 * float(latent.mean.abs().max() / latent.std.mean())
+for ax, latent, title in zip(
+    axes, (before, after), ("before", "after"), strict=True
+):
+    scale = 0.08 * float(latent.mean.abs().max() / latent.std.mean())
     for i, q in product(range(60), range(3)):
         width, height = (scale * latent.std[i, 0, q]).tolist()
-        fill = {"fc": colors[q], "alpha": 0.5} if test.labels[i, q] else {"fc": "none", "ls": "--"}
-        ax.add_patch(Ellipse(latent.mean[i, 0, q], width, height, ec=colors[q], **fill))
+        here = bool(test.labels[i, q])
+        ellipse = Ellipse(
+            latent.mean[i, 0, q], width, height, ec=colors[q], alpha=0.6
+        )
+        ellipse.set(fc=colors[q] if here else "none", ls="-" if here else "--")
+        ax.add_patch(ellipse)
     ax.plot(0, 0, "k+", markersize=10)
     ax.autoscale_view()
     ax.set(title=title, xlabel="latent dimension 1", ylabel="latent dimension 2")
-lines = [
-    plt.Line2D([], [], color=color, label=name) for color, name in zip(colors, names, strict=True)
-]
-axes[1].legend(handles=lines)
+for color, name in zip(colors, names, strict=True):
+    axes[1].plot([], [], color=color, label=name)
+axes[1].legend()
 
 # %%
 # The loss compares two Gaussians by the dot product of their embeddings, between -2 and 2. Its means over pairs:
@@ -101,7 +123,9 @@ kinds = {
 similarity = {}
 for title, latent in {"before": before, "after": after}.items():
     points = latent.embedding().flatten(0, 2)
-    similarity[title] = [float((points @ points.T)[kind].mean()) for kind in kinds.values()]
+    similarity[title] = [
+        float((points @ points.T)[kind].mean()) for kind in kinds.values()
+    ]
 for kind, *means in zip(kinds, *similarity.values(), strict=True):
     print(f"{kind:31s} before {means[0]:5.2f}, after {means[1]:5.2f}")
 # sphinx_gallery_start_ignore

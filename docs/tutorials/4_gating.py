@@ -9,9 +9,14 @@ through it by hand, and shows why the gate is not the one the paper prints.
 
 import torch
 import torch.nn.functional as F
+from matplotlib import pyplot as plt
 from torch import nn
 
-from uncertainty_mm import DiagonalGaussian, GaussianDecoupler, UncertaintyGatedFusion
+from uncertainty_mm import (
+    DiagonalGaussian,
+    GaussianDecoupler,
+    UncertaintyGatedFusion,
+)
 from uncertainty_mm.functional import expected_distance, prediction_distance
 
 torch.manual_seed(0)
@@ -36,6 +41,13 @@ print("first prediction ", first)
 doubt = expected_distance(first)
 print("expected distance", doubt)
 
+p = torch.linspace(0, 1, 101)
+fig, ax = plt.subplots(figsize=(5, 3), layout="constrained")
+ax.plot(p, expected_distance(p), label="expected distance")
+ax.plot(first[0], doubt[0], "o", label="the three labels")
+ax.set(xlabel="first prediction", ylabel="distance from the label", ylim=(0, 0.6))
+ax.legend()
+
 # %%
 # 3. Two predictions
 # ------------------
@@ -48,7 +60,10 @@ latent = DiagonalGaussian(3 * torch.randn(1, 2, 3, 4), 2 * torch.rand(1, 2, 3, 4
 fusion = UncertaintyGatedFusion(num_modalities=2, num_labels=3, latent_dim=4).eval()
 with torch.no_grad():
     prediction = fusion(latent, doubt)
-from_means, from_stds = prediction.mean_logits.sigmoid(), prediction.std_logits.sigmoid()
+from_means, from_stds = (
+    prediction.mean_logits.sigmoid(),
+    prediction.std_logits.sigmoid(),
+)
 print("from the means   ", from_means)
 print("from the stds    ", from_stds)
 
@@ -105,8 +120,12 @@ class Model(nn.Module):
 def loss_of(model, oracle: bool) -> torch.Tensor:
     """Loss on 256 samples of pure chance, with the gate from the labels or without them."""
     z, labels = torch.randn(256, 2, 3, 8), torch.randint(0, 2, (256, 3)).float()
-    first = (2 * z[:, 0, :, 0]).sigmoid()  # some first prediction; the features know it
-    gate = prediction_distance(first, labels) if oracle else expected_distance(first)
+    first = (
+        2 * z[:, 0, :, 0]
+    ).sigmoid()  # some first prediction; the features know it
+    gate = (
+        prediction_distance(first, labels) if oracle else expected_distance(first)
+    )
     return F.binary_cross_entropy_with_logits(model(z, gate), labels)
 
 
@@ -122,10 +141,14 @@ for oracle in (True, False):
         optimizer.step()
     with torch.no_grad():
         with_its_gate = float(sum(loss_of(model, oracle) for _ in range(20)) / 20)
-        without_labels = float(sum(loss_of(model, oracle=False) for _ in range(20)) / 20)
+        without_labels = float(
+            sum(loss_of(model, oracle=False) for _ in range(20)) / 20
+        )
     losses[oracle] = with_its_gate, without_labels
     print(f"trained with the {'true' if oracle else 'expected'} distance:")
-    print(f"  loss {with_its_gate:.3f} with this gate, {without_labels:.3f} without labels")
+    print(
+        f"  loss {with_its_gate:.3f} with this gate, {without_labels:.3f} without labels"
+    )
 # sphinx_gallery_start_ignore
 assert losses[True][0] < 0.4
 assert losses[True][1] > 0.8
