@@ -14,7 +14,6 @@ import lightning as L
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader
 
 import uncertainty_mm as umm
 from uncertainty_mm.data import MultimodalDataset, SyntheticMMER
@@ -25,13 +24,9 @@ samples = world.sample(1000, seed=1)
 data = MultimodalDataset(
     samples.features, samples.padding_mask, samples.labels, names
 )
-
-
-def loader() -> DataLoader:
-    return data.loader(
-        batch_size=100, shuffle=True, generator=torch.Generator().manual_seed(0)
-    )
-
+batches = data.loader(batch_size=100)  # made data need no shuffling
+logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+warnings.simplefilter("ignore")  # advice of Lightning
 
 # %%
 # The model
@@ -48,25 +43,22 @@ class Model(nn.Module):
         self.attention = umm.EmotionQueryAttention(
             data.dims, num_labels=6, out_dim=32
         )
-        self.decoupler = umm.GaussianDecoupler(3, in_dim=32, latent_dim=16)
+        self.decoupler = umm.GaussianDecoupler(
+            3, in_dim=32, latent_dim=16, dropout=0.0
+        )
         self.head = nn.Linear(3 * 6 * 16, 6)
         self.contrastive = umm.DistributionSupConLoss(3, 6, 16, queue_size=1024)
         self.tracker = umm.CorrectnessTracker(num_samples=len(data))
 
-    def losses(self, batch) -> torch.Tensor:
-        missing = self.attention.missing(batch.features, batch.padding_mask)
-        latent = self.decoupler(
-            self.attention(batch.features, batch.padding_mask), missing
-        )
+    def forward(self, batch) -> torch.Tensor:
+        features, padding_mask, labels = *batch[:2], batch.labels.float()
+        missing = self.attention.missing(features, padding_mask)
+        latent = self.decoupler(self.attention(features, padding_mask), missing)
         logits = self.head(latent.mean.flatten(1))
-        correct = (logits > 0) == (batch.labels > 0)
+        correct = (logits > 0) == (labels > 0)
         self.tracker.update(batch.indices, correct.float().mean(1))
-        classification = F.binary_cross_entropy_with_logits(
-            logits.float(), batch.labels.float()
-        )
-        return classification + 0.1 * self.contrastive(
-            latent, batch.labels, missing
-        )
+        loss = F.binary_cross_entropy_with_logits(logits.float(), labels)
+        return loss + 0.1 * self.contrastive(latent, labels, missing)
 
 
 # %%
@@ -78,8 +70,8 @@ model = Model()
 optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
 for epoch in range(3):
     losses = []
-    for batch in loader():
-        loss = model.losses(batch)
+    for batch in batches:
+        loss = model(batch)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -103,7 +95,7 @@ class LitModel(L.LightningModule):
         self.model = Model()
 
     def training_step(self, batch, batch_idx):
-        loss = self.model.losses(batch)
+        loss = self.model(batch)
         self.log(
             "loss", loss, on_epoch=True, on_step=False, batch_size=len(batch.labels)
         )
@@ -129,9 +121,73 @@ lit = LitModel()
 trainer = L.Trainer(
     accelerator="cpu", max_epochs=3, enable_model_summary=False, **quiet
 )
-trainer.fit(lit, loader())
+trainer.fit(lit, batches)
 difference = max(
-    float((a - b).abs().max())
+    float((a - b).detach().abs().max())
     for a, b in zip(model.parameters(), lit.model.parameters(), strict=True)
 )
 print(f"largest difference of a parameter: {difference:.1e}")
+# sphinx_gallery_start_ignore
+assert difference < 1e-5
+# sphinx_gallery_end_ignore
+
+# %%
+# Half precision
+# --------------
+#
+# Under autocast the linear layers compute in bfloat16, softmax, logarithms and losses in float32, by themselves. In
+# Lightning this is `Trainer(precision="bf16-mixed")`.
+
+batch = next(iter(batches))
+seen = {}
+for name in ("attention", "decoupler", "contrastive"):
+    getattr(model, name).register_forward_hook(
+        lambda module, arguments, output, name=name: seen.update({name: output})
+    )
+full = model(batch)
+with torch.autocast("cpu", dtype=torch.bfloat16):
+    half = model(batch)
+print("z          ", seen["attention"].dtype)
+print("mean       ", seen["decoupler"].mean.dtype)
+print("contrastive", seen["contrastive"].dtype)
+print(f"loss {full:.4f} in float32, {half:.4f} under autocast")
+# sphinx_gallery_start_ignore
+assert seen["attention"].dtype == torch.bfloat16
+assert seen["contrastive"].dtype == torch.float32
+# sphinx_gallery_end_ignore
+
+# %%
+# Several processes
+# -----------------
+#
+# Two components know of other processes. The loops above ran in one; this is not run here:
+#
+# .. code-block:: python
+#
+#     self.contrastive = umm.DistributionSupConLoss(3, 6, 16, gather=True, max_batch_size=100)
+#     ...
+#     model = DistributedDataParallel(model, broadcast_buffers=False)
+#     for epoch in range(epochs):
+#         ...
+#         model.module.tracker.synchronize()  # on all ranks
+#
+# - `gather=True` compares each Gaussian with those of all ranks, and gives loss and gradient of one process with
+#   the joined batch. `max_batch_size` spares the ranks asking each other for it at every step.
+# - `tracker.synchronize()` adds up what the ranks have seen. Without it each rank knows the history of its own samples.
+# - `broadcast_buffers=False`, or every step overwrites the history of all ranks with that of the first.
+#
+# In Lightning the strategy takes the last one, `DDPStrategy(broadcast_buffers=False)`, and the hook above the second.
+#
+# Compilation
+# -----------
+#
+# All components go through `torch.compile` in one graph. It is not run here, because the first step then takes half a
+# minute or so and needs a C++ compiler:
+#
+# .. code-block:: python
+#
+#     compiled = torch.compile(model, fullgraph=True)
+#     for batch in batches:
+#         loss = compiled(batch)
+#
+# :doc:`/conventions` has the rules behind this page: state, precision, processes.
