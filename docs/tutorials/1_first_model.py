@@ -27,12 +27,10 @@ torch.manual_seed(0)
 world = SyntheticMMER(noise=(0.3, 2.0))
 train, test = world.sample(2000, seed=1), world.sample(1000, seed=2)
 for name, frames in train.features.items():
-    print(
-        f"{name}: {tuple(frames.shape)}, padded {train.padding_mask[name].float().mean():.0%}"
-    )
-print(
-    f"labels: {tuple(train.labels.shape)}, {train.labels.sum(1).float().mean():.1f} in a sample"
-)
+    padded = train.padding_mask[name].float().mean()
+    print(f"{name:6s} {tuple(frames.shape)}, {padded:.0%} of it padding")
+present = train.labels.sum(1).float().mean()
+print(f"labels {tuple(train.labels.shape)}, {present:.1f} present in a sample")
 
 # %%
 # The model
@@ -96,9 +94,8 @@ for _ in range(150):
     loss.backward()
     optimizer.step()
     history.append(classification.item())
-print(
-    f"classification loss: {history[0]:.3f} at first, {sum(history[-20:]) / 20:.3f} at the end"
-)
+last = sum(history[-20:]) / 20
+print(f"classification loss: {history[0]:.3f} at first, {last:.3f} at the end")
 
 fig, ax = plt.subplots(figsize=(5, 3), layout="constrained")
 ax.plot(history)
@@ -123,9 +120,8 @@ print(f"{'':7s} {'Brier':>6s} {'Jaccard':>8s}")
 brier = {}
 for name, p in rows.items():
     brier[name] = float((p - test.labels).square().mean())
-    print(
-        f"{name:7s} {brier[name]:6.3f} {measures.sample_jaccard(p, test.labels).mean():8.3f}"
-    )
+    jaccard = measures.sample_jaccard(p, test.labels).mean()
+    print(f"{name:7s} {brier[name]:6.3f} {jaccard:8.3f}")
 gained = (brier["shares"] - brier["model"]) / (brier["shares"] - brier["Bayes"])
 print(f"the model has gone {gained:.0%} of the way from the shares to Bayes")
 # sphinx_gallery_start_ignore

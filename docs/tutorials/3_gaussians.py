@@ -29,7 +29,7 @@ train, test = world.sample(2000, seed=1), world.sample(60, seed=2)
 
 
 def vectors(samples) -> torch.Tensor:
-    """One vector for each sample and label, (B, 1, 3, 19): the mean frame, and which label asks."""
+    """The mean frame of each sample, and which label asks, (B, 1, 3, 19)."""
     frames, there = (
         samples.features["text"],
         ~samples.padding_mask["text"].unsqueeze(2),
@@ -90,16 +90,14 @@ print("Gaussians in the queue:", contrastive.queue_length)
 
 colors = ("tab:blue", "tab:orange", "tab:green")
 fig, axes = plt.subplots(1, 2, figsize=(9, 4.4), layout="constrained")
-for ax, latent, title in zip(
-    axes, (before, after), ("before", "after"), strict=True
-):
+both = {"before": before, "after": after}
+for ax, (title, latent) in zip(axes, both.items(), strict=True):
     scale = 0.08 * float(latent.mean.abs().max() / latent.std.mean())
     for i, q in product(range(60), range(3)):
         width, height = (scale * latent.std[i, 0, q]).tolist()
         here = bool(test.labels[i, q])
-        ellipse = Ellipse(
-            latent.mean[i, 0, q], width, height, ec=colors[q], alpha=0.6
-        )
+        center = latent.mean[i, 0, q].tolist()
+        ellipse = Ellipse(center, width, height, ec=colors[q], alpha=0.6)
         ellipse.set(fc=colors[q] if here else "none", ls="-" if here else "--")
         ax.add_patch(ellipse)
     ax.plot(0, 0, "k+", markersize=10)
@@ -121,7 +119,7 @@ kinds = {
     "different labels": ~same_label,
 }
 similarity = {}
-for title, latent in {"before": before, "after": after}.items():
+for title, latent in both.items():
     points = latent.embedding().flatten(0, 2)
     similarity[title] = [
         float((points @ points.T)[kind].mean()) for kind in kinds.values()
@@ -152,9 +150,8 @@ assert x - y > 1.5 * (a - b)
 sure = DiagonalGaussian(torch.tensor([3.0, 4.0]), torch.tensor([0.1, 0.1]))
 unsure = DiagonalGaussian(sure.mean, 10 * sure.std)
 for joint in (False, True):
-    print(
-        f"joint={joint}: sure {sure.embedding(joint=joint)}, unsure {unsure.embedding(joint=joint)}"
-    )
+    for name, latent in {"sure": sure, "unsure": unsure}.items():
+        print(f"joint={joint!s:5s} {name:6s}", latent.embedding(joint=joint))
 
 # %%
 # With more dimensions and modalities :func:`~uncertainty_mm.plots.latent_tsne` draws such a picture. Whether the

@@ -118,7 +118,7 @@ class Model(nn.Module):
 
 
 def loss_of(model, oracle: bool) -> torch.Tensor:
-    """Loss on 256 samples of pure chance, with the gate from the labels or without them."""
+    """Loss on 256 samples of pure chance; only the oracle gate sees the labels."""
     z, labels = torch.randn(256, 2, 3, 8), torch.randint(0, 2, (256, 3)).float()
     first = (
         2 * z[:, 0, :, 0]
@@ -140,15 +140,11 @@ for oracle in (True, False):
         loss.backward()
         optimizer.step()
     with torch.no_grad():
-        with_its_gate = float(sum(loss_of(model, oracle) for _ in range(20)) / 20)
-        without_labels = float(
-            sum(loss_of(model, oracle=False) for _ in range(20)) / 20
-        )
-    losses[oracle] = with_its_gate, without_labels
+        own = float(sum(loss_of(model, oracle) for _ in range(20)) / 20)
+        blind = float(sum(loss_of(model, oracle=False) for _ in range(20)) / 20)
+    losses[oracle] = own, blind
     print(f"trained with the {'true' if oracle else 'expected'} distance:")
-    print(
-        f"  loss {with_its_gate:.3f} with this gate, {without_labels:.3f} without labels"
-    )
+    print(f"  loss {own:.3f} with this gate, {blind:.3f} without labels")
 # sphinx_gallery_start_ignore
 assert losses[True][0] < 0.4
 assert losses[True][1] > 0.8

@@ -26,7 +26,7 @@ modalities = list(train.features)
 
 
 def features_of(samples, rows=slice(None)):
-    """Frames divided by the size of their sequence, and that size as one more feature; masks."""
+    """Frames divided by the size of their sequence, which is one more feature; masks."""
     masks = {name: mask[rows] for name, mask in samples.padding_mask.items()}
     features = {}
     for name, mask in masks.items():
@@ -111,9 +111,7 @@ with torch.no_grad():
     calibration = umm.PlattScaling(4).fit(held_out, validation.labels)
     _, latent, _, fused = model(*features_of(test))
 probs = calibration(fused.logits).sigmoid()
-std_norm = latent.std.flatten(2).norm(
-    dim=2
-)  # size of the standard deviations, (B, M)
+std_norm = latent.std.flatten(2).norm(dim=2)  # their size, (B, M)
 exact = world.posterior(test)
 for name, p in {"model": probs, "Bayes": exact.marginals}.items():
     print(f"Brier score of {name}: {(p - test.labels).square().mean():.3f}")
@@ -129,9 +127,8 @@ for name, p in {"model": probs, "Bayes": exact.marginals}.items():
 fig, axes = plt.subplots(2, 2, figsize=(7, 7), layout="constrained")
 plots.reliability_diagram(probs, test.labels, names, ax=axes)
 for name, p in {"before": fused.probs, "after": probs}.items():
-    print(
-        f"ECE {name} calibration: {measures.calibration_error(p, test.labels):.3f}"
-    )
+    error = measures.calibration_error(p, test.labels)
+    print(f"ECE {name} calibration: {error:.3f}")
 
 # %%
 # The points are near the diagonal, and calibration had little to correct: this model was not overconfident.

@@ -78,9 +78,9 @@ for epoch in range(3):
         losses.append(loss.item())
     print(f"epoch {epoch}: loss {sum(losses) / len(losses):.4f}")
 history = model.tracker(torch.arange(len(data)))
-print(
-    f"seen {int(model.tracker.counts(torch.tensor([0])))} times, correct {history.mean():.3f}"
-)
+times = model.tracker.counts(torch.arange(len(data)))
+print(f"each sample seen {times.min()} to {times.max()} times,", end=" ")
+print(f"share of its labels that were right: {history.mean():.3f}")
 
 # %%
 # Lightning
@@ -103,23 +103,22 @@ class LitModel(L.LightningModule):
 
     def on_train_epoch_end(self):
         self.model.tracker.synchronize()  # for several processes, see below
-        print(
-            f"epoch {self.current_epoch}: loss {self.trainer.callback_metrics['loss']:.4f}"
-        )
+        loss = self.trainer.callback_metrics["loss"]
+        print(f"epoch {self.current_epoch}: loss {loss:.4f}")
 
     def configure_optimizers(self):
         return torch.optim.Adam(self.parameters(), lr=3e-3)
 
 
-quiet = {
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-}
 torch.manual_seed(0)
 lit = LitModel()
 trainer = L.Trainer(
-    accelerator="cpu", max_epochs=3, enable_model_summary=False, **quiet
+    accelerator="cpu",
+    max_epochs=3,
+    logger=False,
+    enable_checkpointing=False,
+    enable_progress_bar=False,
+    enable_model_summary=False,
 )
 trainer.fit(lit, batches)
 difference = max(
