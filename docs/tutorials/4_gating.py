@@ -60,10 +60,8 @@ latent = DiagonalGaussian(3 * torch.randn(1, 2, 3, 4), 2 * torch.rand(1, 2, 3, 4
 fusion = UncertaintyGatedFusion(num_modalities=2, num_labels=3, latent_dim=4).eval()
 with torch.no_grad():
     prediction = fusion(latent, doubt)
-from_means, from_stds = (
-    prediction.mean_logits.sigmoid(),
-    prediction.std_logits.sigmoid(),
-)
+from_means = prediction.mean_logits.sigmoid()
+from_stds = prediction.std_logits.sigmoid()
 print("from the means   ", from_means)
 print("from the stds    ", from_stds)
 
@@ -120,9 +118,7 @@ class Model(nn.Module):
 def loss_of(model, oracle: bool) -> torch.Tensor:
     """Loss on 256 samples of pure chance; only the oracle gate sees the labels."""
     z, labels = torch.randn(256, 2, 3, 8), torch.randint(0, 2, (256, 3)).float()
-    first = (
-        2 * z[:, 0, :, 0]
-    ).sigmoid()  # some first prediction; the features know it
+    first = (2 * z[:, 0, :, 0]).sigmoid()  # read off the features
     gate = (
         prediction_distance(first, labels) if oracle else expected_distance(first)
     )
@@ -146,6 +142,7 @@ for oracle in (True, False):
     print(f"trained with the {'true' if oracle else 'expected'} distance:")
     print(f"  loss {own:.3f} with this gate, {blind:.3f} without labels")
 # sphinx_gallery_start_ignore
+torch.set_printoptions(profile="default")  # all pages run in one process
 assert losses[True][0] < 0.4
 assert losses[True][1] > 0.8
 assert abs(losses[False][1] - 0.693) < 0.02

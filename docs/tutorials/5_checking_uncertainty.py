@@ -164,6 +164,8 @@ for name, correlation in with_error.items():
 
 fig, axes = plt.subplots(1, 3, figsize=(9, 3.2), layout="constrained")
 plots.uncertainty_against_noise(test.noise, std_norm, modalities, ax=axes)
+for ax in axes[1:]:
+    ax.set_ylabel("")
 with_noise = [
     float(measures.spearman(std_norm[:, m], test.noise[:, m])) for m in range(3)
 ]

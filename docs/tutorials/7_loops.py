@@ -26,7 +26,6 @@ data = MultimodalDataset(
 )
 batches = data.loader(batch_size=100)  # made data need no shuffling
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-warnings.simplefilter("ignore")  # advice of Lightning
 
 # %%
 # The model
@@ -120,7 +119,9 @@ trainer = L.Trainer(
     enable_progress_bar=False,
     enable_model_summary=False,
 )
-trainer.fit(lit, batches)
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # advice on the number of workers
+    trainer.fit(lit, batches)
 difference = max(
     float((a - b).detach().abs().max())
     for a, b in zip(model.parameters(), lit.model.parameters(), strict=True)
@@ -143,9 +144,9 @@ for name in ("attention", "decoupler", "contrastive"):
     getattr(model, name).register_forward_hook(
         lambda module, arguments, output, name=name: seen.update({name: output})
     )
-full = model(batch)
+full = model(batch).item()
 with torch.autocast("cpu", dtype=torch.bfloat16):
-    half = model(batch)
+    half = model(batch).item()
 print("z          ", seen["attention"].dtype)
 print("mean       ", seen["decoupler"].mean.dtype)
 print("contrastive", seen["contrastive"].dtype)
