@@ -9,6 +9,7 @@ queries, and a tagger of pictures with captions gets the gated fusion. Neither i
 
 import torch
 import torch.nn.functional as F
+from matplotlib import pyplot as plt
 from torch import nn
 
 from uncertainty_mm import (
@@ -38,6 +39,14 @@ def brier(model, inputs, labels) -> float:
     model.eval()
     with torch.no_grad():
         return float((model(*inputs).sigmoid() - labels).square().mean())
+
+
+def draw(scores: dict[str, float]) -> None:
+    """Bars of Brier scores."""
+    _, ax = plt.subplots(figsize=(5, 1.6), layout="constrained")
+    ax.barh(list(scores), list(scores.values()), color=["0.6", "tab:blue", "0.8"])
+    ax.invert_yaxis()
+    ax.set(xlabel="Brier score, smaller is better")
 
 
 # %%
@@ -97,11 +106,13 @@ for kind in (MeanReader, QueryReader):
     torch.manual_seed(0)
     model = kind()
     train(model, inputs, labels, steps=300)
-    scores[kind] = brier(model, test_inputs, test_labels)
-    print(f"{kind.__name__:12s} {scores[kind]:.3f}")
-print(f"{'Bayes':12s} {(best - test_labels).square().mean():.3f}")
+    scores[kind.__name__] = brier(model, test_inputs, test_labels)
+    print(f"{kind.__name__:12s} {scores[kind.__name__]:.3f}")
+scores["Bayes"] = float((best - test_labels).square().mean())
+print(f"{'Bayes':12s} {scores['Bayes']:.3f}")
+draw(scores)
 # sphinx_gallery_start_ignore
-assert scores[QueryReader] < 0.7 * scores[MeanReader]
+assert scores["QueryReader"] < 0.7 * scores["MeanReader"]
 # sphinx_gallery_end_ignore
 
 # %%
@@ -169,16 +180,19 @@ class GatedTagger(Tagger):
 *inputs, labels = tagged(4000, seed=1)
 *test_inputs, test_labels = tagged(1000, seed=2)
 best = world.posterior(world.sample(1000, seed=2)).marginals
+scores = {}
 print("Brier score on new samples")
 for kind in (Tagger, GatedTagger):
     torch.manual_seed(0)
     model = kind()
     train(model, inputs, labels, steps=300)
-    scores[kind] = brier(model, test_inputs, test_labels)
-    print(f"{kind.__name__:12s} {scores[kind]:.3f}")
-print(f"{'Bayes':12s} {(best - test_labels).square().mean():.3f}")
+    scores[kind.__name__] = brier(model, test_inputs, test_labels)
+    print(f"{kind.__name__:12s} {scores[kind.__name__]:.3f}")
+scores["Bayes"] = float((best - test_labels).square().mean())
+print(f"{'Bayes':12s} {scores['Bayes']:.3f}")
+draw(scores)
 # sphinx_gallery_start_ignore
-assert abs(scores[GatedTagger] - scores[Tagger]) < 0.01
+assert abs(scores["GatedTagger"] - scores["Tagger"]) < 0.01
 # sphinx_gallery_end_ignore
 
 # %%

@@ -13,6 +13,7 @@ import warnings
 import lightning as L
 import torch
 import torch.nn.functional as F
+from matplotlib import pyplot as plt
 from torch import nn
 
 import uncertainty_mm as umm
@@ -67,6 +68,7 @@ class Model(nn.Module):
 torch.manual_seed(0)
 model = Model()
 optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+plain, lightning = [], []  # mean losses of the epochs
 for epoch in range(3):
     losses = []
     for batch in batches:
@@ -75,7 +77,8 @@ for epoch in range(3):
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    print(f"epoch {epoch}: loss {sum(losses) / len(losses):.4f}")
+    plain.append(sum(losses) / len(losses))
+    print(f"epoch {epoch}: loss {plain[-1]:.4f}")
 history = model.tracker(torch.arange(len(data)))
 times = model.tracker.counts(torch.arange(len(data)))
 print(f"each sample seen {times.min()} to {times.max()} times,", end=" ")
@@ -104,6 +107,7 @@ class LitModel(L.LightningModule):
         self.model.tracker.synchronize()  # for several processes, see below
         loss = self.trainer.callback_metrics["loss"]
         print(f"epoch {self.current_epoch}: loss {loss:.4f}")
+        lightning.append(float(loss))
 
     def configure_optimizers(self):
         return torch.optim.Adam(self.parameters(), lr=3e-3)
@@ -127,6 +131,12 @@ difference = max(
     for a, b in zip(model.parameters(), lit.model.parameters(), strict=True)
 )
 print(f"largest difference of a parameter: {difference:.1e}")
+
+fig, ax = plt.subplots(figsize=(5, 3), layout="constrained")
+ax.plot(plain, label="plain loop")
+ax.plot(lightning, "o", label="Lightning")
+ax.set(xlabel="epoch", ylabel="loss", xticks=range(3), ylim=(0, None))
+ax.legend()
 # sphinx_gallery_start_ignore
 assert difference < 1e-5
 # sphinx_gallery_end_ignore
