@@ -17,9 +17,11 @@ extensions = [
     "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
+    "sphinx_gallery.gen_gallery",
     "sphinxcontrib.bibtex",
 ]
-exclude_patterns = ["_build", "study"]  # study: included by uncertainty.md
+# study: included by uncertainty.md; tutorials: rendered into generated/tutorials
+exclude_patterns = ["_build", "study", "tutorials"]
 default_role = "literal"  # `name` in a docstring is code
 html_theme = "furo"
 html_title = f"uncertainty-mm {release}"
@@ -29,6 +31,19 @@ copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 myst_enable_extensions = ["deflist", "dollarmath"]
 myst_heading_anchors = 3
+
+# Every tutorial is run; one that raises fails the build.
+sphinx_gallery_conf = {
+    "examples_dirs": "tutorials",
+    "gallery_dirs": "generated/tutorials",
+    "filename_pattern": r"\.py$",
+    "within_subsection_order": "FileNameSortKey",
+    "remove_config_comments": True,
+    "capture_repr": (),  # what a page shows is printed or drawn
+    "doc_module": ("uncertainty_mm",),  # names in the code lead to the API pages
+    "show_signature": False,
+    "write_computation_times": False,
+}
 
 # Links into the documentation of Python and PyTorch need the network: UNCERTAINTY_MM_INTERSPHINX=1.
 if os.environ.get("UNCERTAINTY_MM_INTERSPHINX") == "1":
