@@ -11,6 +11,7 @@ copyright = f"2026, {author}"
 version = release = uncertainty_mm.__version__
 
 extensions = [
+    "matplotlib.sphinxext.plot_directive",
     "myst_parser",
     "sphinx.ext.autodoc",
     "sphinx.ext.doctest",
@@ -29,6 +30,15 @@ copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 myst_enable_extensions = ["deflist", "dollarmath"]
 myst_heading_anchors = 3
+
+# Figures of pages are drawn when these are built.
+plot_formats = [("png", 110)]
+plot_html_show_formats = False
+plot_html_show_source_link = False
+plot_include_source = False
+plot_pre_code = "import numpy as np\nimport torch\nfrom matplotlib import pyplot as plt\n" + (
+    "from uncertainty_mm import plots\ntorch.manual_seed(0)\n"
+)
 
 # Links into the documentation of Python and PyTorch need the network: UNCERTAINTY_MM_INTERSPHINX=1.
 if os.environ.get("UNCERTAINTY_MM_INTERSPHINX") == "1":
