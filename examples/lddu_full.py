@@ -194,7 +194,8 @@ class SequenceEncoder(nn.Module):
         steps = Steps(padding)
         # A missing sequence attends to itself, which is harmless: nobody reads it.
         mask = ~padding | padding.all(dim=1, keepdim=True)
-        sample, step = steps.rows // x.shape[1], steps.rows % x.shape[1]
+        sample = steps.rows // x.shape[1]
+        step = steps.rows - sample * x.shape[1]  # %, which ONNX lacks for sizes that vary
         features = (steps.pack(x) - self.mean) / self.std
         embedded = F.embedding(step, self.positions)
         if self.size is not None:
