@@ -1,6 +1,7 @@
 """The pages of the documentation compute what they say."""
 
 import doctest
+import re
 import runpy
 
 import pytest
@@ -32,3 +33,21 @@ def test_doctests_of_the_page(name):
 
 def test_every_page_with_arithmetic_is_found():
     assert {"conventions", "equations", "reproducibility", "howto/fusion"} <= PAGES.keys()
+
+
+# Those with a class of the package itself, not of a submodule.
+COMPONENTS = [
+    page
+    for page in sorted((DOCS / "api").glob("*.md"))
+    if re.search(r"autoclass:: uncertainty_mm\.[A-Z]", page.read_text())
+]
+
+
+@pytest.mark.parametrize("page", COMPONENTS, ids=lambda page: page.stem)
+def test_page_of_a_component_has_its_parts(page):
+    text = page.read_text()
+    assert blocks(page, "doctest")
+    assert "| Shape |" in text
+    assert "**When not to use it**" in text
+    assert "**See also**" in text
+    assert re.search(r"\{cite:[pt]\}`", text)
