@@ -167,7 +167,7 @@ def evaluate(rank, shares, probs, labels, errors, uncertainty):
 
 def gathered_supcon(rank, source, shares, embeddings, classes):
     """Loss and gradient of this rank's share, by the function that `source` defines."""
-    names = {"torch": torch, "F": torch.nn.functional, "functional": umm.functional}
+    names = {"functional": umm.functional}
     exec(source, names)
     share = slice(*shares[rank])
     own = embeddings[share].clone().requires_grad_()

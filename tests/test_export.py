@@ -1,7 +1,6 @@
 """The page on serving and the example's model: torch.export and ONNX answer as torch does."""
 
 import importlib.util
-import runpy
 import sys
 from pathlib import Path
 
@@ -24,7 +23,6 @@ SIZES = [(3, 5, 7), (1, 9, 2), (32, 60, 40), (2, 1, 1)]  # batch, steps of text,
 def page():
     """What the page defines."""
     names = {}
-    exec(runpy.run_path(str(DOCS / "conf.py"))["doctest_global_setup"], names)
     for _, source in blocks(PAGE, "testcode"):
         exec(source, names)
     return names
