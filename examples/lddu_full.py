@@ -264,7 +264,7 @@ class LDDU(nn.Module):
         combine: str = "product",
         ordinality: str = "rank",
         pairs: str = "SR",
-        targets: str = "modality",
+        targets: str = "both",
         embedding: str = "joint",
         scl_weight: float = 0.1,
         ocl_weight: float = 0.3,
@@ -379,9 +379,14 @@ class LDDU(nn.Module):
             return torch.full_like(dir_probs, 0.0 if certain else 1.0)
         return expected_distance(dir_probs)
 
-    def losses(self, output: Output, labels: Tensor, indices: Tensor) -> dict[str, Tensor]:
-        """The losses of Eq. 16, of the modalities alone, and their weighted sum, `total`."""
-        target = labels.float()
+    def losses(
+        self, output: Output, labels: Tensor, indices: Tensor, targets: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """The losses of Eq. 16, of the modalities alone, and their weighted sum, `total`.
+
+        The classifiers are trained towards `targets` (B, Q) in [0, 1] if given, such as soft labels, else the labels.
+        """
+        target = (labels if targets is None else targets).float()
         each = target.unsqueeze(1).expand_as(output.modality_logits)
         by_modality = F.binary_cross_entropy_with_logits(
             output.modality_logits.float(), each, reduction="none"
@@ -415,17 +420,14 @@ class LDDU(nn.Module):
         distance = prediction_distance(probs, labels.unsqueeze(1).expand_as(probs)).mean(2)
         self.tracker.update(indices, 1 - distance.detach(), output.missing)
         left_out = ~seen | output.missing
-        if self.targets == "pooled":
-            scores = (std_norm, distance, history, left_out)
-            return self.ordinality(*(score.flatten() for score in scores))
-        columns = zip(
-            std_norm.unbind(1),
-            distance.unbind(1),
-            history.unbind(1),
-            left_out.unbind(1),
-            strict=True,
-        )
-        return torch.stack([self.ordinality(*column) for column in columns]).sum()
+        scores = (std_norm, distance, history, left_out)
+        loss = std_norm.new_zeros(())
+        if self.targets in ("both", "modality"):  # ranks among the samples, for each modality
+            columns = zip(*(score.unbind(1) for score in scores), strict=True)
+            loss = torch.stack([self.ordinality(*column) for column in columns]).sum()
+        if self.targets in ("both", "pooled"):  # ranks among samples and modalities
+            loss = loss + self.ordinality(*(score.flatten() for score in scores))
+        return loss
 
 
 # --- Training --------------------------------------------------------------------------------------------------------
@@ -451,6 +453,7 @@ class LitLDDU(L.LightningModule):
         corrupt_modality: float = 0.0,
         thresholds: str = "single",
         seed: int = 0,
+        soft_labels: float = 0.0,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -504,10 +507,19 @@ class LitLDDU(L.LightningModule):
                 features[name] = x + noise.masked_fill(padding[name].unsqueeze(2), 0)
         return features, padding
 
+    def targets(self, batch: MultimodalBatch) -> Tensor:
+        """What the classifiers are trained towards: the labels, or soft labels in [0, 1], or between the two."""
+        labels = batch.labels.float()
+        return (
+            labels
+            if batch.soft_labels is None
+            else labels.lerp(batch.soft_labels, self.hparams["soft_labels"])
+        )
+
     def training_step(self, batch: MultimodalBatch, batch_idx: int) -> Tensor:
         features, padding = self.disturbed(batch)
         output = self.model(features, padding, batch.labels)
-        losses = self.model.losses(output, batch.labels, batch.indices)
+        losses = self.model.losses(output, batch.labels, batch.indices, self.targets(batch))
         size = batch.labels.shape[0]
         for name, loss in losses.items():
             self.log(
@@ -820,6 +832,8 @@ def check_options(args: argparse.Namespace) -> None:
         raise UsageError("--epochs must be above 0")
     if args.hidden_dim % args.heads:
         raise UsageError(f"--hidden-dim {args.hidden_dim} is no multiple of --heads {args.heads}")
+    if args.soft_labels > 1:
+        raise UsageError(f"--soft-labels must be in [0, 1], got {args.soft_labels}")
     for name in ("dropout", "warmup", "drop_modality", "corrupt_modality"):
         if getattr(args, name) >= 1:
             raise UsageError(
@@ -838,6 +852,16 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UsageError(f"{path}: not a checkpoint of this program ({reason})") from error
     return content
+
+
+def load(path: Path, lit_class: type[LitLDDU] = LitLDDU) -> LitLDDU:
+    """The model of a checkpoint, on the CPU; raises UsageError if it is not of this version of the program."""
+    read_checkpoint(path)
+    try:
+        return lit_class.load_from_checkpoint(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, TypeError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"{path}: of another model or version ({reason})") from error
 
 
 def check_resumable(path: Path, lit: LitLDDU, epochs: int) -> None:
@@ -873,6 +897,11 @@ def train(args: argparse.Namespace, lit_class: type[LitLDDU] = LitLDDU) -> dict[
         args.output = Path(tempfile.mkdtemp())
     folder = run_folder(args, name)
     data = parts["train"]
+    if args.soft_labels:
+        if data.soft_labels is None:
+            raise UsageError("--soft-labels: the training split has none")
+        # Shares of raters stay as they are; intensities, 0 to 3 in CMU-MOSEI, become shares of the largest.
+        data.soft_labels = data.soft_labels / data.soft_labels.max().clamp_min(1)
     say(f"{name}: {' + '.join(str(len(parts[part])) for part in SPLITS)} samples; for training")
     say(data.summary())
     lit = lit_class(
@@ -888,6 +917,7 @@ def train(args: argparse.Namespace, lit_class: type[LitLDDU] = LitLDDU) -> dict[
         args.corrupt_modality,
         args.thresholds,
         args.seed,
+        args.soft_labels,
     )
     for modality, encoder in lit.model.encoders.items():
         valid = data.features[modality][~data.padding_mask[modality]].float()
@@ -933,9 +963,7 @@ def train(args: argparse.Namespace, lit_class: type[LitLDDU] = LitLDDU) -> dict[
     if not trainer.is_global_zero:
         return {}
 
-    lit = lit_class.load_from_checkpoint(
-        best.best_model_path, map_location="cpu", weights_only=True
-    )
+    lit = load(Path(best.best_model_path), lit_class)
     results: dict[str, Any] = {
         "data": name,
         "seed": args.seed,
@@ -1017,24 +1045,29 @@ def apply(lit: LitLDDU, data: MultimodalDataset, args: argparse.Namespace) -> di
     return {key: torch.cat([step[key] for step in steps]).float() for key in steps[0]}
 
 
-def predict(args: argparse.Namespace) -> None:
-    """Applies a checkpoint to one split and writes one row a sample (.csv) or arrays (.npz)."""
-    read_checkpoint(args.ckpt)
-    lit = LitLDDU.load_from_checkpoint(args.ckpt, map_location="cpu", weights_only=True)
-    data = read_data(args.data, args.format, args.labels, [args.split])[args.split]
+def load_for(data: MultimodalDataset, source: Path, ckpt: Path) -> LitLDDU:
+    """The model of a checkpoint; raises UsageError unless it can be applied to the data, which `source` holds."""
+    lit = load(ckpt)
     for what, wanted, received in (
         ("modalities and feature sizes", lit.hparams["modality_dims"], data.dims),
         ("labels", lit.hparams["label_names"], data.label_names),
     ):
         if wanted != received:
             raise UsageError(
-                f"{args.data}: {what} {received} are not those of the checkpoint, {wanted}"
+                f"{source}: {what} {received} are not those of the checkpoint, {wanted}"
             )
     for name, steps in lit.hparams["max_steps"].items():
         if data.steps[name] > steps:
             raise UsageError(
-                f"{args.data}: modality `{name}` has {data.steps[name]} steps, the checkpoint knows {steps}"
+                f"{source}: modality `{name}` has {data.steps[name]} steps, the checkpoint knows {steps}"
             )
+    return lit
+
+
+def predict(args: argparse.Namespace) -> None:
+    """Applies a checkpoint to one split and writes one row a sample (.csv) or arrays (.npz)."""
+    data = read_data(args.data, args.format, args.labels, [args.split])[args.split]
+    lit = load_for(data, args.data, args.ckpt)
     save = save_arrays if args.output.suffix == ".npz" else save_rows
     save(args.output, lit, data, apply(lit, data, args))
     print(
@@ -1099,6 +1132,10 @@ TRAINING_OPTIONS: dict[str, tuple[Any, str]] = {
         0.0,
         "share of the training sequences that get noise of up to 5 times their spread",
     ),
+    "soft_labels": (
+        0.0,
+        "share of the soft labels (of raters, intensities) in what the classifiers are trained towards",
+    ),
     "thresholds": (("single", "label"), "one threshold for all labels, or one for each"),
     "weight_decay": (0.0, "decoupled weight decay (paper: Adam, none)"),
     "devices": (1, "number of devices"),
@@ -1132,8 +1169,8 @@ MODEL_OPTIONS: dict[str, tuple[Any, str]] = {
     "ordinality": (("rank", "standardized", "raw"), "mode of Eq. 15"),
     "pairs": (("SR", "SR+DR", "DR", "DS", "SR+DR+DS"), "pairs of Eq. 15"),
     "targets": (
-        ("modality", "pooled", "sample"),
-        "whose errors the standard deviations are held against",
+        ("both", "modality", "pooled", "sample"),
+        "whose errors the standard deviations are held against, and among whom they are ranked",
     ),
     "ocl_weight": (0.3, "lambda of Eq. 16, ordinality loss (paper: 0.1)"),
     "scl_weight": (0.1, "beta of Eq. 16, contrastive loss (paper: 0.8, see above)"),

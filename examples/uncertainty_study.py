@@ -51,6 +51,7 @@ ARMS: dict[str, str] = {
     "ordinality: standardized": "--ordinality standardized",
     "ordinality: none": "--ocl-weight 0",
     "ordinality: pairs SR, DR": "--pairs SR+DR",
+    "targets: modality": "--targets modality",
     "targets: pooled": "--targets pooled",
     "targets: sample": "--targets sample",
     "combine: concatenation": "--combine concat",
@@ -118,10 +119,7 @@ def sizes_of(outputs: Mapping[str, Tensor]) -> Tensor:
 
 def best_of(folder: Path, file: Path) -> tuple[lddu_full.LitLDDU, MultimodalDataset]:
     """The best checkpoint of a run, and the test split."""
-    lit = lddu_full.LitLDDU.load_from_checkpoint(
-        folder / "best.ckpt", map_location="cpu", weights_only=True
-    )
-    return lit, read_npz(file, splits=["test"])["test"]
+    return lddu_full.load(folder / "best.ckpt"), read_npz(file, splits=["test"])["test"]
 
 
 def measure(folder: Path, file: Path) -> dict[str, float]:

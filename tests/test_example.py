@@ -1,5 +1,6 @@
 """The example: what the command line writes, repeats, resumes and refuses."""
 
+import copy
 import csv
 import importlib.util
 import json
@@ -420,7 +421,14 @@ def test_predict_refuses_other_labels_and_foreign_checkpoints(example, finished,
     other = save(tmp_path / "other.npz", label_names=np.array(["second", "first"]))
     with pytest.raises(SystemExit, match=r"labels .* are not those of the checkpoint"):
         run(example, "predict", "--ckpt", folder / "best.ckpt", "--data", other)
-    for ckpt, message in ((data, "not a checkpoint"), (tmp_path / "none.ckpt", "no such file")):
+    old = torch.load(folder / "best.ckpt", weights_only=True)
+    del old["state_dict"]["model.modality_bias"]
+    torch.save(old, tmp_path / "old.ckpt")
+    for ckpt, message in (
+        (data, "not a checkpoint"),
+        (tmp_path / "none.ckpt", "no such file"),
+        (tmp_path / "old.ckpt", "of another model or version .*modality_bias"),
+    ):
         with pytest.raises(SystemExit, match=message):
             run(example, "predict", "--ckpt", ckpt, "--data", data)
 
@@ -561,9 +569,64 @@ def test_every_choice_takes_a_step_of_its_own(example, option):
     assert len(set(totals)) == len(totals) > 1, totals
 
 
-def test_modality_answers_for_its_own_errors(example):
-    """The ordinality loss compares each modality's standard deviations with its own predictions."""
+def test_soft_labels_are_what_the_classifiers_are_trained_towards(example):
+    """The three cross-entropies read the targets; the contrastive and the ordinality loss keep the labels."""
     model = small_model(example)
+    features, padding = small_inputs()
+    labels, indices = torch.randint(0, 2, (6, 4)), torch.arange(6)
+    shares = torch.rand(6, 4)
+    output = model(features, padding)
+    hard, soft, same = (
+        copy.deepcopy(model).losses(output, labels, indices, targets)
+        for targets in (None, shares, labels.float())
+    )
+    for name, logits in (("cls", output.logits), ("dir", output.dir_logits)):
+        probs = logits.sigmoid()
+        entropy = -(shares * probs.log() + (1 - shares) * (1 - probs).log()).mean()
+        torch.testing.assert_close(soft[name], entropy)
+    probs = output.modality_logits.sigmoid()
+    entropy = -(shares[:, None] * probs.log() + (1 - shares[:, None]) * (1 - probs).log())
+    seen = ~output.missing.unsqueeze(2)
+    torch.testing.assert_close(soft["modality"], (entropy * seen).mean())
+    assert soft["scl"] == hard["scl"] > 0
+    assert same == hard
+
+
+@pytest.mark.parametrize("largest", [1, 3])
+def test_soft_labels_of_a_file(example, tmp_path, monkeypatch, largest):
+    """Shares are taken as they are, intensities as a share of the largest; in between is a mixture with the labels."""
+    content = arrays()
+    soft = np.random.default_rng(1).random((60, 2)).astype(np.float32)
+    soft[3, 1] = 1.0
+    data = save(tmp_path / "data.npz", soft_labels=largest * soft)
+    seen = []
+    targets = example.LitLDDU.targets
+
+    def spy(self, batch):
+        seen.append((batch.indices, targets(self, batch)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(example.LitLDDU, "targets", spy)
+    common = ["--data", data, "--epochs", 1, "--soft-labels", 0.25, *SMALL]
+    run(example, *common, "--output", tmp_path / "out")
+    rows, values = (torch.cat(x) for x in zip(*seen, strict=True))
+    train = rows.sort().values
+    assert train.tolist() == list(range(20))  # every training sample once
+    expected = 0.25 * soft[:20] + 0.75 * content["labels"][:20]
+    np.testing.assert_allclose(values[rows.argsort()], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_soft_labels_have_to_be_there(example, tmp_path):
+    data = save(tmp_path / "data.npz")
+    for value, problem in ((1, "the training split has none"), (2, "must be in [0, 1]")):
+        with pytest.raises(SystemExit, match=re.escape(problem)):
+            run(example, "--data", data, "--soft-labels", value, "--output", tmp_path / "out")
+
+
+@pytest.mark.parametrize("targets", ["both", "modality", "pooled"])
+def test_modality_answers_for_its_own_errors(example, targets):
+    """The ordinality loss compares each modality's standard deviations with its own predictions."""
+    model = small_model(example, targets=targets)
     features, padding = small_inputs()
     labels, indices = torch.randint(0, 2, (6, 4)), torch.tensor([7, 0, 3, 9, 2, 5])
     output = model(features, padding)
@@ -575,11 +638,14 @@ def test_modality_answers_for_its_own_errors(example):
     padding["b"][0] = True  # lost since: its history of `b` stays, and is not compared
     output = model(features, padding)
     distance = (output.modality_logits.sigmoid() - labels.unsqueeze(1)).abs().mean(2)
-    expected = 0
+    std = output.latent.std.flatten(2).norm(dim=2)
+    within, everything = 0, []
     for modality, samples in enumerate((slice(0, 6), slice(1, 5))):
-        std = output.latent.std[samples, modality].flatten(1).norm(dim=1)
-        own = distance[samples, modality], history[samples, modality]
-        expected = expected + model.ordinality(std, *own)
+        own = [score[samples, modality] for score in (std, distance, history)]
+        within = within + model.ordinality(*own)
+        everything.append(own)
+    across = model.ordinality(*(torch.cat(scores) for scores in zip(*everything, strict=True)))
+    expected = {"modality": within, "pooled": across, "both": within + across}[targets]
     torch.testing.assert_close(model.calibration(output, labels, indices), expected)
     assert model.tracker.counts(indices).tolist() == [[2, 1]] + [[2, 2]] * 4 + [[2, 0]]
 

@@ -1,5 +1,7 @@
 """Figures: what is drawn is what was given."""
 
+import itertools
+
 import matplotlib as mpl
 import numpy as np
 import pytest
@@ -193,6 +195,29 @@ def test_tsne_shows_its_points_coloured_by_label_and_marked_by_modality():
             shapes.add((m, scatter.get_paths()[0].vertices.tobytes()))
     assert len(shapes) == len({shape for _, shape in shapes}) == M
     assert [t.get_text() for t in ax.get_legend().get_texts()] == [*NAMES, *MODALITIES]
+
+
+def test_tsne_tells_more_labels_than_colours_apart():
+    labels = len(plots.COLORS) + 1
+    ax = plots.latent_tsne(torch.randn(4, 1, labels, 3))
+    first, *_, last = ax.collections
+    assert tuple(first.get_facecolor()[0][:3]) == to_rgba(plots.COLORS[0])[:3]
+    assert len(last.get_facecolor()) == 0
+    assert tuple(last.get_edgecolor()[0][:3]) == to_rgba(plots.COLORS[0])[:3]
+    keys = ax.get_legend().legend_handles[:labels]
+    assert [key.get_markerfacecolor() for key in keys] == [*plots.COLORS, "none"]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 60, 500])
+def test_steps_have_whole_numbers_that_do_not_overlap(steps):
+    figure = Figure(figsize=(2, 2), layout="constrained")
+    ax = plots.attention_map(torch.rand(Q, steps), ax=figure.subplots())
+    figure.canvas.draw()
+    inside = [t for t in ax.get_xticklabels() if -0.5 <= t.get_position()[0] <= steps - 0.5]
+    assert inside
+    assert all(t.get_text().isdecimal() for t in inside)
+    boxes = [t.get_window_extent() for t in inside]
+    assert all(a.x1 < b.x0 for a, b in itertools.pairwise(boxes))
 
 
 def test_attention_shows_the_weights():

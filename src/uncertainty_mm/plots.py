@@ -324,8 +324,9 @@ def latent_tsne(
 ) -> Axes:
     """Latent distributions of every modality and label in the plane, by t-SNE: colour is label, marker modality.
 
-    As Fig. 4 of Huang et al. 2025, arXiv 2502.13954. With M Q points for every sample, a few hundred samples are enough
-    and take seconds. Distances between clusters and their sizes mean nothing in t-SNE.
+    As Fig. 4 of Huang et al. 2025, arXiv 2502.13954. From the ninth label on the colours come again, with open markers.
+    With M Q points for every sample, a few hundred samples are enough and take seconds. Distances between clusters and
+    their sizes mean nothing in t-SNE.
 
     Args:
         embeddings: (B, M, Q, E): `latent.mean`, or `latent.embedding()` for what the contrastive loss compares.
@@ -375,10 +376,16 @@ def latent_tsne(
         for q in range(labels):
             x, y = plane[(modality == m) & (label == q)].T
             color, marker = COLORS[q % len(COLORS)], MARKERS[m % len(MARKERS)]
-            ax.scatter(x, y, s=14, color=color, marker=marker, linewidths=0, alpha=0.7)
+            style: dict[str, Any] = {"color": color, "linewidths": 0}
+            if q >= len(COLORS):
+                style = {"facecolors": "none", "edgecolors": color, "linewidths": 1}
+            ax.scatter(x, y, s=14, marker=marker, alpha=0.7, **style)
     ax.set(xticks=[], yticks=[], xlabel="t-SNE 1", ylabel="t-SNE 2")
     handles = [
-        *(_key(COLORS[q % len(COLORS)], "o", name) for q, name in enumerate(label_list)),
+        *(
+            _key(COLORS[q % len(COLORS)], "o", name, q < len(COLORS))
+            for q, name in enumerate(label_list)
+        ),
         *(_key(GREY, MARKERS[m % len(MARKERS)], name) for m, name in enumerate(modality_list)),
     ]
     ax.legend(handles=handles, fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1))
@@ -418,7 +425,7 @@ def attention_map(
         ax = _figure(7, 1.2 + 0.3 * len(names)).subplots()
     image = ax.imshow(w.numpy(), aspect="auto", vmin=0, cmap="viridis", interpolation="nearest")
     ax.set_yticks(range(len(names)), names)
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
     ax.set(xlabel="step of the sequence")
     ax.figure.colorbar(image, ax=ax, label="weight")
     return ax
@@ -555,8 +562,9 @@ def _line(index: int) -> dict[str, Any]:
     return {"color": COLORS[index % len(COLORS)], "linestyle": styles[index % len(styles)]}
 
 
-def _key(color: str, marker: str, name: str) -> Line2D:
-    return Line2D([], [], color=color, marker=marker, linestyle="", markersize=5, label=name)
+def _key(color: str, marker: str, name: str, filled: bool = True) -> Line2D:
+    face = color if filled else "none"
+    return Line2D([], [], color=color, marker=marker, mfc=face, ls="", markersize=5, label=name)
 
 
 def _wilson(

@@ -1,0 +1,294 @@
+"""Figures of the paper, drawn from runs of `lddu_full.py`.
+
+    python examples/lddu_figures.py RUN --data FILE                  # the folder of a run, and its data
+    python examples/lddu_figures.py RUN RUN_WITHOUT_SCL --data FILE  # second run: trained with --scl-weight 0
+    python examples/lddu_figures.py RUN --data FILE --sample 17      # another sample for the case study
+
+The best checkpoint of a run is applied to the test split. Huang et al. 2025, arXiv 2502.13954, have such figures:
+
+- `tsne.png` (Fig. 4): the latent distributions of the labels that are present, by t-SNE, with and without the
+  contrastive loss.
+- `case.png` (Fig. 5): one sample; its probabilities and how sure the first prediction is of them, what every label
+  attends to, and how much every modality counts.
+- `correlations.png`: how labels go together, in the data and in the predictions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from sklearn.metrics import silhouette_score
+from torch import Tensor
+
+from uncertainty_mm import plots
+from uncertainty_mm.data import MultimodalDataset
+from uncertainty_mm.functional import expected_distance
+from uncertainty_mm.measures import modality_attribution, predictive_entropy
+
+try:
+    from . import lddu_full
+except ImportError:  # run as a script
+    import lddu_full  # type: ignore[no-redef]
+
+APPLY = argparse.Namespace(accelerator="cpu", batch_size=256)  # how a checkpoint is applied
+TSNE_SAMPLES = 250  # t-SNE then takes seconds
+PRESENT, ABSENT, ACCENT = plots.COLORS[0], "0.75", plots.COLORS[1]
+
+
+def explain(
+    lit: lddu_full.LitLDDU, data: MultimodalDataset
+) -> tuple[lddu_full.Output, dict[str, Tensor]]:
+    """What the model says of a few samples, and its attention weights (B, Q, S_m) by modality."""
+    batch = next(iter(data.loader(len(data))))
+    model = lit.model.eval()
+    with torch.no_grad():
+        output = model(batch.features, batch.padding_mask)
+        encoded = {
+            name: encoder(batch.features[name], batch.padding_mask[name])
+            for name, encoder in model.encoders.items()
+        }
+        _, weights = model.attention(encoded, batch.padding_mask, need_weights=True)
+    return output, weights
+
+
+# --- Fig. 4 ----------------------------------------------------------------------------------------------------------
+
+
+def tsne(runs: Sequence[lddu_full.LitLDDU], data: MultimodalDataset) -> Figure:
+    """The Gaussians of the labels that are present, one panel a run, for the same samples.
+
+    Drawn is what the contrastive loss compares (Eq. 4, as the first run has it). The title has the silhouette
+    (Rousseeuw 1987, doi 10.1016/0377-0427(87)90125-7) of the classes that the loss pulls together, a modality and a
+    label each, in the space of Eq. 4, not in the plane: 1 for tight clusters far apart, 0 or less for none.
+    """
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
+    few = data.select(order[:TSNE_SAMPLES])
+    contrastive = runs[0].model.contrastive
+    figure = Figure(figsize=(1.6 + 4 * len(runs), 4.2), layout="constrained")
+    panels = figure.subplots(1, len(runs), squeeze=False)[0]
+    for panel, lit in zip(panels, runs, strict=True):
+        output, _ = explain(lit, few)
+        embedding = output.latent.embedding(
+            contrastive.use_mean, contrastive.use_std, contrastive.joint
+        )
+        shown = (few.labels > 0).unsqueeze(1) & ~output.missing.unsqueeze(2)  # (B, M, Q)
+        if shown.sum() < 3:
+            raise lddu_full.UsageError(
+                f"t-SNE needs at least 3 distributions of labels that are present, got {shown.sum()}"
+            )
+        plots.latent_tsne(embedding, few.label_names, list(few.dims), shown=shown, ax=panel)
+        _, modality, label = shown.nonzero(as_tuple=True)
+        classes = modality * len(few.label_names) + label
+        silhouette = math.nan  # unless there are classes of several points
+        if 1 < len(classes.unique()) < len(classes):
+            silhouette = silhouette_score(embedding[shown].numpy(), classes.numpy())
+        weight = lit.hparams["model"]["scl_weight"]
+        loss = r"$\mathcal{L}_{scl}$"
+        title = f"with {loss}, weight {weight:g}" if weight else f"without {loss}"
+        panel.set_title(f"{title} (silhouette {silhouette:.2f})", fontsize="medium")
+    for panel in panels[:-1]:
+        panel.get_legend().remove()  # that of the last panel is for all
+    return figure
+
+
+# --- Fig. 5 ----------------------------------------------------------------------------------------------------------
+
+
+def position_of(sample: str, data: MultimodalDataset) -> int:
+    """Position of a sample that is given by its name or by its position."""
+    if data.ids is not None and sample in data.ids:
+        return data.ids.index(sample)
+    if sample.isdecimal() and int(sample) < len(data):
+        return int(sample)
+    raise lddu_full.UsageError(
+        f"--sample {sample}: neither the name of a test sample nor a position, 0 to {len(data) - 1}"
+    )
+
+
+def interesting(probs: Tensor, threshold: Tensor, missing: Tensor, labels: Tensor) -> int:
+    """The most uncertain sample of those with several labels, all predicted, and all modalities.
+
+    Where none is like that, the most uncertain of all.
+    """
+    right = ((probs > threshold) == (labels > 0)).all(1)
+    wanted = right & (labels.sum(1) > 1) & ~missing.any(1)
+    left_out = ~wanted if wanted.any() else torch.zeros_like(wanted)
+    return int(predictive_entropy(probs).masked_fill(left_out, -1).argmax())
+
+
+def case(
+    lit: lddu_full.LitLDDU,
+    data: MultimodalDataset,
+    outputs: Mapping[str, Tensor],
+    position: int,
+) -> Figure:
+    """One sample: probabilities, D of the first prediction, modality attribution, attention.
+
+    Args:
+        lit: The model.
+        data: The split.
+        outputs: Those of `lddu_full.apply` for the split.
+        position: Of the sample in the split.
+    """
+    sample = data.select([position])
+    output, weights = explain(lit, sample)
+    names, rows = data.label_names, len(data.label_names)
+    figure = Figure(figsize=(max(9.5, 3.2 * len(weights)), 3.4 + 0.5 * rows), layout="constrained")
+    above, below = figure.subfigures(2, 1)
+    name = position if data.ids is None else data.ids[position]
+    present = [label for label, y in zip(names, sample.labels[0].tolist(), strict=True) if y]
+    figure.suptitle(f"sample {name}: {', '.join(present) or 'no label'}")
+
+    bars, dots, shares = above.subplots(1, 3, width_ratios=(3, 1.8, 2.4))
+    first = output.dir_logits[0].sigmoid()
+    draw_probs(bars, outputs["probs"][position], first, lit.threshold, sample.labels[0], names)
+    certainty = 1 - expected_distance(first)
+    dots.hlines(range(rows), 0.5, certainty, color=ABSENT)
+    dots.plot(certainty, range(rows), "o", color=ACCENT)
+    dots.set(xlim=(0.48, 1.02), ylim=bars.get_ylim(), xlabel="D of the first prediction")
+    dots.set_xticks([0.5, 0.75, 1])
+    dots.set_yticks(range(rows), [])
+
+    sizes = torch.linalg.vector_norm(outputs["std_norm"], dim=2)
+    draw_shares(shares, sizes, outputs["missing"].bool(), position, list(data.dims))
+
+    maps = below.subplots(1, len(weights), squeeze=False)[0]
+    for index, (panel, modality) in enumerate(zip(maps, weights, strict=True)):
+        valid = ~sample.padding_mask[modality][0]
+        panel.set_title(f"attention to {modality}", fontsize="medium")
+        if valid.any():
+            plots.attention_map(weights[modality][0, :, valid], names, ax=panel)
+        else:
+            panel.set_axis_off()
+            panel.text(0.5, 0.5, "missing", ha="center", transform=panel.transAxes)
+        if index and maps[0].axison:
+            panel.tick_params(labelleft=False)
+    return figure
+
+
+def draw_probs(
+    ax: Axes, probs: Tensor, first: Tensor, threshold: Tensor, labels: Tensor, names: Sequence[str]
+) -> None:
+    """Bars of the final probabilities, dark where the label is present."""
+    rows = torch.arange(len(names))
+    ax.barh(rows, probs, 0.7, color=[PRESENT if y else ABSENT for y in labels.tolist()])
+    (diamonds,) = ax.plot(
+        first,
+        rows,
+        "D",
+        color=ACCENT,
+        markersize=5,
+        zorder=3,
+        clip_on=False,
+        label="first prediction",
+    )
+    lines = ax.vlines(
+        threshold, rows - 0.5, rows + 0.5, color="black", linestyle="--", label="threshold"
+    )
+    ax.set(xlim=(0, 1), xlabel="probability")
+    ax.set_yticks(rows, names)
+    ax.invert_yaxis()
+    patches = [Patch(color=PRESENT, label="present"), Patch(color=ABSENT, label="absent")]
+    ax.legend(
+        handles=[*patches, lines, diamonds],
+        fontsize="small",
+        ncols=2,
+        loc="lower left",
+        bbox_to_anchor=(0, 1),
+    )
+
+
+def draw_shares(
+    ax: Axes, sizes: Tensor, missing: Tensor, position: int, names: Sequence[str]
+) -> None:
+    """Bars of the shares of the modalities in one sample, with their means over all."""
+    shares = modality_attribution(sizes, missing)
+    rows = torch.arange(len(names))
+    mean = (shares * ~missing).sum(0) / (~missing).sum(0).clamp_min(1)
+    ax.barh(rows, shares[position], 0.6, color=PRESENT)
+    ax.vlines(mean, rows - 0.4, rows + 0.4, color="black", label="mean of the test split")
+    ax.set(xlim=(0, 1), xlabel="share of the modality")
+    ax.set_yticks(rows, names)
+    ax.invert_yaxis()
+    ax.legend(fontsize="small", loc="lower left", bbox_to_anchor=(0, 1))
+
+
+# --- Correlations ----------------------------------------------------------------------------------------------------
+
+
+def correlations(probs: Tensor, threshold: Tensor, data: MultimodalDataset) -> Figure:
+    """Correlations of the labels and of the decisions, with their cosine similarity."""
+    decisions = (probs > threshold).float()
+    figure: Figure = plots.label_correlation(data.labels, decisions, data.label_names)[0].figure
+    return figure
+
+
+# --- Command line ----------------------------------------------------------------------------------------------------
+
+
+def draw(args: argparse.Namespace) -> None:
+    """Writes all figures."""
+    data = lddu_full.read_data(args.data, args.format, args.labels, ["test"])["test"]
+    if min(data.labels.shape) < 2:
+        raise lddu_full.UsageError(
+            f"{args.data}: the figures need at least two test samples and two labels"
+        )
+    runs = [lddu_full.load_for(data, args.data, run / "best.ckpt") for run in args.runs]
+    lit = runs[0]
+    position = None if args.sample is None else position_of(args.sample, data)
+    outputs = lddu_full.apply(lit, data, APPLY)
+    probs, missing = outputs["probs"], outputs["missing"].bool()
+    if position is None:
+        position = interesting(probs, lit.threshold, missing, data.labels)
+    figures = {
+        "tsne": tsne(runs, data),
+        "case": case(lit, data, outputs, position),
+        "correlations": correlations(probs, lit.threshold, data),
+    }
+    folder = args.output or args.runs[0] / "figures"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise lddu_full.UsageError(f"{folder}: cannot write there ({error.strerror})") from error
+    for name, figure in figures.items():
+        figure.savefig(folder / f"{name}.png", dpi=110)
+    print(
+        f"{folder}/: {', '.join(f'{name}.png' for name in figures)}; case: test sample {position}"
+    )
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(description="Figures of the paper, from runs of lddu_full.py.")
+    add = result.add_argument
+    add("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run; further ones for t-SNE")
+    add("--data", type=Path, required=True, help="file or folder that the runs were trained on")
+    lddu_full.add_layout(add)
+    add("--sample", help="name or position of the test sample of the case study (see docs)")
+    add("--output", type=Path, help="folder (default: RUN/figures)")
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command line."""
+    args = parser().parse_args(argv)
+    warnings.filterwarnings("ignore", module="lightning")
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    try:
+        draw(args)
+    except lddu_full.UsageError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
