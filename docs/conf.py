@@ -76,6 +76,7 @@ from uncertainty_mm.data import *
 from uncertainty_mm.functional import *
 from uncertainty_mm.measures import *
 from uncertainty_mm.metrics import *
+torch.manual_seed(0)
 """
 
 
