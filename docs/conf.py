@@ -11,6 +11,7 @@ copyright = f"2026, {author}"
 version = release = uncertainty_mm.__version__
 
 extensions = [
+    "matplotlib.sphinxext.plot_directive",
     "myst_parser",
     "sphinx.ext.autodoc",
     "sphinx.ext.doctest",
@@ -24,6 +25,8 @@ extensions = [
 exclude_patterns = ["_build", "study", "tutorials"]
 default_role = "literal"  # `name` in a docstring is code
 html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["custom.css"]
 html_title = f"uncertainty-mm {release}"
 bibtex_bibfiles = ["references.bib"]
 bibtex_default_style = "unsrt"
@@ -44,6 +47,15 @@ sphinx_gallery_conf = {
     "show_signature": False,
     "write_computation_times": False,
 }
+
+# Figures of pages are drawn when these are built.
+plot_formats = [("png", 110)]
+plot_html_show_formats = False
+plot_html_show_source_link = False
+plot_include_source = False
+plot_pre_code = "import numpy as np\nimport torch\nfrom matplotlib import pyplot as plt\n" + (
+    "from uncertainty_mm import plots\ntorch.manual_seed(0)\n"
+)
 
 # Links into the documentation of Python and PyTorch need the network: UNCERTAINTY_MM_INTERSPHINX=1.
 if os.environ.get("UNCERTAINTY_MM_INTERSPHINX") == "1":
@@ -79,6 +91,7 @@ from uncertainty_mm.data import *
 from uncertainty_mm.functional import *
 from uncertainty_mm.measures import *
 from uncertainty_mm.metrics import *
+torch.manual_seed(0)
 """
 
 

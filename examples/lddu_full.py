@@ -105,19 +105,20 @@ class Steps:
     """Packs the steps of padded sequences (B, S, D) into one matrix (N, D), and back.
 
     All but attention treats every step alone and need not compute what stands at padding. To count the steps, however,
-    the host would wait for an accelerator: there N is B * S, padding included.
+    the host would wait for an accelerator: there N is B * S, padding included, as in an exported program.
     """
 
     def __init__(self, padding: Tensor) -> None:
         self.shape = padding.shape
         rows = torch.arange(padding.numel(), device=padding.device)
-        self.rows = rows[~padding.flatten()] if padding.is_cpu else rows
+        counted = padding.is_cpu and not torch.compiler.is_exporting()
+        self.rows = rows[~padding.flatten()] if counted else rows
 
     def pack(self, x: Tensor) -> Tensor:
         return x.flatten(0, 1).index_select(0, self.rows)
 
     def unpack(self, x: Tensor) -> Tensor:
-        padded = x.new_zeros(self.shape.numel(), x.shape[1])
+        padded = x.new_zeros(math.prod(self.shape), x.shape[1])
         return padded.index_copy_(0, self.rows, x).unflatten(0, self.shape)
 
 
@@ -193,7 +194,8 @@ class SequenceEncoder(nn.Module):
         steps = Steps(padding)
         # A missing sequence attends to itself, which is harmless: nobody reads it.
         mask = ~padding | padding.all(dim=1, keepdim=True)
-        sample, step = steps.rows // x.shape[1], steps.rows % x.shape[1]
+        sample = steps.rows // x.shape[1]
+        step = steps.rows - sample * x.shape[1]  # %, which ONNX lacks for sizes that vary
         features = (steps.pack(x) - self.mean) / self.std
         embedded = F.embedding(step, self.positions)
         if self.size is not None:

@@ -163,3 +163,14 @@ def evaluate(rank, shares, probs, labels, errors, uncertainty):
             metric.update(*(x[share] for x in batch))
         answers[repr(metric), getattr(metric, "binning", None)] = metric.compute()
     return answers
+
+
+def gathered_supcon(rank, source, shares, embeddings, classes):
+    """Loss and gradient of this rank's share, by the function that `source` defines."""
+    names = {"functional": umm.functional}
+    exec(source, names)
+    share = slice(*shares[rank])
+    own = embeddings[share].clone().requires_grad_()
+    loss = names["gathered_supcon"](own, classes[share], len(embeddings))
+    loss.backward()
+    return loss.detach(), own.grad

@@ -6,9 +6,18 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ranks import Ranks, average_gradient, contrast, contrast_compiled, evaluate, track
+from pages import DOCS, blocks
+from ranks import (
+    Ranks,
+    average_gradient,
+    contrast,
+    contrast_compiled,
+    evaluate,
+    gathered_supcon,
+    track,
+)
 from support import close
-from uncertainty_mm import DiagonalGaussian, DistributionSupConLoss
+from uncertainty_mm import DiagonalGaussian, DistributionSupConLoss, functional
 
 if not (dist.is_available() and dist.is_gloo_available()):
     pytest.skip("needs gloo", allow_module_level=True)
@@ -250,6 +259,28 @@ def test_synchronize_equals_a_history_kept_by_hand(ranks):
         share = [c / n if n else 0.5 for c, n in zip(correct, counts, strict=True)]
         assert actual[0] == pytest.approx(share)
         assert actual[1:] == [counts, events]
+
+
+# -------------------------------------------------------------------------------- a loss of one's own
+
+
+@pytest.mark.parametrize("division", DIVISIONS)
+def test_loss_of_the_page_equals_that_of_one_process(ranks, division):
+    [source] = [
+        code
+        for _, code in blocks(DOCS / "howto" / "gather.md", "testcode")
+        if "def gathered_supcon" in code
+    ]
+    embeddings = torch.randn(BATCH, 5, dtype=torch.float64, requires_grad=True)
+    classes = torch.randint(4, (BATCH,))
+    expected = functional.supcon_loss(embeddings, classes)
+    expected.backward()
+    answers = ranks.run(
+        gathered_supcon, source, divide(ranks, division), embeddings.detach(), classes
+    )
+    losses, gradients = zip(*answers, strict=True)
+    close(sum(losses) / ranks.world_size, expected.detach())
+    close(torch.cat(gradients) / ranks.world_size, embeddings.grad)
 
 
 # --------------------------------------------------------------------------------------- metrics

@@ -3,25 +3,52 @@
 import doctest
 import re
 import runpy
-from pathlib import Path
 
 import pytest
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
-BLOCK = re.compile(r"^```\{doctest\}\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-PAGES = [page for page in sorted(DOCS.rglob("*.md")) if BLOCK.search(page.read_text())]
+from pages import DOCS, blocks
+
+PAGES = {
+    page.relative_to(DOCS).with_suffix("").as_posix(): page
+    for page in sorted(DOCS.rglob("*.md"))
+    if blocks(page, "doctest")
+}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_doctests_of_the_page(page):
-    names = {}
-    exec(runpy.run_path(str(DOCS / "conf.py"))["doctest_global_setup"], names)
-    source = "\n".join(BLOCK.findall(page.read_text()))
-    test = doctest.DocTestParser().get_doctest(source, names, page.name, str(page), 0)
-    result = doctest.DocTestRunner().run(test)
-    assert result.attempted > 0
-    assert result.failed == 0
+@pytest.mark.parametrize("name", PAGES)
+def test_doctests_of_the_page(name):
+    names, failed = {}, 0
+    if not name.startswith("howto/"):  # how-to pages import what they use
+        exec(runpy.run_path(str(DOCS / "conf.py"))["doctest_global_setup"], names)
+    for kind, source in blocks(PAGES[name], "doctest", "testcode"):
+        if kind == "testcode":
+            exec(source, names)
+            continue
+        test = doctest.DocTestParser().get_doctest(source, names, name, str(PAGES[name]), 0)
+        result = doctest.DocTestRunner().run(test, clear_globs=False)
+        assert result.attempted > 0
+        failed += result.failed
+        names.update(test.globs)
+    assert failed == 0
 
 
 def test_every_page_with_arithmetic_is_found():
-    assert {"conventions", "equations", "reproducibility"} <= {page.stem for page in PAGES}
+    assert {"conventions", "equations", "reproducibility", "howto/fusion"} <= PAGES.keys()
+
+
+# Those with a class of the package itself, not of a submodule.
+COMPONENTS = [
+    page
+    for page in sorted((DOCS / "api").glob("*.md"))
+    if re.search(r"autoclass:: uncertainty_mm\.[A-Z]", page.read_text())
+]
+
+
+@pytest.mark.parametrize("page", COMPONENTS, ids=lambda page: page.stem)
+def test_page_of_a_component_has_its_parts(page):
+    text = page.read_text()
+    assert blocks(page, "doctest")
+    assert "| Shape |" in text
+    assert "**When not to use it**" in text
+    assert "**See also**" in text
+    assert re.search(r"\{cite:[pt]\}`", text)

@@ -320,8 +320,9 @@ class GaussianDecoupler(nn.Module):
         return DiagonalGaussian(mean, std)
 
     def _bounded_std(self, raw: Tensor) -> Tensor:
-        x = _at_least_float32(raw).clamp(-1e30, 1e30)  # half precision may have overflowed
-        half_range = torch.where(x < 0, -2 * math.log(self.min_std), 2 * math.log(_MAX_STD))
-        log_var = x / torch.hypot(x / half_range, torch.ones_like(x))  # no square to overflow
+        half_range = torch.where(raw < 0, -2 * math.log(self.min_std), 2 * math.log(_MAX_STD))
+        x = _at_least_float32(raw) / half_range
+        x = x.clamp(-1e15, 1e15)  # half precision may have overflowed, and the square must not
+        log_var = half_range * x / (1 + x.square()).sqrt()
         std = self.min_std + torch.exp(0.5 * log_var)
         return std.clamp_min(torch.finfo(raw.dtype).tiny).to(raw.dtype)

@@ -1,0 +1,108 @@
+"""The page on serving and the example's model: torch.export and ONNX answer as torch does."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pages import DOCS, blocks
+from support import close
+
+PAGE = DOCS / "howto" / "serve.md"
+# What torch.onnx says of itself.
+QUIET = [
+    "ignore:.*The axis name. .* will not be used:UserWarning",
+    "ignore:.*LeafSpec.*is deprecated:FutureWarning",
+]
+SIZES = [(3, 5, 7), (1, 9, 2), (32, 60, 40), (2, 1, 1)]  # batch, steps of text, steps of audio
+
+
+@pytest.fixture(scope="module")
+def page():
+    """What the page defines."""
+    names = {}
+    for _, source in blocks(PAGE, "testcode"):
+        exec(source, names)
+    return names
+
+
+def drawn(page, *sizes):
+    """Inputs of the page, the first sample without any modality."""
+    text, audio, text_padding, audio_padding = page["draw"](*sizes)
+    text_padding[0] = audio_padding[0] = True
+    return text, audio, text_padding, audio_padding
+
+
+@pytest.mark.parametrize("combine", ["concat", "product"])
+def test_exported_program_takes_any_sizes(page, combine):
+    model = page["Served"]({"text": 8, "audio": 4}, combine=combine).eval()
+    program = torch.export.export(model, page["inputs"], dynamic_shapes=page["shapes"]).module()
+    for sizes in SIZES:
+        inputs = drawn(page, *sizes)
+        for actual, expected in zip(program(*inputs), model(*inputs), strict=True):
+            close(actual, expected.detach())
+
+
+@pytest.mark.parametrize("combine", ["concat", "product"])
+@pytest.mark.filterwarnings(*QUIET)
+def test_onnx_of_the_page_answers_as_torch(page, combine, tmp_path, monkeypatch):
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    monkeypatch.chdir(tmp_path)
+    model = page["Served"]({"text": 8, "audio": 4}, combine=combine).eval()
+    names = page | {"model": model}
+    for _, source in blocks(PAGE, "python"):
+        exec(source, names)
+    for sizes in SIZES:
+        inputs = drawn(page, *sizes)
+        for actual, expected in zip(names["serve"](*inputs), model(*inputs), strict=True):
+            close(actual, expected.detach())
+
+
+@pytest.fixture(scope="module")
+def lddu():
+    """The model of the example, small, and a wrapper that takes dictionaries and returns logits."""
+    path = Path(__file__).resolve().parents[1] / "examples" / "lddu_full.py"
+    spec = importlib.util.spec_from_file_location("lddu_full_for_export", path)
+    sys.modules[spec.name] = example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    sizes = {"hidden_dim": 16, "layers": 1, "heads": 2, "z_dim": 8, "latent_dim": 4}
+    steps = {"text": 60, "audio": 60}
+    return example.LDDU({"text": 8, "audio": 4}, steps, 3, 10, **sizes, queue_size=8).eval()
+
+
+class Logits(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, text, audio, text_padding, audio_padding):
+        features = {"text": text, "audio": audio}
+        padding = {"text": text_padding, "audio": audio_padding}
+        return self.model(features, padding).logits
+
+
+def test_model_of_the_example_exports(page, lddu):
+    model = Logits(lddu).eval()
+    example = tuple(x.nan_to_num() for x in page["inputs"])  # padding is computed, so it is finite
+    program = torch.export.export(model, example, dynamic_shapes=page["shapes"]).module()
+    for sizes in SIZES:
+        inputs = [x.nan_to_num() for x in drawn(page, *sizes)]
+        close(program(*inputs), model(*inputs).detach())
+
+
+@pytest.mark.filterwarnings(*QUIET)
+def test_model_of_the_example_goes_to_onnx(page, lddu, tmp_path, monkeypatch):
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    monkeypatch.chdir(tmp_path)
+    model = Logits(lddu).eval()
+    [(_, source)] = blocks(PAGE, "python")
+    example = tuple(x.nan_to_num() for x in page["inputs"])
+    names = page | {"model": model, "inputs": example}
+    exec(source.replace(', "std_norm"', ""), names)  # it has one output
+    for sizes in SIZES:
+        inputs = [x.nan_to_num() for x in drawn(page, *sizes)]
+        close(names["serve"](*inputs)[0], model(*inputs).detach())
