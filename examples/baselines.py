@@ -440,7 +440,8 @@ CLASSICAL: dict[str, tuple[Callable[..., Predict], Callable[[int], Sequence[Any]
     "CC logistic": (classifier_chain, logistic),
     "BR boosted trees": (binary_relevance, boosted_trees),
 }
-ARMS = (*CLASSICAL, *NETWORKS, "LDDU")
+LDDU = {"LDDU": "", "LDDU residual": "--final residual"}  # what is compared, and its options
+ARMS = (*CLASSICAL, *NETWORKS, *LDDU)
 
 
 def fit_classical(arm: str, args: argparse.Namespace) -> dict[str, float | None]:
@@ -492,7 +493,7 @@ def work(run: Run) -> dict[str, Any]:
     start = time.perf_counter()
     # No early stopping: some networks need many steps before the first gain, and the checkpoint is chosen anyway.
     options = f"--accelerator cpu --epochs {run.args.epochs} --patience {run.args.epochs} "
-    options += f"{run.args.options} --seed {run.seed}"
+    options += f"{run.args.options} {LDDU.get(run.arm, '')} --seed {run.seed}"
     where = ["--data", str(run.file), "--output", str(run.folder)]
     args = lddu_full.parse(["train", *options.split(), *where])
     if run.arm in CLASSICAL:

@@ -216,13 +216,9 @@ class Output(NamedTuple):
     dir_logits: Tensor  # (B, Q) first prediction, y_dir of Eq. 3
     latent: DiagonalGaussian  # (B, M, Q, K)
     modality_logits: Tensor  # (B, M, Q) prediction from each modality alone
-    fused: FusedPrediction  # final prediction, y_fnl of Eq. 8
+    fused: FusedPrediction  # y_fnl of Eq. 8
+    logits: Tensor  # (B, Q) final prediction: that of `fused`, or its sum with the first
     missing: Tensor  # (B, M)
-
-    @property
-    def logits(self) -> Tensor:
-        """The final prediction, (B, Q)."""
-        return self.fused.logits
 
     @property
     def std_norm(self) -> Tensor:
@@ -265,6 +261,7 @@ class LDDU(nn.Module):
         ordinality: str = "rank",
         pairs: str = "SR",
         targets: str = "both",
+        final: str = "fused",
         embedding: str = "joint",
         scl_weight: float = 0.1,
         ocl_weight: float = 0.3,
@@ -275,6 +272,7 @@ class LDDU(nn.Module):
         modalities = len(modality_dims)
         self.gate = gate
         self.targets = targets
+        self.residual = final == "residual"
         self.weights = {
             "cls": 1.0,
             "ocl": ocl_weight,
@@ -364,7 +362,8 @@ class LDDU(nn.Module):
         modality_logits = modality_logits + self.modality_bias
         uncertainty = self.uncertainty(dir_logits.detach().float().sigmoid(), labels)
         fused = self.fusion(latent, uncertainty, missing)
-        return Output(dir_logits, latent, modality_logits, fused, missing)
+        logits = fused.logits + dir_logits if self.residual else fused.logits
+        return Output(dir_logits, latent, modality_logits, fused, logits, missing)
 
     def uncertainty(self, dir_probs: Tensor, labels: Tensor | None) -> Tensor:
         """The gate of Eq. 8, which as printed needs the labels; see `--gate`."""
@@ -392,7 +391,7 @@ class LDDU(nn.Module):
             output.modality_logits.float(), each, reduction="none"
         ).masked_fill(output.missing.unsqueeze(2), 0)
         losses = {
-            "cls": F.binary_cross_entropy_with_logits(output.fused.logits, target),
+            "cls": F.binary_cross_entropy_with_logits(output.logits, target),
             "dir": F.binary_cross_entropy_with_logits(output.dir_logits.float(), target),
             "modality": by_modality.mean(),
             "scl": self.contrastive(output.latent, labels, output.missing),
@@ -410,7 +409,7 @@ class LDDU(nn.Module):
         seen = self.tracker.counts(indices) > 0
         history = self.tracker(indices)
         if self.targets == "sample":
-            correct = (output.fused.probs.detach() > 0.5) == (labels > 0)
+            correct = (output.logits.detach() > 0) == (labels > 0)
             self.tracker.update(indices, correct.float().mean(1))
             std_norm = torch.linalg.vector_norm(output.std_norm.flatten(1), dim=1)
             distance = prediction_distance(output.dir_logits.float().sigmoid(), labels).mean(1)
@@ -1163,6 +1162,10 @@ MODEL_OPTIONS: dict[str, tuple[Any, str]] = {
         "uncertainty of Eq. 8; mean and std leave one branch alone",
     ),
     "mean_weight": (("certainty", "uncertainty"), "what weighs the means in Eq. 8"),
+    "final": (
+        ("fused", "residual"),
+        "final prediction: Eq. 8 alone, or its logits added to those of the first prediction",
+    ),
     "size": (("apart", "within"), "size of a sequence: a separate input, or left in the features"),
     "combine": (
         ("product", "concat"),

@@ -54,6 +54,7 @@ ARMS: dict[str, str] = {
     "targets: modality": "--targets modality",
     "targets: pooled": "--targets pooled",
     "targets: sample": "--targets sample",
+    "final: residual": "--final residual",
     "combine: concatenation": "--combine concat",
     "size: within": "--size within",
     "embedding: Eq. 4": "--embedding both",

@@ -28,6 +28,7 @@ NETWORKS = [
     *("MLP pooled", "early fusion", "late fusion"),
     *("cross-modal (MulT)", "invariant/specific (MISA)"),
 ]
+LDDU = ["LDDU", "LDDU residual"]
 CLASSICAL = ["prior", "BR logistic", "LP logistic", "CC logistic", "BR boosted trees"]
 
 
@@ -341,14 +342,8 @@ def test_every_method_learns_and_a_failing_one_costs_itself(baselines, tmp_path,
     in_the_way = output / "toy" / baselines.slug("early fusion")
     in_the_way.touch()  # where the folder of the run should be
     command = ["--data", str(tmp_path / "toy.npz"), "--seeds", "0", "--jobs", "1"]
-    command += [
-        "--epochs",
-        "6",
-        "--options",
-        f"{SMALL} --lr 1e-2 --dropout 0",
-        "--output",
-        str(output),
-    ]
+    command += ["--epochs", "6", "--options", f"{SMALL} --lr 1e-2 --dropout 0"]
+    command += ["--output", str(output)]
     with pytest.raises(SystemExit, match="1 runs failed"):
         baselines.main(command)
     assert "early fusion, seed 0: failed: " in "".join(capsys.readouterr())
@@ -356,7 +351,7 @@ def test_every_method_learns_and_a_failing_one_costs_itself(baselines, tmp_path,
     baselines.main(command)
 
     rows = {row["arm"]: row for row in json.loads((output / "runs.json").read_text())}
-    assert list(rows) == [*CLASSICAL, *NETWORKS, "LDDU"]
+    assert list(rows) == [*CLASSICAL, *NETWORKS, *LDDU]
     for arm in set(rows) - {"prior"}:
         assert rows[arm]["miF1"] > rows["prior"]["miF1"] + 0.03, arm
         assert rows[arm]["Brier"] < rows["prior"]["Brier"] - 0.02, arm
@@ -366,7 +361,7 @@ def test_every_method_learns_and_a_failing_one_costs_itself(baselines, tmp_path,
             probs, labels = torch.from_numpy(file["probs"]), torch.from_numpy(file["labels"])
             found = baselines.lddu_full.evaluate(probs, labels, torch.from_numpy(file["threshold"]))
         assert found == {name: row[name] for name in found}
-        if arm in (*NETWORKS, "LDDU"):
+        if arm in (*NETWORKS, *LDDU):
             state = torch.load(folder / "best.ckpt", weights_only=True)["state_dict"]
             assert 0 < row["parameters"] <= sum(x.numel() for x in state.values())
             saved = {key.split(".")[2] for key in state if key.startswith("model.encoders.")}

@@ -532,7 +532,7 @@ def test_samples_without_any_modality_get_one_answer(example, combine):
 
 
 CHOICES = {"gate", "mean_weight", "size", "combine", "ordinality", "pairs", "targets", "embedding"}
-CHOICES |= {"anchors"}
+CHOICES |= {"anchors", "final"}
 
 
 def test_every_choice_is_tested(example):
@@ -621,6 +621,20 @@ def test_soft_labels_have_to_be_there(example, tmp_path):
     for value, problem in ((1, "the training split has none"), (2, "must be in [0, 1]")):
         with pytest.raises(SystemExit, match=re.escape(problem)):
             run(example, "--data", data, "--soft-labels", value, "--output", tmp_path / "out")
+
+
+def test_residual_prediction_adds_the_first_one(example):
+    torch.manual_seed(0)
+    model = small_model(example, final="residual").eval()
+    features, padding = small_inputs()
+    output = model(features, padding)
+    torch.testing.assert_close(output.logits, output.dir_logits + output.fused.logits)
+    labels = torch.randint(0, 2, (6, 4))
+    loss = model.losses(output, labels, torch.arange(6))["cls"]
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(output.logits, labels.float())
+    torch.testing.assert_close(loss, expected)
+    model.residual = False
+    assert torch.equal(model(features, padding).logits, output.fused.logits)
 
 
 @pytest.mark.parametrize("targets", ["both", "modality", "pooled"])
