@@ -1,22 +1,16 @@
 """The ablation: rows differ as they say, a failing row costs itself, the first row pools without labels."""
 
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-for extra in ("lightning", "torchmetrics", "matplotlib"):
-    pytest.importorskip(extra)
+from examples_support import QUIET, example_module, need_extras
 
-ROOT = Path(__file__).resolve().parents[1]
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:.*:UserWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-]
+need_extras()
+
+pytestmark = QUIET
 SMALL = (
     "--hidden-dim 16 --heads 2 --layers 1 --z-dim 8 --latent-dim 4 --queue-size 64 --batch-size 16"
 )
@@ -24,14 +18,8 @@ SMALL = (
 
 @pytest.fixture(scope="module")
 def ablation():
-    """The module under its own name, by which the worker processes import it too."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT / "examples")
-        import lddu_ablation
-
-        yield lddu_ablation
-        for name in ("lddu_ablation", "lddu_full", "sweep"):
-            del sys.modules[name]
+    with example_module("lddu_ablation") as module:
+        yield module
 
 
 @pytest.mark.parametrize("model", ["paper", "ours"])

@@ -1,24 +1,17 @@
 """The baselines: networks, classical methods, the bootstrap, what a sweep writes."""
 
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from examples_support import QUIET, example_module, need_extras
 from uncertainty_mm.data import MultimodalDataset
 
-for extra in ("lightning", "torchmetrics", "matplotlib", "sklearn"):
-    pytest.importorskip(extra)
+need_extras()
 
-ROOT = Path(__file__).resolve().parents[1]
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:.*:UserWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-]
+pytestmark = QUIET
 SMALL = (
     "--hidden-dim 16 --heads 2 --layers 1 --z-dim 8 --latent-dim 4 --queue-size 64 --batch-size 16"
 )
@@ -34,14 +27,8 @@ CLASSICAL = ["prior", "BR logistic", "LP logistic", "CC logistic", "BR boosted t
 
 @pytest.fixture(scope="module")
 def baselines():
-    """The module under its own name, by which the worker processes import it too."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT / "examples")
-        import baselines
-
-        yield baselines
-        for name in ("baselines", "lddu_full", "sweep"):
-            del sys.modules[name]
+    with example_module("baselines") as module:
+        yield module
 
 
 def network(baselines, name, dims=DIMS, **options):

@@ -2,37 +2,29 @@
 
 import copy
 import csv
-import importlib.util
 import json
 import pickle
 import re
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
+from examples_support import EXAMPLES, QUIET, example_module, need_extras
 from support import poisoned
 from uncertainty_mm import DiagonalGaussian, PlattScaling
 from uncertainty_mm.data import write_folder
 
-for extra in ("lightning", "torchmetrics", "matplotlib"):
-    pytest.importorskip(extra)
+need_extras()
 yaml = pytest.importorskip("yaml")
 f1_score = pytest.importorskip("sklearn.metrics").f1_score
 
-ROOT = Path(__file__).resolve().parents[1]
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings(
-        "ignore:.*:UserWarning"
-    ),  # Lightning's advice on workers and devices
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-]
+ROOT = EXAMPLES.parent
+pytestmark = QUIET
 SMALL = [
     *("--hidden-dim=16", "--heads=2", "--layers=1", "--z-dim=8", "--latent-dim=4"),
     *("--queue-size=64", "--batch-size=16", "--accelerator=cpu"),
@@ -41,11 +33,8 @@ SMALL = [
 
 @pytest.fixture(scope="module")
 def example():
-    spec = importlib.util.spec_from_file_location("lddu_full", ROOT / "examples" / "lddu_full.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["lddu_full"] = module
-    spec.loader.exec_module(module)
-    return module
+    with example_module("lddu_full") as module:
+        yield module
 
 
 def arrays(seed=0, count=60):

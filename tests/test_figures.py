@@ -1,23 +1,17 @@
 """Figures of the paper: they show what the model says."""
 
 import math
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from matplotlib.colors import to_hex
 
-for extra in ("lightning", "torchmetrics", "matplotlib", "sklearn", "yaml"):
-    pytest.importorskip(extra)
+from examples_support import QUIET, example_module, need_extras
 
-ROOT = Path(__file__).resolve().parents[1]
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:.*:UserWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-]
+need_extras()
+
+pytestmark = QUIET
 SMALL = [
     *("--hidden-dim=16", "--heads=2", "--layers=1", "--z-dim=8", "--latent-dim=4"),
     *("--queue-size=64", "--batch-size=16", "--accelerator=cpu", "--epochs=2", "--lr=0.01"),
@@ -29,14 +23,8 @@ WITHOUT_B = 5  # position in the test split of the sample that lacks modality `b
 
 @pytest.fixture(scope="module")
 def figures():
-    """The module under its own name."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT / "examples")
-        import lddu_figures
-
-        yield lddu_figures
-        for name in ("lddu_figures", "lddu_full"):
-            del sys.modules[name]
+    with example_module("lddu_figures") as module:
+        yield module
 
 
 def write(path, **changes):

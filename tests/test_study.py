@@ -2,24 +2,17 @@
 
 import csv
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from examples_support import QUIET, example_module, need_extras
 from uncertainty_mm.data import SyntheticMMER
 
-for extra in ("lightning", "torchmetrics", "matplotlib"):
-    pytest.importorskip(extra)
+need_extras()
 
-ROOT = Path(__file__).resolve().parents[1]
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:.*:UserWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-]
+pytestmark = QUIET
 SMALL = "--hidden-dim 16 --heads 2 --z-dim 8 --latent-dim 4 --queue-size 64 --batch-size 16"
 MEASURES = {
     *("miF1", "mAP", "Brier", "ECE", "ECE before", "AURC", "entropy ~ error", "std ~ error"),
@@ -30,14 +23,8 @@ MEASURES = {
 
 @pytest.fixture(scope="module")
 def study():
-    """The module under its own name, by which the worker processes import it too."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT / "examples")
-        import uncertainty_study
-
-        yield uncertainty_study
-        for name in ("uncertainty_study", "lddu_full", "sweep"):
-            del sys.modules[name]
+    with example_module("uncertainty_study") as module:
+        yield module
 
 
 def test_failing_arm_costs_itself_and_a_finished_one_is_not_repeated(study, tmp_path, capsys):
