@@ -41,7 +41,6 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,6 +49,7 @@ import lightning as L
 import numpy as np
 import torch
 import torch.nn.functional as F
+import torchmetrics
 import yaml
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -67,6 +67,7 @@ from torchmetrics.functional.classification import (
     multilabel_recall,
 )
 
+import uncertainty_mm
 from uncertainty_mm import (
     CorrectnessTracker,
     DiagonalGaussian,
@@ -790,13 +791,13 @@ def save_options(args: argparse.Namespace, folder: Path) -> None:
         if name not in left_out and value is not None
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(options, sort_keys=False))
-    packages = ("uncertainty-mm", "torch", "numpy", "lightning", "torchmetrics")
+    packages = (uncertainty_mm, torch, np, L, torchmetrics)
     environment = {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        **{name: version(name) for name in packages},
+        **{package.__name__: package.__version__ for package in packages},
     }
     (folder / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
 
