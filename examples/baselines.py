@@ -568,37 +568,36 @@ def paired_bootstrap(
     }
 
 
-def differences(rows: Sequence[Row], folder: Path) -> list[str]:
-    """Markdown, one line a method: LDDU minus the method, over the seeds that both have."""
-    seeds: dict[str, set[int]] = {"LDDU": set()}
+def differences(rows: Sequence[Row], folder: Path, name: str) -> list[str]:
+    """Markdown, one line a method: LDDU (or a variant, `name`) minus the method, over the seeds that both have."""
+    seeds: dict[str, set[int]] = {name: set()}
     for row in rows:
         seeds.setdefault(row["arm"], set()).add(row["seed"])
-    lines = ["| arm | seeds | miF1 | Brier |", "|---|---:|---:|---:|"]
-    for arm in [arm for arm in seeds if arm != "LDDU"]:
-        if both := sorted(seeds[arm] & seeds["LDDU"]):
+    lines = []
+    for arm in [arm for arm in seeds if arm not in LDDU]:
+        if both := sorted(seeds[arm] & seeds[name]):
             ours, theirs = (
-                np.stack([contributions(folder / slug(name) / str(seed)) for seed in both])
-                for name in ("LDDU", arm)
+                np.stack([contributions(folder / slug(each) / str(seed)) for seed in both])
+                for each in (name, arm)
             )
             found = paired_bootstrap(ours, theirs)
             lines.append(f"| {arm} | {len(both)} | {found['miF1']} | {found['Brier']} |")
-    return lines
+    return lines and ["| arm | seeds | miF1 | Brier |", "|---|---:|---:|---:|", *lines]
 
 
 def report(rows: Sequence[Row], output: Path) -> str:
-    """Markdown: two tables a data set."""
+    """Markdown: the measures of all methods, and how far LDDU is ahead, for each data set."""
     lines = []
     for name in dict.fromkeys(row["data"] for row in rows):
         here = [row for row in rows if row["data"] == name]
         sizes = {
             row["arm"]: f"{row['parameters']:,}" if "parameters" in row else "" for row in here
         }
-        results = table(here, COLUMNS, {"parameters": sizes})
-        lines += [f"{name}, test split:", "", *results, ""]
-        compared = differences(here, output / name)
-        if len(compared) > 2:  # more than the head
-            lines += [f"{name}, LDDU minus the other, 95 % interval, * where it excludes 0:", ""]
-            lines += [*compared, ""]
+        lines += [f"{name}, test split:", "", *table(here, COLUMNS, {"parameters": sizes}), ""]
+        for ours in LDDU:
+            if compared := differences(here, output / name, ours):
+                lines += [f"{name}, {ours} minus the other, 95 % interval, * where it excludes 0:"]
+                lines += ["", *compared, ""]
     return "\n".join(lines)
 
 
