@@ -612,6 +612,8 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line."""
     args = parser().parse_args(sys.argv[1:] if argv is None else argv)
+    if not args.data:
+        parser().error("--data is needed")
     rows, failed = sweep(work, args.data, args)
     text = report(rows, args.output)
     (args.output / "baselines.md").write_text(text)

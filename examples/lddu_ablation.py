@@ -1,7 +1,7 @@
 """Ablation of LDDU, row by row as in Table 3 of the paper (arXiv 2502.13954).
 
     python examples/lddu_ablation.py --data FILE --seeds 0 1 2               # the paper's model, less one part a row
-    python examples/lddu_ablation.py --data FILE --seeds 0 1 2 --model ours  # the model with our defaults
+    python examples/lddu_ablation.py --data FILE --seeds 0 1 2 --model ours --output runs/ours  # with our defaults
     python examples/lddu_ablation.py --data FILE --arms full "(4) w/o queue" # some rows
 
 Every row is a run of `lddu_full.py` for several seeds; what is finished is not repeated, and a failing row does not
@@ -117,7 +117,8 @@ class LitWithoutQueries(lddu_full.LitLDDU):
 def work(run: Run) -> dict[str, float]:
     """Trains one row with one seed."""
     args = run.args
-    options = [MODELS[args.model], ARMS[run.arm].options, args.options, f"--seed {run.seed}"]
+    options = ["--accelerator cpu", MODELS[args.model], ARMS[run.arm].options, args.options]
+    options.append(f"--seed {run.seed}")
     if args.epochs:
         options.append(f"--epochs {args.epochs}")
     where = ["--data", str(run.file), "--output", str(run.folder)]

@@ -35,7 +35,6 @@ import logging
 import math
 import os
 import platform
-import shutil
 import sys
 import tempfile
 import time
@@ -61,10 +60,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
 from torchmetrics import CatMetric
 from torchmetrics.functional.classification import (
+    binary_average_precision,
+    binary_f1_score,
+    binary_precision,
+    binary_recall,
     multilabel_average_precision,
-    multilabel_f1_score,
-    multilabel_precision,
-    multilabel_recall,
 )
 
 import uncertainty_mm
@@ -462,7 +462,7 @@ class LitLDDU(L.LightningModule):
         )
         self.calibration = PlattScaling(len(label_names))
         self.register_buffer("threshold", torch.full((len(label_names),), 0.5))
-        self.logits, self.labels = CatMetric(), CatMetric()  # of the validation set
+        self.logits, self.labels = (CatMetric(nan_strategy="disable") for _ in range(2))
 
     def configure_optimizers(self) -> dict[str, Any]:
         """Adam with linear warm-up and cosine decay (appendix A.1)."""
@@ -551,9 +551,7 @@ class LitLDDU(L.LightningModule):
         self.calibration.fit(logits, labels)
         probs = self.calibration(logits).sigmoid()
         self.threshold.copy_(best_threshold(probs, labels, self.hparams["thresholds"]))
-        score = multilabel_f1_score(
-            (probs > self.threshold).int(), labels.int(), probs.shape[1], average="micro"
-        )
+        score = binary_f1_score((probs > self.threshold).flatten().int(), labels.flatten().int())
         self.log("val/miF1", score, prog_bar=True)
 
     def predict_step(self, batch: MultimodalBatch, batch_idx: int) -> dict[str, Tensor]:
@@ -580,15 +578,21 @@ def evaluate(probs: Tensor, labels: Tensor, threshold: Tensor) -> dict[str, floa
 
     `rho` is the rank correlation of the predictive entropy with the mean absolute error of a sample.
     """
-    labels, size = labels.long(), labels.shape[1]
+    labels = labels.long()
     predicted = (probs > threshold).int()
+    decisions = predicted.flatten(), labels.flatten()  # micro: every decision counts alike
+    precision = (
+        multilabel_average_precision(probs, labels, labels.shape[1], average="macro")
+        if labels.shape[1] > 1
+        else binary_average_precision(probs[:, 0], labels[:, 0])
+    )
     uncertainty, error = predictive_entropy(probs), (probs - labels).abs().mean(1)
     measures = {
         "Acc": sample_jaccard(predicted.float(), labels).mean(),
-        "P": multilabel_precision(predicted, labels, size, average="micro"),
-        "R": multilabel_recall(predicted, labels, size, average="micro"),
-        "miF1": multilabel_f1_score(predicted, labels, size, average="micro"),
-        "mAP": multilabel_average_precision(probs, labels, size, average="macro"),
+        "P": binary_precision(*decisions),
+        "R": binary_recall(*decisions),
+        "miF1": binary_f1_score(*decisions),
+        "mAP": precision,
         "Brier": (probs - labels).square().mean(),
         "ECE": calibration_error(probs, labels),
         "AURC": risk_coverage(error, uncertainty).aurc,
@@ -636,6 +640,21 @@ def plot(history: Sequence[Mapping[str, str]], probs: Tensor, labels: Tensor, pa
     )
     reliability.legend()
     figure.savefig(path, dpi=120)
+
+
+class MovableCheckpoint(ModelCheckpoint):
+    """Remembers the best checkpoint also where the run folder was moved."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        def here(path: str) -> str:
+            return str(Path(str(self.dirpath), Path(path).name)) if path else path
+
+        paths = ("best_model_path", "kth_best_model_path", "last_model_path")
+        best = {here(path): score for path, score in state_dict["best_k_models"].items()}
+        moved = {key: here(state_dict[key]) for key in paths}
+        super().load_state_dict(
+            state_dict | moved | {"dirpath": self.dirpath, "best_k_models": best}
+        )
 
 
 # --- Data ------------------------------------------------------------------------------------------------------------
@@ -878,12 +897,27 @@ def check_resumable(path: Path, lit: LitLDDU, epochs: int) -> None:
 
 
 def set_statistics(encoders: nn.ModuleDict, data: MultimodalDataset) -> None:
-    """Gives every encoder mean and standard deviation of its features over the valid steps."""
-    for modality, encoder in encoders.items():
-        valid = data.features[modality][~data.padding_mask[modality]].float()
-        if len(valid):
-            encoder.mean.copy_(valid.mean(0))
-            encoder.std.copy_(valid.std(0, correction=0).clamp_min(1e-3))
+    """Gives every encoder mean and standard deviation of its features over the valid steps.
+
+    The data may lie on a disk: batches are read one by one, and their moments joined (Chan et al. 1983).
+    """
+    counts = dict.fromkeys(encoders, 0)
+    means, squares = (
+        {name: torch.zeros(dim).double() for name, dim in data.dims.items()} for _ in range(2)
+    )
+    for batch in data.loader(1024):
+        for name in encoders:
+            valid = batch.features[name][~batch.padding_mask[name]].double()
+            if count := len(valid):
+                mean, counts[name] = valid.mean(0), counts[name] + count
+                change = mean - means[name]
+                means[name] += change * (count / counts[name])
+                squares[name] += (valid - mean).square().sum(0)
+                squares[name] += change.square() * (count * (1 - count / counts[name]))
+    for name, encoder in encoders.items():
+        if counts[name]:
+            encoder.mean.copy_(means[name])
+            encoder.std.copy_((squares[name] / counts[name]).sqrt().clamp_min(1e-3))
 
 
 def train(args: argparse.Namespace, lit_class: type[LitLDDU] = LitLDDU) -> dict[str, Any]:
@@ -903,7 +937,6 @@ def train(args: argparse.Namespace, lit_class: type[LitLDDU] = LitLDDU) -> dict[
             for part, data in parts.items()
         }
         bayes, epochs = {}, 1
-        args.output = Path(tempfile.mkdtemp())
     folder = run_folder(args, name)
     data = parts["train"]
     if args.soft_labels:
@@ -913,9 +946,14 @@ def train(args: argparse.Namespace, lit_class: type[LitLDDU] = LitLDDU) -> dict[
         data.soft_labels = data.soft_labels / data.soft_labels.max().clamp_min(1)
     say(f"{name}: {' + '.join(str(len(parts[part])) for part in SPLITS)} samples; for training")
     say(data.summary())
+    for split, part in parts.items():
+        if (part.dims, part.label_names) != (data.dims, data.label_names):
+            raise UsageError(
+                f"{name}: the {split} split has other modalities, sizes or labels than the training split"
+            )
     lit = lit_class(
         data.dims,
-        data.steps,
+        {name: max(part.steps[name] for part in parts.values()) for name in data.dims},
         data.label_names,
         len(data),
         {name: getattr(args, name) for name in MODEL_OPTIONS},
@@ -934,10 +972,10 @@ def train(args: argparse.Namespace, lit_class: type[LitLDDU] = LitLDDU) -> dict[
         lit.model.contrastive.max_batch_size = args.batch_size
     if args.ckpt:
         check_resumable(args.ckpt, lit, epochs)
-    best = ModelCheckpoint(
+    best = MovableCheckpoint(
         folder, "best", monitor="val/miF1", mode="max", enable_version_counter=False
     )
-    last = ModelCheckpoint(
+    last = MovableCheckpoint(
         folder, "last", save_on_train_epoch_end=True, enable_version_counter=False
     )
     distributed = args.strategy == "ddp" or args.devices > 1
@@ -1005,9 +1043,7 @@ def train(args: argparse.Namespace, lit_class: type[LitLDDU] = LitLDDU) -> dict[
         f"\ncalibration and threshold {results['threshold']} from validation, {results['epochs']} epochs, "
         f"{results['seconds']:.0f} s, seed {args.seed}"
     )
-    if args.fast_dev_run:
-        shutil.rmtree(folder)
-    else:
+    if not args.fast_dev_run:
         print(f"{folder}/: {', '.join(sorted(path.name for path in folder.iterdir()))}")
     return results
 
@@ -1058,7 +1094,7 @@ def load_for(data: MultimodalDataset, source: Path, ckpt: Path) -> LitLDDU:
         ("modalities and feature sizes", lit.hparams["modality_dims"], data.dims),
         ("labels", lit.hparams["label_names"], data.label_names),
     ):
-        if wanted != received:
+        if list(wanted) != list(received) or wanted != received:  # the order counts
             raise UsageError(
                 f"{source}: {what} {received} are not those of the checkpoint, {wanted}"
             )
@@ -1072,6 +1108,8 @@ def load_for(data: MultimodalDataset, source: Path, ckpt: Path) -> LitLDDU:
 
 def predict(args: argparse.Namespace) -> None:
     """Applies a checkpoint to one split and writes one row a sample (.csv) or arrays (.npz)."""
+    if not args.output.parent.is_dir():
+        raise UsageError(f"{args.output}: no such folder, {args.output.parent}")
     data = read_data(args.data, args.format, args.labels, [args.split])[args.split]
     lit = load_for(data, args.data, args.ckpt)
     save = save_arrays if args.output.suffix == ".npz" else save_rows
@@ -1263,6 +1301,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         args = parse(sys.argv[1:] if argv is None else argv)
         if args.command == "predict":
             predict(args)
+        elif args.fast_dev_run:
+            if args.ckpt or args.output:
+                raise UsageError("--fast-dev-run keeps nothing: it takes no --ckpt and no --output")
+            with tempfile.TemporaryDirectory() as folder:
+                args.output, args.devices, args.strategy = Path(folder), 1, "auto"
+                train(args)
         else:
             train(args)
     except UsageError as error:

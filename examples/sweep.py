@@ -63,6 +63,9 @@ def sweep(work: Work, files: Sequence[Path], args: argparse.Namespace) -> tuple[
     Returns:
         A row for every finished run (`data`, `arm`, `seed`, and its measures), and how many runs failed.
     """
+    names = [file.stem for file in files]
+    if len(set(names)) < len(names):
+        raise ValueError(f"Expected files of different names, but got {names}")
     runs = [
         Run(file, arm, seed, args.output / file.stem / slug(arm) / str(seed), args)
         for seed in args.seeds  # a stopped sweep has all arms of the first seeds
@@ -91,11 +94,23 @@ def sweep(work: Work, files: Sequence[Path], args: argparse.Namespace) -> tuple[
 
 
 def finish(work: Work, run: Run) -> Row:
-    """Does a run unless it was done; its measures appear in one piece or not at all."""
+    """Does a run unless it was done; its measures appear in one piece or not at all.
+
+    Raises:
+        ValueError: If it was done on other data or with other options.
+    """
     done = run.folder / "measures.json"
-    if not done.exists():
+    same_for_all = ("data", "arms", "seeds", "jobs", "output")  # may differ where runs are added
+    settings = {name: value for name, value in vars(run.args).items() if name not in same_for_all}
+    settings = json.loads(json.dumps({"file": run.file.resolve(), **settings}, default=str))
+    if done.exists():
+        before = json.loads((run.folder / "settings.json").read_text())
+        if before != settings:
+            raise ValueError(f"done with {before}, not with {settings}; choose another --output")
+    else:
         torch.set_num_threads(1)
         run.folder.mkdir(parents=True, exist_ok=True)
+        (run.folder / "settings.json").write_text(json.dumps(settings, indent=2) + "\n")
         with (
             open(run.folder / "run.log", "w") as log,
             contextlib.redirect_stdout(log),

@@ -252,6 +252,8 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line."""
     args = parser().parse_args(sys.argv[1:] if argv is None else argv)
+    if other := [str(file) for file in args.data if file.suffix != ".npz"]:
+        parser().error(f"--data takes .npz files here, got {' '.join(other)}")
     failed = study(args)
     print((args.output / "study.md").read_text())
     if failed:

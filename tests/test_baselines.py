@@ -363,13 +363,14 @@ def test_every_method_learns_and_a_failing_one_costs_itself(baselines, tmp_path,
     row = rows["late fusion"]
     assert f"| late fusion | 1 | {row['Acc']:.3f} | " in text
     assert f" | {row['ECE']:.3f} | {row['parameters']:,} |\n" in text
-    compared = [
-        line.split(" | ")[0] for line in lines[lines.index("| arm | seeds | miF1 | Brier |") :]
-    ]
-    assert compared[2:-1] == [f"| {arm}" for arm in rows if arm != "LDDU"]
-    ahead = rows["LDDU"]["miF1"] - rows["prior"]["miF1"]
-    (line,) = [line for line in lines[16:] if line.startswith("| prior")]
-    assert f"| 1 | {ahead:+.4f}"[:-2] in line
+    compared = text.split(" minus the other")[1:]
+    assert len(compared) == len(LDDU)
+    for ours, part in zip(LDDU, compared, strict=True):
+        arms = [line.split(" | ")[0] for line in part.split("\n")[4:-2] if line.startswith("| ")]
+        assert arms == [f"| {arm}" for arm in (*CLASSICAL, *NETWORKS)]
+        ahead = rows[ours]["miF1"] - rows["prior"]["miF1"]
+        (line,) = [line for line in part.split("\n") if line.startswith("| prior")]
+        assert f"| 1 | {ahead:+.4f}"[:-2] in line
 
 
 def test_report_has_the_spread_and_pairs_the_seeds(baselines, tmp_path):

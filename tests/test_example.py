@@ -21,6 +21,7 @@ from uncertainty_mm.data import write_folder
 
 need_extras()
 yaml = pytest.importorskip("yaml")
+average_precision_score = pytest.importorskip("sklearn.metrics").average_precision_score
 f1_score = pytest.importorskip("sklearn.metrics").f1_score
 
 ROOT = EXAMPLES.parent
@@ -136,15 +137,59 @@ def test_resumed_run_equals_the_uninterrupted_one(
         patch.setattr(example.LitLDDU, "on_train_epoch_start", interrupted)
         with pytest.raises(RuntimeError, match="power cut"):
             run(example, *common, "--output", tmp_path)
+    moved = tmp_path.with_name("moved")
+    tmp_path.rename(moved)
+    tmp_path = moved
     run(example, *common, "--output", tmp_path, "--ckpt", tmp_path / "last.ckpt")
     assert (tmp_path / "metrics.csv").read_text() == (folder / "metrics.csv").read_text()
-    whole, resumed = (
-        torch.load(path / "last.ckpt", weights_only=True)["state_dict"]
-        for path in (folder, tmp_path)
+    for name in ("best.ckpt", "last.ckpt"):
+        whole, resumed = (
+            torch.load(path / name, weights_only=True)["state_dict"] for path in (folder, tmp_path)
+        )
+        assert whole.keys() == resumed.keys()
+        for key, value in whole.items():
+            assert torch.equal(value, resumed[key]), (name, key)
+
+
+def test_one_label_and_longer_test_sequences(example, tmp_path):
+    labels = arrays()["labels"][:, :1]
+    data = save(tmp_path / "data.npz", labels=labels, label_names=np.array(["only"]))
+    parts = example.read_data(data)
+    longer = {name: torch.cat([x, x], dim=1) for name, x in parts["test"].features.items()}
+    masks = {name: torch.cat([x, x], dim=1) for name, x in parts["test"].padding_mask.items()}
+    parts["test"] = example.MultimodalDataset(longer, masks, parts["test"].labels, ["only"])
+    write_folder(parts, tmp_path / "folder")
+    out = tmp_path / "out"
+    run(example, "--data", tmp_path / "folder", "--epochs", 1, "--output", out, *SMALL)
+    results = json.loads((out / "metrics.json").read_text())
+    with np.load(out / "predictions.npz") as file:
+        probs, threshold = file["probs"], file["threshold"]
+    test = labels[40:, 0]
+    score = f1_score(test, probs[:, 0] > threshold[0])
+    assert results["test"]["miF1"] == pytest.approx(score, abs=1e-4)
+    precision = average_precision_score(test, probs[:, 0])
+    assert results["test"]["mAP"] == pytest.approx(precision, abs=1e-4)
+
+
+def test_statistics_are_those_of_the_valid_steps(example, monkeypatch):
+    torch.manual_seed(0)
+    features = {"a": 3 + 5 * torch.randn(50, 4, 3), "b": torch.randn(50, 2, 1)}
+    masks = {"a": torch.rand(50, 4) < 0.4, "b": torch.ones(50, 2).bool()}
+    data = example.MultimodalDataset(features, masks, torch.ones(50, 1), ["x"])
+    loader = data.loader
+    monkeypatch.setattr(data, "loader", lambda _: loader(7))  # several batches, one of them small
+    encoders = torch.nn.ModuleDict(
+        {
+            name: example.SequenceEncoder(dim, 4, 8, 1, 2, 0.0, "apart")
+            for name, dim in data.dims.items()
+        }
     )
-    assert whole.keys() == resumed.keys()
-    for key, value in whole.items():
-        assert torch.equal(value, resumed[key]), key
+    example.set_statistics(encoders, data)
+    valid = features["a"][~masks["a"]]
+    torch.testing.assert_close(encoders["a"].mean, valid.mean(0))
+    torch.testing.assert_close(encoders["a"].std, valid.std(0, correction=0))
+    assert encoders["b"].mean == 0  # nobody has this modality
+    assert encoders["b"].std == 1
 
 
 def test_built_in_data_train(example, tmp_path, monkeypatch):
@@ -400,6 +445,8 @@ def test_unknown_option_of_a_config_is_refused(example, tmp_path, capsys):
 def test_fast_dev_run_keeps_nothing(example, finished, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(SystemExit, match="--fast-dev-run keeps nothing"):
+        run(example, "--fast-dev-run", "--output", "out")
     run(example, "--data", finished[1], "--fast-dev-run", *SMALL)
     assert "test split" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
@@ -410,6 +457,21 @@ def test_predict_refuses_other_labels_and_foreign_checkpoints(example, finished,
     other = save(tmp_path / "other.npz", label_names=np.array(["second", "first"]))
     with pytest.raises(SystemExit, match=r"labels .* are not those of the checkpoint"):
         run(example, "predict", "--ckpt", folder / "best.ckpt", "--data", other)
+    content = dict(sorted(arrays().items(), reverse=True))
+    np.savez(tmp_path / "order.npz", **content)
+    with pytest.raises(SystemExit, match=r"modalities .* are not those of the checkpoint"):
+        run(example, "predict", "--ckpt", folder / "best.ckpt", "--data", tmp_path / "order.npz")
+    with pytest.raises(SystemExit, match="no such folder"):
+        run(
+            example,
+            "predict",
+            "--ckpt",
+            folder / "best.ckpt",
+            "--data",
+            data,
+            "--output",
+            "no/x.csv",
+        )
     old = torch.load(folder / "best.ckpt", weights_only=True)
     del old["state_dict"]["model.modality_bias"]
     torch.save(old, tmp_path / "old.ckpt")

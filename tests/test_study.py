@@ -48,6 +48,11 @@ def test_failing_arm_costs_itself_and_a_finished_one_is_not_repeated(study, tmp_
     study.main(command)
     assert [path.stat().st_mtime_ns for path in finished] == before
 
+    with pytest.raises(SystemExit, match="2 runs failed"):  # other options, same folder
+        study.main([*command, "--epochs", "2"])
+    assert "choose another --output" in "".join(capsys.readouterr())
+    study.main(command)
+
     rows = json.loads((tmp_path / "runs.json").read_text())
     assert [row["arm"] for row in rows] == ["default", "paper"]
     assert rows[0] == row
