@@ -117,10 +117,10 @@ class LitWithoutQueries(lddu_full.LitLDDU):
 def work(run: Run) -> dict[str, float]:
     """Trains one row with one seed."""
     args = run.args
-    options = ["--accelerator cpu", MODELS[args.model], ARMS[run.arm].options, args.options]
-    options.append(f"--seed {run.seed}")
+    options = ["--accelerator cpu", MODELS[args.model], args.options, f"--seed {run.seed}"]
     if args.epochs:
         options.append(f"--epochs {args.epochs}")
+    options.append(ARMS[run.arm].options)  # last: what the row is about holds
     where = ["--data", str(run.file), "--output", str(run.folder)]
     arguments = lddu_full.parse(["train", *" ".join(options).split(), *where])
     lit = LitWithoutQueries if run.arm == WITHOUT_QUERIES else lddu_full.LitLDDU

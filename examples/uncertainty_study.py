@@ -169,9 +169,10 @@ def measure(folder: Path, file: Path) -> dict[str, float]:
 def work(run: Run) -> dict[str, float]:
     """Trains one arm with one seed, and measures it."""
     args = run.args
-    arguments = f"{SMALL} {ARMS[run.arm]} {args.options} --seed {run.seed} --epochs {args.epochs}"
+    options = f"{SMALL} {args.options} --seed {run.seed} --epochs {args.epochs} "
+    options += ARMS[run.arm]  # last: what the arm is about holds
     where = ["--accelerator", "cpu", "--data", str(run.file), "--output", str(run.folder)]
-    lddu_full.main(arguments.split() + where)
+    lddu_full.main(options.split() + where)
     return measure(run.folder, run.file)
 
 

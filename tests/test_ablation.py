@@ -58,7 +58,7 @@ def test_failing_row_costs_itself(ablation, tmp_path, capsys):
         label_names=np.array(["x", "y"]),
         split=np.repeat([0, 1, 2], 20),
     )
-    arms = ["full", ablation.WITHOUT_QUERIES, "(11) w/o mean branch"]
+    arms = ["full", ablation.WITHOUT_QUERIES, "(11) w/o mean branch", "(4) w/o queue"]
     out = tmp_path / "out"
     (out / "data").mkdir(parents=True)
     (out / "data" / "full").touch()  # where the folder of the run should be
@@ -76,6 +76,8 @@ def test_failing_row_costs_itself(ablation, tmp_path, capsys):
     assert "failed" in "".join(capsys.readouterr())
     gate = np.load(out / "data" / "_11__w_o_mean_branch" / "0" / "predictions.npz")["gate"]
     assert not gate.any()  # the weight of the means
+    config = (out / "data" / "_4__w_o_queue" / "0" / "config.yaml").read_text()
+    assert "queue_size: 0\n" in config  # not that of --options
 
 
 def test_pooling_leaves_padding_and_missing_modalities_out(ablation):
