@@ -22,7 +22,6 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations, permutations
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -478,8 +477,7 @@ def fit_classical(arm: str, args: argparse.Namespace) -> dict[str, float | None]
             best, chosen = score, threshold
             found = logits(x_test)
             outputs = {"probs": calibration(found).sigmoid(), "uncalibrated": found.sigmoid()}
-    path = args.output / "predictions.npz"
-    lddu_full.save_arrays(path, SimpleNamespace(threshold=chosen), test, outputs)
+    lddu_full.save_arrays(args.output / "predictions.npz", chosen, test, outputs)
     return lddu_full.evaluate(outputs["probs"], test.labels, chosen)
 
 

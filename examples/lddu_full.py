@@ -1019,7 +1019,7 @@ def train(args: argparse.Namespace, lit_class: type[LitLDDU] = LitLDDU) -> dict[
         outputs = apply(lit, parts[part], args)
         results[part] = evaluate(outputs["probs"], parts[part].labels, lit.threshold)
     results["uncalibrated"] = evaluate(outputs["uncalibrated"], test.labels, lit.threshold)
-    save_arrays(folder / "predictions.npz", lit, test, outputs)
+    save_arrays(folder / "predictions.npz", lit.threshold, test, outputs)
     if bayes:  # what no model can surpass
         threshold = best_threshold(bayes["validation"], parts["validation"].labels, args.thresholds)
         results["Bayes"] = evaluate(bayes["test"], test.labels, threshold)
@@ -1113,7 +1113,7 @@ def predict(args: argparse.Namespace) -> None:
     data = read_data(args.data, args.format, args.labels, [args.split])[args.split]
     lit = load_for(data, args.data, args.ckpt)
     save = save_arrays if args.output.suffix == ".npz" else save_rows
-    save(args.output, lit, data, apply(lit, data, args))
+    save(args.output, lit.threshold, data, apply(lit, data, args))
     print(
         f"{len(data)} samples of the {args.split} split, thresholds "
         f"{[round(value, 2) for value in lit.threshold.tolist()]}: {args.output}"
@@ -1121,14 +1121,14 @@ def predict(args: argparse.Namespace) -> None:
 
 
 def save_arrays(
-    path: Path, lit: LitLDDU, data: MultimodalDataset, outputs: Mapping[str, Tensor]
+    path: Path, threshold: Tensor, data: MultimodalDataset, outputs: Mapping[str, Tensor]
 ) -> None:
     """Writes all outputs, the labels, and what the axes mean as .npz."""
     np.savez_compressed(
         path,
         **{key: value.numpy() for key, value in outputs.items()},
         uncertainty=predictive_entropy(outputs["probs"]).float().numpy(),
-        threshold=lit.threshold.numpy(),
+        threshold=threshold.numpy(),
         labels=data.labels.numpy(),
         label_names=np.array(data.label_names),
         modalities=np.array(list(data.dims)),
@@ -1137,7 +1137,7 @@ def save_arrays(
 
 
 def save_rows(
-    path: Path, lit: LitLDDU, data: MultimodalDataset, outputs: Mapping[str, Tensor]
+    path: Path, threshold: Tensor, data: MultimodalDataset, outputs: Mapping[str, Tensor]
 ) -> None:
     """Writes the outputs as .csv, one row a sample."""
     modalities, labels = list(data.dims), data.label_names
@@ -1149,7 +1149,7 @@ def save_rows(
     columns = [
         predictive_entropy(outputs["probs"]).float().unsqueeze(1),
         outputs["probs"],
-        (outputs["probs"] > lit.threshold).float(),
+        (outputs["probs"] > threshold).float(),
         outputs["gate"],
         outputs["std_norm"].flatten(1),
     ]
