@@ -930,7 +930,7 @@ def train(args: argparse.Namespace, lit_class: type[LitLDDU] = LitLDDU) -> dict[
         parts, name = read_data(args.data, args.format, args.labels), args.data.stem
     else:
         (parts, bayes), name = synthetic(args.seed), "synthetic"
-    epochs = (30 if args.data else 12) if args.epochs is None else args.epochs
+    epochs = args.epochs
     if args.fast_dev_run:  # one batch of every split takes the whole way, and nothing is kept
         parts = {
             part: data.select(range(min(len(data), args.batch_size)))
@@ -1164,6 +1164,7 @@ def save_rows(
 # Option: default and help. A tuple lists the choices, the default first.
 TRAINING_OPTIONS: dict[str, tuple[Any, str]] = {
     "seed": (0, "seed of everything random"),
+    "epochs": (30, "epochs at most"),
     "patience": (6, "epochs without a better validation miF1 before stopping"),
     "batch_size": (128, "samples a step"),
     "lr": (5e-4, "peak learning rate (paper: 2e-5, see above)"),
@@ -1257,10 +1258,11 @@ def parser() -> argparse.ArgumentParser:
     add = train_parser.add_argument
     add("--data", type=Path, help="file or folder (default: a built-in synthetic set)")
     add_layout(add)
-    add("--config", help="options from a .yaml file, or one of " + presets())
+    add(
+        "--config", help=f"options from a .yaml file, or one of {presets()} (without --data: small)"
+    )
     add("--output", type=Path, help="run folder (default: runs/DATA-TIME)")
     add("--ckpt", type=Path, help="resume from this checkpoint (last.ckpt)")
-    add("--epochs", type=non_negative(int), help="default: the paper's 30; synthetic set: 12")
     add("--accelerator", default="auto", help="auto (default), cpu, cuda, ... (see Lightning)")
     add("--fast-dev-run", action="store_true", help="try everything on one batch, keep nothing")
     for title, options in (("training", TRAINING_OPTIONS), ("model", MODEL_OPTIONS)):
@@ -1290,7 +1292,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     arguments = list(arguments)
     if not arguments or arguments[0] not in ("train", "predict", "-h", "--help"):
         arguments.insert(0, "train")
-    return parser().parse_args(arguments[:1] + options_from_file(arguments[1:]))
+    args = parser().parse_args(arguments[:1] + options_from_file(arguments[1:]))
+    if args.command == "train" and not args.data and not any("--config" in a for a in arguments):
+        # The built-in set is small, and so is its model.
+        return parse([*arguments, "--config", "small"])
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:

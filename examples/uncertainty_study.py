@@ -66,7 +66,7 @@ ARMS: dict[str, str] = {
     "paper": "--embedding both --anchors present --size within --combine concat --targets sample "
     "--ordinality raw --pairs SR+DR --ocl-weight 0.1 --scl-weight 0.8 --modality-weight 0",
 }
-SMALL = "--hidden-dim 64 --layers 1 --heads 4 --queue-size 2048 --lr 1e-3 --drop-modality 0.2"
+SMALL = "--config small --drop-modality 0.2"
 PREDICTION = ("miF1", "mAP", "Brier", "ECE before", "ECE", "AURC", "entropy ~ error")
 APPLY = argparse.Namespace(accelerator="cpu", batch_size=256)  # how a checkpoint is applied
 CORRUPTION = 3.0  # standard deviation of the noise that is added, in that of the features

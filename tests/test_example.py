@@ -15,6 +15,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from examples_support import EXAMPLES, QUIET, example_module, need_extras
+from pages import DOCS, blocks
 from support import poisoned
 from uncertainty_mm import DiagonalGaussian, PlattScaling
 from uncertainty_mm.data import write_folder
@@ -398,7 +399,7 @@ def test_preset_is_overridden_by_the_command_line(example, preset):
 
 
 def test_presets_have_the_values_of_the_paper(example):
-    assert PRESETS == ["m3ed", "mosei-aligned", "mosei-unaligned", "released"]
+    assert PRESETS == ["m3ed", "mosei-aligned", "mosei-unaligned", "released", "small"]
     first, *others = (example.options_from_file(["--config", name]) for name in PRESETS[:3])
     assert others == [first, first]
     args = example.parser().parse_args(["train", *first])
@@ -406,6 +407,29 @@ def test_presets_have_the_values_of_the_paper(example):
     assert sizes == (256, 128, 64, 3, 8192)
     assert (args.batch_size, args.lr, args.epochs) == (128, 2e-5, 30)
     assert (args.ocl_weight, args.scl_weight, args.dir_weight) == (0.1, 0.8, 0.1)
+
+
+def test_start_page_makes_data_to_train_on(example, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for _, source in blocks(DOCS / "start.md", "testcode"):
+        exec(source, names)
+    assert {parameter.grad is None for parameter in names["model"].parameters()} == {False}
+    assert capsys.readouterr().out.startswith("torch.Size([16, 3])")
+    run(example, "--data", "mine.npz", "--config", "small", "--fast-dev-run")
+    assert "Acc" in capsys.readouterr().out
+
+
+def test_built_in_data_get_the_small_model_unless_told_otherwise(example):
+    small = yaml.safe_load((example.PRESETS / "small.yaml").read_text())
+    for name, value in small.items():
+        assert getattr(example.parse([]), name) == float(value), name
+    defaults = example.parse(["--data", "mine.npz"])
+    assert (defaults.hidden_dim, defaults.layers, defaults.epochs) == (256, 3, 30)
+    assert example.parse(["--hidden-dim", "32"]).hidden_dim == 32
+    assert example.parse(["--hidden-dim", "32"]).layers == 1
+    assert example.parse(["--config", "released"]).batch_size == 64
+    assert example.parse(["--config=released"]).hidden_dim == 256
 
 
 def test_saved_options_repeat_the_run(example, finished, tmp_path):
