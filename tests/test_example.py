@@ -667,6 +667,29 @@ def test_soft_labels_are_what_the_classifiers_are_trained_towards(example):
     assert same == hard
 
 
+def test_gaussians_are_pulled_towards_the_prior(example):
+    """The mean divergence, a modality that is missing having none; its gradient makes large deviations smaller."""
+    features, padding = small_inputs()
+    padding["b"] = torch.ones_like(padding["b"])
+    labels, indices = torch.randint(0, 2, (6, 4)), torch.arange(6)
+    totals = []
+    for weight in (0.0, 0.5):
+        torch.manual_seed(0)
+        model = small_model(example, kl_weight=weight).eval()
+        with torch.no_grad():
+            model.decoupler.log_var_head.bias.fill_(3.0)
+        output = model(features, padding)
+        mean, std = output.latent.mean[:, 0], output.latent.std[:, 0]
+        divergence = (mean**2 + std**2 - 1 - 2 * std.log()).sum(-1) / 2
+        losses = model.losses(output, labels, indices)
+        torch.testing.assert_close(losses["kl"], divergence.mean() / 2)  # of two modalities
+        totals.append(losses["total"])
+    torch.testing.assert_close(totals[1], totals[0] + 0.5 * losses["kl"])
+    (slope,) = torch.autograd.grad(losses["kl"], model.decoupler.log_var_head.bias)
+    assert (slope[0] > 0).all()
+    assert (slope[1] == 0).all()
+
+
 @pytest.mark.parametrize("largest", [1, 3])
 def test_soft_labels_of_a_file(example, tmp_path, monkeypatch, largest):
     """Shares are taken as they are, intensities as a share of the largest; in between is a mixture with the labels."""
