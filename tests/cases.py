@@ -149,14 +149,16 @@ def draw_embeddings(sizes):
 
 
 def plain_attention(module, features, padding_mask):
-    outputs = []
+    outputs, weights = [], {}
     for name, layers in module.attention.items():
         mask = padding_mask[name]
         keys = layers.key(features[name].masked_fill(mask.unsqueeze(2), 0))
         scores = module.scale * layers.query(module.label_embedding.weight) @ keys.mT
-        weights = scores.masked_fill(mask.unsqueeze(1), -1e300).softmax(2)
-        outputs.append((layers.out(weights @ keys)).masked_fill(mask.all(1)[:, None, None], 0))
-    return torch.stack(outputs, 1)
+        missing = mask.all(1)[:, None, None]
+        shares = scores.masked_fill(mask.unsqueeze(1), -1e300).softmax(2)
+        outputs.append(layers.out(shares @ keys).masked_fill(missing, 0))
+        weights[name] = shares.masked_fill(missing, 0)
+    return torch.stack(outputs, 1), weights
 
 
 def plain_decoupler(module, z, missing):
@@ -306,8 +308,17 @@ MODULES = {
             sizes.dims, sizes.labels, label_dim=7, proj_dim=8, out_dim=WIDTH, **kwargs
         ),
         draw_features,
-        plain_attention,
+        lambda *inputs: plain_attention(*inputs)[0],
         r"Embedding\(3, 7\)",
+    ),
+    "EmotionQueryAttention (weights)": Case(
+        lambda sizes, **kwargs: umm.EmotionQueryAttention(
+            sizes.dims, sizes.labels, label_dim=7, proj_dim=8, out_dim=WIDTH, **kwargs
+        ),
+        draw_features,
+        plain_attention,
+        "scale=0.35",
+        lambda module, *inputs: module(*inputs, need_weights=True),
     ),
     "GaussianDecoupler": Case(
         lambda sizes, **kwargs: umm.GaussianDecoupler(

@@ -72,6 +72,8 @@ def test_every_public_component_has_a_case():
     assert {*functional.__all__, "DiagonalGaussian"} == set(FUNCTIONS)
     functions = {n for n in measures.__all__ if inspect.isfunction(getattr(measures, n))}
     assert functions == set(MEASURES)
+    page = (ROOT / "docs" / "reliability" / "contract.md").read_text(encoding="utf-8")
+    assert all(f"| `{name}` |" in page for name in CASES | MEASURES)
 
 
 # ------------------------------------------------------------------------- precision, sizes, layout
@@ -544,3 +546,5 @@ def test_dtype_and_device_other_than_the_module_s_are_refused(name):
 
         with pytest.raises(error, match="Expected `"):
             module(*pytree.tree_map(changed, arguments))
+    with pytest.raises(TypeError, match="Expected `"):  # a device without autocast
+        module.to("meta")(*case.inputs(0, device="meta", dtype=torch.float64))

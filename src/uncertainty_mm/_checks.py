@@ -115,7 +115,9 @@ def check_like_parameters(name: str, tensor: Tensor, parameter: Tensor) -> None:
         raise ValueError(
             f"Expected `{name}` to be on {parameter.device}, where the module is, but got {tensor.device}"
         )
-    if tensor.dtype != parameter.dtype and not torch.is_autocast_enabled(tensor.device.type):
+    kind = tensor.device.type
+    autocast = kind != "meta" and torch.is_autocast_enabled(kind)
+    if tensor.dtype != parameter.dtype and not autocast:
         raise TypeError(
             f"Expected `{name}` to have the dtype of the module, {parameter.dtype}, but got {tensor.dtype}"
         )
