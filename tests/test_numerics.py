@@ -122,12 +122,12 @@ def test_contrastive_loss_of_gaussians_of_any_size(dtype, mean, std):
 # --------------------------------------------------------------------------------------- Gaussians
 
 
-@in_every_dtype
-@pytest.mark.parametrize("std", [1e-6, 1e-3, 1.0, 1e3, 1e6])
+@pytest.mark.parametrize(
+    ("dtype", "std"),
+    [(torch.float16, std) for std in (1e-3, 1.0, 1e3)]  # 1 / std, the gradient, is one as well
+    + [(dtype, std) for dtype in (torch.float32, torch.bfloat16) for std in (1e-6, 1.0, 1e6)],
+)
 def test_properties_of_a_gaussian_at_the_ends_of_the_range(dtype, std):
-    if dtype == torch.float16 and not 1e-3 <= std <= 1e3:
-        pytest.skip("neither this number nor 1 / it is a float16")
-
     def kl(mean, std):
         return DiagonalGaussian(mean, std).kl_to_standard_normal()
 
@@ -173,10 +173,14 @@ def test_embedding_of_sizes_whose_squares_leave_the_range():
 def test_attention_scores_of_10000(name):
     case = CASES[name]
     module, inputs = case.build(scale=1e4), case.inputs(0)
-    expected = case.expected(copy.deepcopy(module), inputs)[0]
-    output, *others = case.results(module, inputs)
-    close(output, expected)
-    assert all(x.isfinite().all() for x in others)
+    expected = case.expected(copy.deepcopy(module), inputs)
+    results = case.results(module, inputs)
+    close(results[0], expected[0])
+    largest = max(x.abs().max() for x in expected)
+    for x, y in zip(
+        results, expected, strict=True
+    ):  # the fused kernel leaves 3 digits of a gradient
+        assert (x - y).abs().max() <= 1e-3 * largest
 
 
 # ------------------------------------------------------------------------------------------ fusion
