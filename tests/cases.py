@@ -59,6 +59,15 @@ class Function(nn.Module):
         return self.function(*inputs)
 
 
+def steady(module):
+    """Half of the hidden units always on, the others always off: none may change sides by rounding."""
+    for layers in module.modules():
+        if isinstance(layers, nn.Sequential):
+            bias = layers[0].bias.data
+            bias.copy_(4 - 8 * (torch.arange(bias.shape[-1]) % 2))
+    return module
+
+
 @dataclass(frozen=True)
 class Case:
     """How a component is made, drawn for and run.
@@ -321,8 +330,16 @@ MODULES = {
         lambda module, *inputs: module(*inputs, need_weights=True),
     ),
     "GaussianDecoupler": Case(
-        lambda sizes, **kwargs: umm.GaussianDecoupler(
-            sizes.modalities, WIDTH, LATENT, hidden_dims=(9,), dropout=0, min_std=0.0125, **kwargs
+        lambda sizes, **kwargs: steady(
+            umm.GaussianDecoupler(
+                sizes.modalities,
+                WIDTH,
+                LATENT,
+                hidden_dims=(9,),
+                dropout=0,
+                min_std=0.0125,
+                **kwargs,
+            )
         ),
         lambda sizes: (
             torch.randn(sizes.batch, sizes.modalities, sizes.labels, WIDTH),
@@ -341,8 +358,10 @@ MODULES = {
         untransformed="supcon",
     ),
     "UncertaintyGatedFusion": Case(
-        lambda sizes, **kwargs: umm.UncertaintyGatedFusion(
-            sizes.modalities, sizes.labels, LATENT, hidden_dim=9, dropout=0, **kwargs
+        lambda sizes, **kwargs: steady(
+            umm.UncertaintyGatedFusion(
+                sizes.modalities, sizes.labels, LATENT, hidden_dim=9, dropout=0, **kwargs
+            )
         ),
         lambda sizes: (draw_latent(sizes), draw_probs(sizes)[0], draw_missing(sizes)),
         plain_fusion,
@@ -350,14 +369,16 @@ MODULES = {
         fuse,
     ),
     "UncertaintyGatedFusion (product)": Case(
-        lambda sizes, **kwargs: umm.UncertaintyGatedFusion(
-            sizes.modalities,
-            sizes.labels,
-            LATENT,
-            hidden_dim=9,
-            dropout=0,
-            combine="product",
-            **kwargs,
+        lambda sizes, **kwargs: steady(
+            umm.UncertaintyGatedFusion(
+                sizes.modalities,
+                sizes.labels,
+                LATENT,
+                hidden_dim=9,
+                dropout=0,
+                combine="product",
+                **kwargs,
+            )
         ),
         lambda sizes: (draw_latent(sizes), draw_probs(sizes)[0], draw_missing(sizes)),
         plain_product_fusion,
