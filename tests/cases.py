@@ -1,55 +1,92 @@
-"""One small example of every public module, for the tests that run on all of them."""
+"""One small example of every public component, for the tests that run on all of them.
 
+A component gets the whole contract (test_contract.py, test_cuda.py) by one entry: how it is built, drawn for, and what
+its equation says in plain float64.
+"""
+
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils import _pytree as pytree
 
 import uncertainty_mm as umm
+from uncertainty_mm import functional, measures
 
-BATCH, LABELS, LATENT = 4, 3, 5
-DIMS = {"voice": 3, "face": 6}
-STEPS = {"voice": 4, "face": 2}
-MISSING = torch.tensor([[False, False], [True, False], [False, True], [False, False]])
+LATENT, WIDTH, BANK = 5, 6, 7
 
 
-def attention_inputs():
-    features = {m: torch.randn(BATCH, STEPS[m], DIMS[m]) for m in DIMS}
-    padding_mask = {m: torch.rand(BATCH, STEPS[m]) < 0.3 for m in DIMS}
-    return features, padding_mask
+@dataclass(frozen=True)
+class Sizes:
+    batch: int = 4
+    labels: int = 3
+    modalities: int = 2
+    steps: int = 4
+
+    @property
+    def dims(self):
+        return dict(list({"voice": 3, "face": 6}.items())[: self.modalities])
 
 
-def latent():
-    shape = (BATCH, len(DIMS), LABELS, LATENT)
-    return umm.DiagonalGaussian(torch.randn(shape), 0.1 + torch.rand(shape))
+SMALL = Sizes()
 
 
-def ordinality_inputs():
-    mask = torch.tensor([False, True, False, False])
-    return 0.5 + torch.rand(BATCH), torch.rand(BATCH), torch.rand(BATCH), mask
+def flattened(outputs):
+    return [x for x in pytree.tree_leaves(outputs) if isinstance(x, torch.Tensor)]
 
 
-def tracker_inputs():
-    return torch.randint(8, (BATCH,)), torch.rand(BATCH, LABELS) < 0.5
+def weighted(outputs):
+    """One number that every entry of every floating output moves by an amount of its own."""
+    total = 0.0
+    for x in outputs:
+        if x.is_floating_point():
+            weights = torch.linspace(1, 2, x.numel(), dtype=torch.float64, device=x.device)
+            total = total + (x.double() * weights.view_as(x)).sum()
+    return total
 
 
-def track(tracker, indices, correct):
-    tracker.update(indices, correct)
-    return tracker(indices), tracker.counts(indices), tracker.forgetting_events(indices)
+class Function(nn.Module):
+    """A function as a module without parameters."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *inputs):
+        return self.function(*inputs)
+
+
+def steady(module):
+    """Half of the hidden units always on, the others always off: none may change sides by rounding."""
+    for layers in module.modules():
+        if isinstance(layers, nn.Sequential):
+            bias = layers[0].bias.data
+            bias.copy_(4 - 8 * (torch.arange(bias.shape[-1]) % 2))
+    return module
 
 
 @dataclass(frozen=True)
 class Case:
-    """How to build a module, draw inputs for it and run it; `shown` is part of its repr."""
+    """How a component is made, drawn for and run.
 
-    build: Callable[..., nn.Module]
-    draw: Callable[[], tuple]
-    shown: str
+    `plain` is its equation to the letter, without care for range or speed; `shown` is part of its repr; `untransformed`
+    is what `torch.func.vmap` says where it does not work.
+    """
+
+    make: Callable[..., nn.Module]
+    draw: Callable[[Sizes], tuple]
+    plain: Callable | None = None
+    shown: str = ""
     run: Callable = lambda module, *inputs: module(*inputs)
+    untransformed: str = ""
 
-    def inputs(self, step, device="cpu", dtype=torch.float32):
+    def build(self, sizes=SMALL, **kwargs):
+        return self.make(sizes, **kwargs)
+
+    def inputs(self, step, device="cpu", dtype=torch.float32, sizes=SMALL):
         """The batch of a step: the same for the same step, floating tensors being leaves."""
         torch.manual_seed(step)
 
@@ -57,63 +94,372 @@ class Case:
             x = x.to(device, dtype if x.is_floating_point() else None)
             return x.requires_grad_(x.is_floating_point())
 
-        return pytree.tree_map(place, self.draw())
+        return pytree.tree_map(place, self.draw(sizes))
 
-    def results(self, module, inputs):
-        """Detached outputs of a run, and the gradients of their sum, if there are any."""
-        outputs = pytree.tree_leaves(self.run(module, *inputs))
-        live = [x.sum() for x in outputs if x.requires_grad]
-        leaves = [x for x in pytree.tree_leaves(inputs) if x.requires_grad] if live else []
-        leaves += list(module.parameters()) if live else []
-        grads = torch.autograd.grad(sum(live), leaves, materialize_grads=True) if live else ()
+    def results(self, module, inputs, leaves=None, run=None):
+        """Detached outputs of a run, and the gradients that reach `leaves` (`inputs`) and parameters."""
+        outputs = flattened((run or self.run)(module, *inputs))
+        leaves = pytree.tree_leaves(inputs if leaves is None else leaves)
+        leaves = [x for x in (*leaves, *module.parameters()) if x.requires_grad]
+        live = [x for x in outputs if x.requires_grad]
+        grads = torch.autograd.grad(weighted(live), leaves, materialize_grads=True) if live else ()
         return [x.detach() for x in (*outputs, *grads)]
 
+    def expected(self, module, inputs):
+        """What `results` should be: the plain equation in float64, on the values as they were rounded."""
+        double = pytree.tree_map(
+            lambda x: (
+                x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x
+            ),
+            inputs,
+        )
+        return self.results(module.double(), double, run=self.plain)
 
-CASES = {
+
+# ----------------------------------------------------------------------------------------- inputs
+
+
+def draw_features(sizes):
+    steps = dict(zip(sizes.dims, (sizes.steps, (sizes.steps + 1) // 2), strict=False))
+    features = {m: torch.randn(sizes.batch, steps[m], dim) for m, dim in sizes.dims.items()}
+    padding_mask = {m: torch.rand(sizes.batch, steps[m]) < 0.3 for m in sizes.dims}
+    return features, padding_mask
+
+
+def draw_missing(sizes):
+    missing = torch.zeros(sizes.batch, sizes.modalities, dtype=torch.bool)
+    missing[1::4, 0] = missing[2::4, -1] = True
+    return missing
+
+
+def draw_latent(sizes):
+    shape = (sizes.batch, sizes.modalities, sizes.labels, LATENT)
+    return umm.DiagonalGaussian(torch.randn(shape), 0.1 + torch.rand(shape))
+
+
+def draw_scores(sizes):
+    return torch.randn(sizes.batch), torch.randn(sizes.batch), torch.arange(sizes.batch) % 4 == 1
+
+
+def draw_probs(sizes):
+    return torch.rand(sizes.batch, sizes.labels), draw_labels(sizes)
+
+
+def draw_labels(sizes):
+    return torch.randint(2, (sizes.batch, sizes.labels))
+
+
+def draw_embeddings(sizes):
+    rows = torch.randn(sizes.batch, WIDTH), torch.randint(-1, 2, (sizes.batch,))
+    return *rows, torch.randn(BANK, WIDTH), torch.randint(-1, 2, (BANK,))
+
+
+# -------------------------------------------------------------------------------- plain equations
+
+
+def plain_attention(module, features, padding_mask):
+    outputs, weights = [], {}
+    for name, layers in module.attention.items():
+        mask = padding_mask[name]
+        keys = layers.key(features[name].masked_fill(mask.unsqueeze(2), 0))
+        scores = module.scale * layers.query(module.label_embedding.weight) @ keys.mT
+        missing = mask.all(1)[:, None, None]
+        shares = scores.masked_fill(mask.unsqueeze(1), -1e300).softmax(2)
+        outputs.append(layers.out(shares @ keys).masked_fill(missing, 0))
+        weights[name] = shares.masked_fill(missing, 0)
+    return torch.stack(outputs, 1), weights
+
+
+def plain_decoupler(module, z, missing):
+    means, stds = [], []
+    for m in range(module.num_modalities):
+        first, mean, raw = module.encoder[0], module.mean_head, module.log_var_head
+        hidden = (z[:, m] @ first.weight[m].T + first.bias[m]).relu()
+        mean, raw = (hidden @ x.weight[m].T + x.bias[m] for x in (mean, raw))
+        limit = torch.where(raw < 0, -2 * math.log(module.min_std), 2 * math.log(1e4))
+        std = module.min_std + torch.exp(0.5 * raw / (1 + (raw / limit) ** 2).sqrt())
+        left_out = missing[:, m, None, None]
+        means.append(mean.masked_fill(left_out, 0))
+        stds.append(std.masked_fill(left_out, 1))
+    return torch.stack(means, 1), torch.stack(stds, 1)
+
+
+def plain_supcon(_, rows, classes, bank, bank_classes, temperature=0.125, anchors=None):
+    keys, of_keys = torch.cat([rows, bank.detach()]), torch.cat([classes, bank_classes])
+    scores = rows @ keys.T / temperature
+    own = torch.eye(*scores.shape, dtype=torch.bool)
+    normaliser = scores.masked_fill(own | (of_keys < 0), -1e300).logsumexp(1)
+    positive = (classes.unsqueeze(1) == of_keys) & ~own & (of_keys >= 0)
+    losses = normaliser - (scores * positive).sum(1) / positive.sum(1).clamp_min(1)
+    anchors = positive.any(1) & (True if anchors is None else anchors)
+    return (losses * anchors).sum() / anchors.sum().clamp_min(1)
+
+
+def plain_distribution_supcon(module, latent, labels, missing):
+    present = module.num_modalities * module.num_labels
+    classes = torch.arange(present).view(1, module.num_modalities, module.num_labels)
+    classes = torch.where(labels.unsqueeze(1) > 0, classes, classes + present)
+    classes = classes.masked_fill(missing.unsqueeze(2), -1).flatten()
+    rows = torch.cat([F.normalize(latent.mean, dim=-1), F.normalize(latent.std, dim=-1)], -1)
+    queue = module.queue, module.queue_classes, module.temperature
+    return plain_supcon(None, rows.flatten(0, 2), classes, *queue, classes < present)
+
+
+def plain_mixture(fused, mean_logits, std_logits, uncertainty):
+    probs = (1 - uncertainty) * mean_logits.sigmoid() + uncertainty * std_logits.sigmoid()
+    return probs.logit(), mean_logits, std_logits, 1 - uncertainty, probs
+
+
+def plain_fusion(module, latent, uncertainty, missing):
+    left_out = missing[:, :, None, None]
+    logits = (
+        head(x.masked_fill(left_out, 0).transpose(1, 2).flatten(2)).squeeze(2)
+        for head, x in ((module.mean_head, latent.mean), (module.std_head, latent.std))
+    )
+    return plain_mixture(module, *logits, uncertainty)
+
+
+def plain_product(latent, missing, prior_mean):
+    kept = (~missing)[:, :, None, None].double()
+    precision = 1 + (kept / latent.std**2).sum(1)
+    mean = (prior_mean + (kept * latent.mean / latent.std**2).sum(1)) / precision
+    return umm.DiagonalGaussian(mean, precision.rsqrt())
+
+
+def plain_product_fusion(module, latent, uncertainty, missing):
+    latent = plain_product(latent, missing, module.prior_mean)
+    logits = module.mean_head(latent.mean).squeeze(2), module.std_head(latent.std).squeeze(2)
+    return plain_mixture(module, *logits, uncertainty)
+
+
+def plain_rank(scores, temperature, mask):
+    kept = (~mask).double()
+    beats = ((scores.unsqueeze(1) - scores) / temperature).sigmoid() * kept
+    return torch.where(mask, 1, 0.5 + beats.sum(1))
+
+
+def plain_divergence(_, a, b, mask):
+    if mask.all():
+        return (a * 0).sum()
+    log_a, log_b = (x[~mask].log_softmax(0) for x in (a, b))
+    return (log_a.exp() * (log_a - log_b) + log_b.exp() * (log_b - log_a)).sum()
+
+
+def plain_ordinality(module, std_norm, distance, correctness, mask):
+    def rank(scores):
+        kept = scores[~mask]
+        if len(kept) < 2:
+            return scores * 0
+        scores = (scores - kept.mean()) / kept.std(correction=0)
+        return (plain_rank(scores, module.temperature, mask) - 1) / (len(kept) - 1)
+
+    s, d, r = rank(1 / std_norm), rank(1 - distance), rank(correctness.detach())
+    return plain_divergence(None, s, r, mask) + plain_divergence(None, d, r, mask)
+
+
+def plain_tracker(module, indices, correct):
+    (total, count, forgotten), last = module.history.double().clone(), module.last.clone()
+    for i, now in zip(indices, correct, strict=True):
+        total[i], count[i] = total[i] + now * 2**32, count[i] + 1
+        forgotten[i] += (last[i] == 1) & ~now
+        last[i] = now
+    return total[indices] / 2**32 / count[indices], count[indices], forgotten[indices]
+
+
+# ------------------------------------------------------------------------------------------ cases
+
+
+def track(tracker, indices, correct):
+    tracker.update(indices, correct)
+    return tracker(indices), tracker.counts(indices), tracker.forgetting_events(indices)
+
+
+def fuse(fusion, latent, uncertainty, missing):
+    fused = fusion(latent, uncertainty, missing)
+    return *fused, fused.probs
+
+
+def soft_rank(scores, _, mask):
+    return functional.soft_rank(scores, 0.5, mask=mask)
+
+
+def ordinality_divergence(a, b, mask):
+    return functional.ordinality_divergence(a, b, mask=mask)
+
+
+def supcon_loss(embeddings, classes, bank, bank_classes):
+    return functional.supcon_loss(
+        embeddings, classes, bank=bank, bank_classes=bank_classes, temperature=0.125
+    )
+
+
+def expected_distance(probs, _):
+    return functional.expected_distance(probs)
+
+
+def properties_of(latent, missing):
+    product = latent.product(missing)
+    joint = latent.embedding(joint=True)
+    return product, latent.variance, latent.log_var, latent.kl_to_standard_normal(), joint
+
+
+def plain_properties(_, latent, missing):
+    mean, std = latent
+    kl = torch.distributions.Normal(0, 1)
+    kl = torch.distributions.kl_divergence(torch.distributions.Normal(mean, std), kl).sum(-1)
+    joint = F.normalize(torch.cat(latent, -1), dim=-1)
+    return plain_product(latent, missing, 0), std**2, (std**2).log(), kl, joint
+
+
+MODULES = {
     "EmotionQueryAttention": Case(
-        lambda **kwargs: umm.EmotionQueryAttention(
-            DIMS, LABELS, label_dim=7, proj_dim=8, out_dim=6, **kwargs
+        lambda sizes, **kwargs: umm.EmotionQueryAttention(
+            sizes.dims, sizes.labels, label_dim=7, proj_dim=8, out_dim=WIDTH, **kwargs
         ),
-        attention_inputs,
+        draw_features,
+        lambda *inputs: plain_attention(*inputs)[0],
         r"Embedding\(3, 7\)",
     ),
-    "GaussianDecoupler": Case(
-        lambda **kwargs: umm.GaussianDecoupler(
-            len(DIMS), 6, LATENT, hidden_dims=(9,), dropout=0.0, min_std=0.0125, **kwargs
+    "EmotionQueryAttention (weights)": Case(
+        lambda sizes, **kwargs: umm.EmotionQueryAttention(
+            sizes.dims, sizes.labels, label_dim=7, proj_dim=8, out_dim=WIDTH, **kwargs
         ),
-        lambda: (torch.randn(BATCH, len(DIMS), LABELS, 6), MISSING),
+        draw_features,
+        plain_attention,
+        "scale=0.35",
+        lambda module, *inputs: module(*inputs, need_weights=True),
+    ),
+    "GaussianDecoupler": Case(
+        lambda sizes, **kwargs: steady(
+            umm.GaussianDecoupler(
+                sizes.modalities,
+                WIDTH,
+                LATENT,
+                hidden_dims=(9,),
+                dropout=0,
+                min_std=0.0125,
+                **kwargs,
+            )
+        ),
+        lambda sizes: (
+            torch.randn(sizes.batch, sizes.modalities, sizes.labels, WIDTH),
+            draw_missing(sizes),
+        ),
+        plain_decoupler,
         "0.0125",
     ),
     "DistributionSupConLoss": Case(
-        lambda **kwargs: umm.DistributionSupConLoss(
-            len(DIMS), LABELS, LATENT, queue_size=50, temperature=0.125, **kwargs
+        lambda sizes, **kwargs: umm.DistributionSupConLoss(
+            sizes.modalities, sizes.labels, LATENT, queue_size=50, temperature=0.125, **kwargs
         ),
-        lambda: (latent(), torch.randint(2, (BATCH, LABELS)), MISSING),
+        lambda sizes: (draw_latent(sizes), draw_labels(sizes), draw_missing(sizes)),
+        plain_distribution_supcon,
         "temperature=0.125",
+        untransformed="supcon",
     ),
     "UncertaintyGatedFusion": Case(
-        lambda **kwargs: umm.UncertaintyGatedFusion(
-            len(DIMS), LABELS, LATENT, hidden_dim=9, dropout=0.0, **kwargs
+        lambda sizes, **kwargs: steady(
+            umm.UncertaintyGatedFusion(
+                sizes.modalities, sizes.labels, LATENT, hidden_dim=9, dropout=0, **kwargs
+            )
         ),
-        lambda: (latent(), torch.rand(BATCH, LABELS), MISSING),
+        lambda sizes: (draw_latent(sizes), draw_probs(sizes)[0], draw_missing(sizes)),
+        plain_fusion,
         "certainty",
+        fuse,
+    ),
+    "UncertaintyGatedFusion (product)": Case(
+        lambda sizes, **kwargs: steady(
+            umm.UncertaintyGatedFusion(
+                sizes.modalities,
+                sizes.labels,
+                LATENT,
+                hidden_dim=9,
+                dropout=0,
+                combine="product",
+                **kwargs,
+            )
+        ),
+        lambda sizes: (draw_latent(sizes), draw_probs(sizes)[0], draw_missing(sizes)),
+        plain_product_fusion,
+        "combine='product'",
+        fuse,
     ),
     "SoftRankOrdinalityLoss": Case(
-        lambda **kwargs: umm.SoftRankOrdinalityLoss(temperature=0.125, **kwargs),
-        ordinality_inputs,
-        "temperature=0.125",
+        lambda sizes, **kwargs: umm.SoftRankOrdinalityLoss(temperature=0.5, **kwargs),
+        lambda sizes: (
+            0.5 + torch.rand(sizes.batch),
+            torch.rand(sizes.batch),
+            torch.rand(sizes.batch),
+            torch.arange(sizes.batch) % 4 == 1,
+        ),
+        plain_ordinality,
+        "temperature=0.5",
     ),
     "PlattScaling": Case(
-        lambda **kwargs: umm.PlattScaling(LABELS, **kwargs).fit(
-            torch.randn(20, LABELS), torch.randint(2, (20, LABELS))
+        lambda sizes, **kwargs: umm.PlattScaling(sizes.labels, **kwargs).fit(
+            torch.randn(20, sizes.labels), torch.randint(2, (20, sizes.labels))
         ),
-        lambda: (torch.randn(BATCH, LABELS),),
+        lambda sizes: (torch.randn(sizes.batch, sizes.labels),),
+        lambda module, logits: module.scale * logits + module.shift,
         "num_labels=3",
     ),
     "CorrectnessTracker": Case(
-        lambda **kwargs: umm.CorrectnessTracker(8, LABELS, prior=0.125, **kwargs),
-        tracker_inputs,
+        lambda sizes, **kwargs: umm.CorrectnessTracker(8, sizes.labels, prior=0.125, **kwargs),
+        lambda sizes: (torch.randint(8, (sizes.batch,)), draw_labels(sizes) > 0),
+        plain_tracker,
         "0.125",
         track,
+        "index_add_",
     ),
+}
+
+
+def _function(function, draw, plain=None, untransformed=""):
+    return Case(lambda _: Function(function), draw, plain, untransformed=untransformed)
+
+
+FUNCTIONS = {
+    "DiagonalGaussian": _function(
+        properties_of,
+        lambda sizes: (draw_latent(sizes), draw_missing(sizes)),
+        plain_properties,
+    ),
+    "distribution_embedding": _function(
+        functional.distribution_embedding,
+        lambda sizes: tuple(draw_latent(sizes)),
+        lambda _, mean, std: torch.cat([F.normalize(x, dim=-1) for x in (mean, std)], -1),
+    ),
+    "expected_distance": _function(
+        expected_distance, draw_probs, lambda _, probs, labels: 2 * probs * (1 - probs)
+    ),
+    "ordinality_divergence": _function(ordinality_divergence, draw_scores, plain_divergence),
+    "prediction_distance": _function(
+        functional.prediction_distance,
+        draw_probs,
+        lambda _, probs, labels: torch.where(labels > 0, 1 - probs, probs),
+    ),
+    "soft_rank": _function(
+        soft_rank, draw_scores, lambda _, scores, __, mask: plain_rank(scores, 0.5, mask)
+    ),
+    "supcon_loss": _function(supcon_loss, draw_embeddings, plain_supcon, "supcon"),
+}
+
+CASES = MODULES | FUNCTIONS
+
+# Always in float64 and of values that are looked at: neither differentiated, compiled nor exported.
+MEASURES = {
+    "auroc": _function(measures.auroc, lambda sizes: draw_scores(sizes)[:2]),
+    "brier_decomposition": _function(measures.brier_decomposition, draw_probs),
+    "calibration_error": _function(measures.calibration_error, draw_probs),
+    "modality_attribution": _function(
+        measures.modality_attribution,
+        lambda sizes: (0.1 + torch.rand(sizes.batch, sizes.modalities), draw_missing(sizes)),
+    ),
+    "predictive_entropy": _function(
+        measures.predictive_entropy, lambda sizes: draw_probs(sizes)[:1]
+    ),
+    "risk_coverage": _function(measures.risk_coverage, lambda sizes: draw_scores(sizes)[:2]),
+    "sample_jaccard": _function(measures.sample_jaccard, draw_probs),
+    "spearman": _function(measures.spearman, lambda sizes: draw_scores(sizes)[:2]),
 }

@@ -22,6 +22,14 @@ def close(actual, expected, dtype=None):
     torch.testing.assert_close(actual.double().cpu(), expected, rtol=rtol, atol=atol)
 
 
+def all_close(actual, expected, dtype):
+    """Results of a run in `dtype` that are near their float64 values; integers are equal to them."""
+    for x, y in zip(actual, expected, strict=True):
+        own = x.dtype if x.is_floating_point() else torch.float64
+        # a loss comes back in float32 from half precision, a share of the tracker in the default dtype
+        close(x.double(), y, max(dtype if x.is_floating_point() else own, own, key=TOLERANCE.get))
+
+
 def gradient(output, *inputs):
     """Gradients of the sum of `output`, zeros where it does not depend on an input."""
     return torch.autograd.grad(output.sum(), inputs, materialize_grads=True)

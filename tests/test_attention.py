@@ -306,18 +306,6 @@ def test_half_precision_is_near_float64(dtype, need_weights):
     close(output, expected, dtype)
 
 
-@pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize("need_weights", [False, True])
-def test_autocast_is_near_float64(dtype, need_weights):
-    module, features, mask = build().float(), random_features(torch.float32), padding()
-    with torch.autocast("cpu", dtype=dtype):
-        output = module(features, mask, need_weights=need_weights)
-    output = output[0] if need_weights else output
-    reference = copy.deepcopy(module).double()
-    expected, _ = naive_attention(reference, {m: x.double() for m, x in features.items()}, mask)
-    close(output, expected, dtype)
-
-
 def overflowing(module, features):
     """Scaled so that scores, but nothing before them, leave the range of float16."""
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""What holds for every public module and for the package as a whole."""
+"""What holds for every public component (tests/cases.py) and for the package as a whole."""
 
 import copy
 import importlib
@@ -17,9 +17,20 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import uncertainty_mm
-from cases import CASES, DIMS, LABELS, LATENT
-from support import close, gradient
-from uncertainty_mm import functional
+from cases import (
+    CASES,
+    FUNCTIONS,
+    LATENT,
+    MEASURES,
+    MODULES,
+    SMALL,
+    WIDTH,
+    Sizes,
+    flattened,
+    weighted,
+)
+from support import HALF, TOLERANCE, all_close, close, gradient
+from uncertainty_mm import functional, measures
 
 ROOT = Path(__file__).parents[1]
 
@@ -27,6 +38,23 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture(params=CASES)
 def case(request):
     return CASES[request.param]
+
+
+@pytest.fixture(params=MODULES)
+def module_case(request):
+    return MODULES[request.param]
+
+
+class Run(nn.Module):
+    """A case as a module, for what takes modules only."""
+
+    def __init__(self, case, module):
+        super().__init__()
+        self.module = module
+        self.run = case.run
+
+    def forward(self, *inputs):
+        return self.run(self.module, *inputs)
 
 
 def run_steps(case, module, steps):
@@ -37,75 +65,183 @@ def all_equal(left, right):
     return len(left) == len(right) and all(map(torch.equal, left, right))
 
 
-# --------------------------------------------------------------------------------- every module
-
-
-def test_every_public_module_has_a_case():
+def test_every_public_component_has_a_case():
     public = {name: getattr(uncertainty_mm, name) for name in uncertainty_mm.__all__}
     modules = {n for n, o in public.items() if inspect.isclass(o) and issubclass(o, nn.Module)}
-    assert modules == set(CASES)
+    assert modules == {name.split()[0] for name in MODULES}
+    assert {*functional.__all__, "DiagonalGaussian"} == set(FUNCTIONS)
+    functions = {n for n in measures.__all__ if inspect.isfunction(getattr(measures, n))}
+    assert functions == set(MEASURES)
+    page = (ROOT / "docs" / "reliability" / "contract.md").read_text(encoding="utf-8")
+    assert all(f"| `{name}` |" in page for name in CASES | MEASURES)
+
+
+# ------------------------------------------------------------------------- precision, sizes, layout
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_every_dtype_is_near_the_plain_equation(case, dtype):
+    module = case.build()
+    run_steps(case, module, range(2))  # what is in the buffers moves to the dtype as well
+    before = copy.deepcopy(module.state_dict())
+    module.to(dtype)
+    for name, state in module.state_dict().items():
+        assert state.dtype == (dtype if state.is_floating_point() else before[name].dtype)
+        assert state.is_floating_point() or torch.equal(state, before[name])
+    inputs = case.inputs(2, dtype=dtype)
+    expected = case.expected(copy.deepcopy(module), inputs)
+    results = case.results(module, inputs)
+    all_close(results, expected, dtype)
+    if dtype == torch.float64 and "Tracker" not in type(module).__name__:
+        assert all(x.dtype == dtype for x in results)  # the tracker answers in the default dtype
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_autocast_is_near_the_plain_equation(case, dtype):
+    module, inputs = case.build(), case.inputs(0)
+    expected = case.expected(copy.deepcopy(module), inputs)
+    with torch.autocast("cpu", dtype=dtype):
+        results = case.results(module, inputs)
+    all_close(results, expected, dtype)
+
+
+SIZES = {
+    "one sample": Sizes(batch=1),
+    "one label": Sizes(labels=1),
+    "one modality": Sizes(modalities=1),
+    "1000 labels": Sizes(batch=2, labels=1000, modalities=1),
+    "one step": Sizes(steps=1),
+    "5000 steps": Sizes(steps=5000),
+}
+
+
+def shapes(case, sizes):
+    return [x.shape for x in pytree.tree_leaves(case.draw(sizes))]
+
+
+# Each size where it makes a difference.
+SIZED = [
+    pytest.param(case, sizes, id=f"{name}-{size}")
+    for name, case in CASES.items()
+    for size, sizes in SIZES.items()
+    if shapes(case, sizes) != shapes(case, SMALL)
+]
+
+
+@pytest.mark.parametrize(("case", "sizes"), SIZED)
+def test_every_size_is_near_the_plain_equation(case, sizes):
+    module = case.build(sizes)
+    for step in range(2):
+        inputs = case.inputs(step, sizes=sizes)
+        expected = case.expected(copy.deepcopy(module), inputs)
+        results = case.results(module, inputs)
+        assert all(x.isfinite().all() for x in results)
+        all_close(results, expected, torch.float32)
+
+
+def test_nothing_comes_of_an_empty_batch(case):
+    module, sizes = case.build(), Sizes(batch=0)
+    before = copy.deepcopy(module.state_dict())
+    results = case.results(module, case.inputs(0, sizes=sizes))
+    assert all((x == 0).all() for x in results)  # no sample, or a loss of 0; the gradients of both
+    some = case.results(module, case.inputs(0))
+    assert [x.shape[1:] for x in results] == [x.shape[1:] for x in some]
+    fresh = case.build()
+    fresh.load_state_dict(before)
+    assert all_equal(some, case.results(fresh, case.inputs(0)))
+
+
+def strided(x):
+    """Columns first in memory, and only every second number is one of its own."""
+    return (
+        torch.stack([x.mT, x.mT], -1)[..., 0].mT if x.dim() > 1 else torch.stack([x, x], -1)[:, 0]
+    )
+
+
+def expanded(x):
+    return x[:1].expand_as(x)
+
+
+@pytest.mark.parametrize("layout", [strided, expanded])
+@pytest.mark.parametrize("name", CASES | MEASURES)
+def test_layout_in_memory_has_no_influence(name, layout):
+    case = (CASES | MEASURES)[name]
+    module = case.build().double()
+    twin = copy.deepcopy(module)
+    leaves = case.inputs(0, dtype=torch.float64)
+    views = pytree.tree_map(layout, leaves)
+    assert not all(x.is_contiguous() for x in pytree.tree_leaves(views))
+    copied = pytree.tree_map(torch.Tensor.contiguous, views)
+    results = case.results(module, views, leaves)
+    for x, y in zip(results, case.results(twin, copied, leaves), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("name", MEASURES)
+def test_measures_are_those_of_the_values_in_float64(name, dtype):
+    case = MEASURES[name]
+    module, inputs = case.build(), case.inputs(0, dtype=dtype)
+    double = pytree.tree_map(lambda x: x.double() if x.is_floating_point() else x, inputs)
+    assert all_equal(case.results(module, inputs)[:1], case.results(module, double)[:1])
+
+
+# ------------------------------------------------------------------------------------------- state
 
 
 @pytest.mark.parametrize("travel", [lambda m: pickle.loads(pickle.dumps(m)), copy.deepcopy])
-def test_copy_goes_on_mid_stream_like_the_original(case, travel):
-    module = case.build()
-    run_steps(case, module, range(3))
+def test_copy_goes_on_mid_stream_like_the_original(module_case, travel):
+    module = module_case.build()
+    run_steps(module_case, module, range(3))
     twin = travel(module)
-    assert all_equal(run_steps(case, twin, range(3, 6)), run_steps(case, module, range(3, 6)))
+    after = range(3, 6)
+    assert all_equal(run_steps(module_case, twin, after), run_steps(module_case, module, after))
 
 
-def test_copy_shares_nothing_with_the_original(case):
-    module = case.build()
+def test_copy_shares_nothing_with_the_original(module_case):
+    module = module_case.build()
     twin = copy.deepcopy(module)
     before = pickle.dumps(twin.state_dict())
-    run_steps(case, module, range(3))
+    run_steps(module_case, module, range(3))
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     assert pickle.dumps(twin.state_dict()) == before
 
 
-def test_state_dict_resumes_mid_stream_to_the_bit(case, tmp_path):
-    module, fresh = case.build(), case.build()
-    run_steps(case, module, range(3))
+def test_state_dict_resumes_mid_stream_to_the_bit(module_case, tmp_path):
+    module, fresh = module_case.build(), module_case.build()
+    run_steps(module_case, module, range(3))
     torch.save(module.state_dict(), tmp_path / "state.pt")
     fresh.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-    assert all_equal(run_steps(case, fresh, range(3, 6)), run_steps(case, module, range(3, 6)))
+    after = range(3, 6)
+    assert all_equal(run_steps(module_case, fresh, after), run_steps(module_case, module, after))
 
 
-def test_state_dict_is_all_that_changes_in_a_run(case):
-    module = case.build()
+def test_state_dict_is_all_that_changes_in_a_run(module_case):
+    module = module_case.build()
     plain = {k: v for k, v in vars(module).items() if not k.startswith("_")}
     before = pickle.dumps(plain)
-    run_steps(case, module, range(3))
+    run_steps(module_case, module, range(3))
     assert pickle.dumps({k: vars(module)[k] for k in plain}) == before
     derived = {"merged"}  # of the tracker: all of the history, once it is loaded
     assert dict(module.named_buffers()).keys() - derived <= module.state_dict().keys()
 
 
-def test_repr_shows_class_and_settings(case, request):
-    name = request.node.callspec.params["case"]
-    assert repr(case.build()).startswith(f"{name}(")
-    assert re.search(case.shown, repr(case.build()))
+@pytest.mark.parametrize("name", MODULES)
+def test_repr_shows_class_and_settings(name):
+    shown = repr(MODULES[name].build())
+    assert shown.startswith(f"{name.split()[0]}(")
+    assert re.search(MODULES[name].shown, shown)
 
 
-def test_validate_args_changes_no_result(case):
-    checked, unchecked = case.build(validate_args=True), case.build()
+def test_validate_args_changes_no_result(module_case):
+    checked, unchecked = module_case.build(validate_args=True), module_case.build()
     checked.load_state_dict(unchecked.state_dict())
-    assert all_equal(run_steps(case, checked, range(3)), run_steps(case, unchecked, range(3)))
+    results = [run_steps(module_case, module, range(3)) for module in (checked, unchecked)]
+    assert all_equal(*results)
 
 
-def test_float64_module_computes_in_float64(case):
-    module, double = case.build(), case.build()
-    double.load_state_dict(module.state_dict())
-    double.to(torch.float64)
-    floating = [t for t in double.state_dict().values() if t.is_floating_point()]
-    assert all(t.dtype == torch.float64 for t in floating)
-    exact = case.results(double, case.inputs(0, dtype=torch.float64))
-    rounded = case.results(module, case.inputs(0))
-    for a, b in zip(exact, rounded, strict=True):
-        close(b, a) if b.is_floating_point() else close(b.double(), a)
-    if "Tracker" not in type(module).__name__:  # it answers in the default dtype
-        assert all(t.dtype == torch.float64 for t in exact)
+# ----------------------------------------------------------------------------------------- devices
 
 
 def test_module_on_the_meta_device_gives_shapes(case):
@@ -116,14 +252,16 @@ def test_module_on_the_meta_device_gives_shapes(case):
     assert shapes == expected
 
 
-def test_tensors_on_different_devices_are_an_error(case):
+@pytest.mark.parametrize("name", [name for name in CASES if name != "expected_distance"])
+def test_tensors_on_different_devices_are_an_error(name):
+    case = CASES[name]
     leaves, structure = pytree.tree_flatten(case.inputs(0))
     strayed = pytree.tree_unflatten([*leaves[:-1], leaves[-1].to("meta")], structure)
     with pytest.raises(ValueError, match="to be on cpu, but got meta"):
         case.run(case.build(), *strayed)
 
 
-# ------------------------------------------------------------------------------ compile and export
+# --------------------------------------------------------------------- compile, export, torch.func
 
 
 @pytest.fixture
@@ -135,29 +273,89 @@ def _fresh_compiler():
 
 @pytest.mark.usefixtures("_fresh_compiler")
 def test_compiles_whole_and_once(case):
-    module, twin = case.build(), case.build()
-    twin.load_state_dict(module.state_dict())
+    module = case.build()
+    twin = copy.deepcopy(module)
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(case.run, fullgraph=True, backend=counter)
     with torch._dynamo.config.patch(error_on_recompile=True):
-        for step in range(5):  # the queue fills up in the third step
-            inputs = case.inputs(step)
-            expected = case.results(twin, case.inputs(step))
-            outputs = pytree.tree_leaves(compiled(module, *inputs))
-            for actual, wanted in zip(outputs, expected, strict=False):
-                close(actual, wanted) if actual.is_floating_point() else close(
-                    actual.double(), wanted
-                )
-            live = [x.sum() for x in outputs if x.requires_grad]
-            if live:
-                sum(live).backward()
-                grads = [x.grad for x in pytree.tree_leaves(inputs) if x.requires_grad]
-                wanted = expected[len(outputs) : len(outputs) + len(grads)]
-                for grad, exact in zip(grads, wanted, strict=True):
-                    close(torch.zeros_like(exact) if grad is None else grad, exact)
+        for step in range(20):  # the queue is full after three steps and wraps seven times
+            results = case.results(module, case.inputs(step), run=compiled)
+            all_close(results, case.results(twin, case.inputs(step)), torch.float32)
     assert counter.frame_count == 1
     for name, state in module.state_dict().items():
         close(state.double(), twin.state_dict()[name], torch.float32)
+
+
+def test_exports(case):
+    model = Run(case, case.build()).eval()
+    program = torch.export.export(copy.deepcopy(model), case.inputs(0)).module()
+    for step in (1, 2):
+        wanted = flattened(model(*case.inputs(step)))
+        for x, y in zip(flattened(program(*case.inputs(step))), wanted, strict=True):
+            close(x.double(), y.detach(), torch.float32)
+
+
+def functional_run(case, module, inputs):
+    """A function of parameters and floating inputs, and these."""
+    leaves, structure = pytree.tree_flatten(inputs)
+    places = [i for i, x in enumerate(leaves) if x.requires_grad]
+    model = Run(case, module)
+
+    def run(live, parameters):
+        filled = [x.detach() for x in leaves]
+        for place, x in zip(places, live, strict=True):
+            filled[place] = x
+        arguments = tuple(pytree.tree_unflatten(filled, structure))
+        return flattened(torch.func.functional_call(model, parameters, arguments))
+
+    parameters = {name: x.detach() for name, x in model.named_parameters()}
+    return run, [leaves[place].detach() for place in places], parameters
+
+
+def test_functional_call_takes_any_state(case):
+    module, other = case.build(), case.build()
+    run_steps(case, module, range(3))
+    state = {f"module.{name}": x.clone() for name, x in module.state_dict().items()}
+    results = torch.func.functional_call(Run(case, other), state, case.inputs(3))
+    wanted = flattened(case.run(module, *case.inputs(3)))
+    assert all_equal(flattened(results), wanted)
+
+
+def test_torch_func_grad_is_that_of_autograd(case):
+    module = case.build()
+    run, *arguments = functional_run(case, module, case.inputs(0))
+
+    def total(live, parameters):
+        return weighted(run(live, parameters))
+
+    if case.untransformed:
+        with pytest.raises(RuntimeError, match=case.untransformed):
+            torch.func.grad(total, argnums=(0, 1))(*arguments)
+        return
+    live, parameters = torch.func.grad(total, argnums=(0, 1))(*arguments)
+    grads = [*live, *parameters.values()]
+    for x, y in zip(grads, case.results(module, case.inputs(0))[-len(grads) :], strict=True):
+        close(x, y)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop because:UserWarning")
+def test_vmap_is_the_loop(case):
+    module = case.build()
+    leaves = [pytree.tree_leaves(case.inputs(step)) for step in range(3)]
+    structure = pytree.tree_structure(case.inputs(0))
+
+    def run(*leaves):
+        return flattened(case.run(module, *pytree.tree_unflatten(leaves, structure)))
+
+    stacked = [torch.stack(x) for x in zip(*leaves, strict=True)]
+    if case.untransformed:
+        with pytest.raises(RuntimeError, match=case.untransformed):
+            torch.func.vmap(run)(*stacked)
+        return
+    for x, y in zip(
+        torch.func.vmap(run)(*stacked), zip(*(run(*x) for x in leaves), strict=True), strict=True
+    ):
+        close(x, torch.stack(y).detach())
 
 
 @pytest.mark.usefixtures("_fresh_compiler")
@@ -209,7 +407,7 @@ class Inference(nn.Module):
         self.attention = CASES["EmotionQueryAttention"].build()
         self.decoupler = CASES["GaussianDecoupler"].build()
         self.fusion = CASES["UncertaintyGatedFusion"].build()
-        self.direct = nn.Linear(len(DIMS) * 6, 1)
+        self.direct = nn.Linear(SMALL.modalities * WIDTH, 1)
 
     def forward(self, features, padding_mask):
         z = self.attention(features, padding_mask)
@@ -235,7 +433,7 @@ def test_inference_exports_with_any_batch_size():
     program = torch.export.export(model, inputs, dynamic_shapes=shapes)
     longer = pytree.tree_map(lambda x: torch.cat([x, x.flip(0), x]), inputs)
     output = program.module()(*longer)
-    assert output.shape == (12, LABELS)
+    assert output.shape == (12, SMALL.labels)
     close(output, model(*longer).detach())
 
 
@@ -254,7 +452,7 @@ PUBLIC_NAMES = [
     "UncertaintyGatedFusion",
     "functional",
 ]
-FUNCTIONS = [
+FUNCTION_NAMES = [
     "distribution_embedding",
     "expected_distance",
     "ordinality_divergence",
@@ -281,7 +479,7 @@ def documented():
 
 def test_public_names_are_those_of_the_contract():
     assert sorted(uncertainty_mm.__all__) == PUBLIC_NAMES
-    assert sorted(functional.__all__) == FUNCTIONS
+    assert sorted(functional.__all__) == FUNCTION_NAMES
 
 
 def test_documented_names_are_the_public_ones():
@@ -290,7 +488,9 @@ def test_documented_names_are_the_public_ones():
     assert documented() == {f"uncertainty_mm.{name}" for name in public}
 
 
-@pytest.mark.parametrize("name", [*PUBLIC_NAMES, *(f"functional.{name}" for name in FUNCTIONS)])
+@pytest.mark.parametrize(
+    "name", [*PUBLIC_NAMES, *(f"functional.{name}" for name in FUNCTION_NAMES)]
+)
 def test_every_public_name_has_a_docstring(name):
     item = uncertainty_mm
     for part in name.split("."):
@@ -346,3 +546,5 @@ def test_dtype_and_device_other_than_the_module_s_are_refused(name):
 
         with pytest.raises(error, match="Expected `"):
             module(*pytree.tree_map(changed, arguments))
+    with pytest.raises(TypeError, match="Expected `"):  # a device without autocast
+        module.to("meta")(*case.inputs(0, device="meta", dtype=torch.float64))

@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
+from cases import CASES, SMALL, Sizes, flattened, properties_of
 from pages import DOCS, blocks
-from support import close
+from support import all_close, close
+from uncertainty_mm import functional
 
 PAGE = DOCS / "howto" / "serve.md"
 # What torch.onnx says of itself.
@@ -59,6 +62,52 @@ def test_onnx_of_the_page_answers_as_torch(page, combine, tmp_path, monkeypatch)
         inputs = drawn(page, *sizes)
         for actual, expected in zip(names["serve"](*inputs), model(*inputs), strict=True):
             close(actual, expected.detach())
+
+
+class Inspected(torch.nn.Module):
+    """What the page does not serve: attention weights, and all that can be asked of a Gaussian."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = CASES["EmotionQueryAttention"].build()
+        self.decoupler = CASES["GaussianDecoupler"].build(normalize_mean=True)
+
+    def forward(self, voice, face, voice_mask, face_mask):
+        features = {"voice": voice, "face": face}
+        padding_mask = {"voice": voice_mask, "face": face_mask}
+        z, weights = self.attention(features, padding_mask, need_weights=True)
+        missing = self.attention.missing(features, padding_mask)
+        latent = self.decoupler(z, missing)
+        embedding = functional.distribution_embedding(*latent)
+        return flattened([weights, latent, embedding, properties_of(latent, missing)])
+
+
+@pytest.mark.filterwarnings(*QUIET)
+def test_onnx_of_what_else_is_asked_of_a_prediction(tmp_path):
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    model, path = Inspected().eval(), tmp_path / "model.onnx"
+    case = CASES["EmotionQueryAttention"]
+    names = ["voice", "face", "voice_mask", "face_mask"]
+    example = tuple(x.detach() for x in tree_leaves(case.inputs(0)))
+    batch = torch.export.Dim("batch")
+    shapes = tuple({0: batch, 1: torch.export.Dim(f"steps_{i % 2}")} for i in range(4))
+    torch.onnx.export(
+        model,
+        example,
+        path,
+        dynamo=True,
+        dynamic_shapes=shapes,
+        input_names=names,
+        verbose=False,
+    )
+    session = runtime.InferenceSession(path)
+    for sizes in (SMALL, Sizes(batch=1, steps=1), Sizes(batch=9, steps=30)):
+        inputs = [x.detach() for x in tree_leaves(case.inputs(1, sizes=sizes))]
+        arrays = [x.numpy() for x in inputs]
+        outputs = session.run(None, dict(zip(names, arrays, strict=True)))
+        wanted = [x.detach() for x in model(*inputs)]
+        all_close(list(map(torch.from_numpy, outputs)), wanted, torch.float32)
 
 
 @pytest.fixture(scope="module")

@@ -225,29 +225,6 @@ def test_missing_modality_does_not_influence_the_product_nor_its_gradients(produ
         close(actual, expected.detach())
 
 
-@pytest.mark.parametrize("dtype", HALF)
-def test_product_in_half_precision_is_near_float64(product_fusion, dtype):
-    latent, uncertainty = random_batch(dtype)
-    out = product_fusion.to(dtype)(latent, uncertainty, MISSING)
-    latent = DiagonalGaussian(*(x.double() for x in latent))
-    close(
-        out.probs,
-        product_fusion.double()(latent, uncertainty.double(), MISSING).probs.detach(),
-        dtype,
-    )
-
-
-def test_product_compiles_whole(product_fusion):
-    torch.compiler.reset()
-    compiled = torch.compile(product_fusion, fullgraph=True, backend="aot_eager")
-    latent, uncertainty = random_batch()
-    close(
-        compiled(latent, uncertainty, MISSING).logits,
-        product_fusion(latent, uncertainty, MISSING).logits.detach(),
-    )
-    torch.compiler.reset()
-
-
 # ---------------------------------------------------------------------------------------- gradients
 
 

@@ -481,16 +481,6 @@ def test_half_precision_is_finite_and_near_float64(dtype, scale):
     assert (latent.std > 0).all()
 
 
-@pytest.mark.parametrize("dtype", HALF)
-def test_autocast_is_finite_and_near_float64(dtype):
-    module, z = build().float(), random_input(torch.float32)
-    with torch.autocast("cpu", dtype=dtype):
-        latent = module(z, MISSING)
-    expected = module.double()(z.double(), MISSING)
-    close(latent.mean, expected.mean.detach(), dtype)
-    close(latent.std, expected.std.detach(), dtype)
-
-
 # --------------------------------------------------------------------------------------- bad inputs
 
 

@@ -44,8 +44,9 @@ def check_dropout(value: float) -> None:
 
 
 def check_positive(name: str, value: float) -> None:
-    finite_and_positive = isinstance(value, Real) and 0 < value < float("inf")
-    check_number(name, value, "above 0", finite_and_positive)
+    limits = torch.finfo(torch.float32)  # beyond them a division is one by 0 or by infinity
+    fits = isinstance(value, Real) and limits.tiny <= value <= limits.max
+    check_number(name, value, "above 0 and in the range of float32", fits)
 
 
 def check_flag(name: str, value: object) -> None:
@@ -114,7 +115,9 @@ def check_like_parameters(name: str, tensor: Tensor, parameter: Tensor) -> None:
         raise ValueError(
             f"Expected `{name}` to be on {parameter.device}, where the module is, but got {tensor.device}"
         )
-    if tensor.dtype != parameter.dtype and not torch.is_autocast_enabled(tensor.device.type):
+    kind = tensor.device.type
+    autocast = kind != "meta" and torch.is_autocast_enabled(kind)
+    if tensor.dtype != parameter.dtype and not autocast:
         raise TypeError(
             f"Expected `{name}` to have the dtype of the module, {parameter.dtype}, but got {tensor.dtype}"
         )

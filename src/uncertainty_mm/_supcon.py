@@ -26,8 +26,6 @@ from torch import Tensor
 # tile of 8 MiB in float32 (4 MiB for the bank) stays in the cache. An accelerator wants more work at once.
 _CPU_TILE, _CPU_KEYS = 2**21, 1024
 _ACCELERATOR_TILE, _ACCELERATOR_KEYS = 2**26, 2**14
-# Stands for the maximum of no scores; finite, so that differences of two of them are.
-_LOWEST = -1e30
 
 
 def supcon(
@@ -43,6 +41,10 @@ def supcon(
 
     `anchor_mask` may be shorter than the batch: the other rows are keys alone, and have no entry in the result.
     """
+    if not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(
+        embeddings
+    ):
+        raise RuntimeError("supcon_loss does not work under the transforms of torch.func")
     needs_grad = embeddings.requires_grad and torch.is_grad_enabled()
     loss: Tensor = _forward(
         embeddings, classes, anchor_mask, bank, bank_classes, temperature, reduction, needs_grad
@@ -282,7 +284,8 @@ def _log_sum_exp(
     for place in places.split(height):
         anchor = rows[place]
         scaled = anchor * scale
-        highest = anchor.new_full((place.shape[0], 1), _LOWEST)
+        # The maximum of no scores is the lowest number, not -inf: the difference of two of them is 0.
+        highest = anchor.new_full((place.shape[0], 1), torch.finfo(anchor.dtype).min)
         total = torch.zeros_like(highest)
         gathered = torch.zeros_like(anchor)
         probs = tile

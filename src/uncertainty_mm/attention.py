@@ -48,7 +48,8 @@ class _ModalityAttention(nn.Module):
         weights = key.new_empty(0)
         if need_weights or sequence.shape[1] == 0:
             dtype = torch.promote_types(key.dtype, torch.float32)
-            with torch.autocast(key.device.type, enabled=False):
+            device = key.device.type if key.device.type != "meta" else "cpu"  # it has no autocast
+            with torch.autocast(device, enabled=False):
                 scores = scale * query.to(dtype) @ key.to(dtype).transpose(1, 2)
                 if mask is not None:
                     scores = scores.masked_fill(mask.unsqueeze(1), float("-inf"))

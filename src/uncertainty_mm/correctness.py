@@ -174,10 +174,10 @@ class CorrectnessTracker(nn.Module):
             TypeError: If the dtype is wrong.
         """
         self._check_indices(indices, {})
-        dtype = torch.get_default_dtype()
+        dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)  # holds _UNIT
         correct, predictions = self.history[0, indices.long()], self.history[1, indices.long()]
         share: Tensor = correct.to(dtype) / _UNIT / predictions.clamp_min(1).to(dtype)
-        return share.masked_fill(predictions == 0, self.prior)
+        return share.masked_fill(predictions == 0, self.prior).to(torch.get_default_dtype())
 
     def counts(self, indices: Tensor) -> Tensor:
         """Number of predictions seen, int64 of the shape of :meth:`forward`; the same errors."""

@@ -75,8 +75,9 @@ class DiagonalGaussian(NamedTuple):
             \mathrm{KL}\bigl(\mathcal N(\mu, \sigma^2) \,\|\, \mathcal N(0, 1)\bigr)
             = \tfrac12 \sum_k \mu_k^2 + \sigma_k^2 - 1 - \log \sigma_k^2
         """
-        mean = _at_least_float32(self.mean)
-        return 0.5 * (mean.square() + self.variance - 1 - self.log_var).sum(-1)
+        mean, log_var = _at_least_float32(self.mean), self.log_var
+        # variance - 1 as expm1: near the prior, where the terms cancel, nothing is lost
+        return 0.5 * (mean.square() + torch.expm1(log_var) - log_var).sum(-1)
 
     def embedding(self, use_mean: bool = True, use_std: bool = True, joint: bool = False) -> Tensor:
         r"""Point that stands for the distribution in the contrastive loss (Eq. 4).

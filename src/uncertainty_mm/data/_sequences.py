@@ -84,8 +84,9 @@ def stack(value: Any, path: Path, key: str) -> tuple[NDArray[np.float32], NDArra
         else:
             lengths = sizes
             value = np.zeros((len(rows), sizes.max(), rows[0].shape[1]), np.float32)
-            for index, row in enumerate(rows):
-                value[index, : len(row)] = row
+            with np.errstate(over="ignore"):  # as below
+                for index, row in enumerate(rows):
+                    value[index, : len(row)] = row
     array = plain_array(value)
     need(
         array.ndim == 3 and array.dtype.kind in "fiu" and 0 not in array.shape,

@@ -283,6 +283,9 @@ class SyntheticMMER:
                 products.unsqueeze(3) * intensity - energy.unsqueeze(1) * intensity.square()
             ) / variance[:, None, None, None]
             shown = ratio.logsumexp(3) - math.log(len(intensity))
+            # With little noise these are huge; what all sets have in common goes, so that sums keep their digits.
+            common = shown.amax(2, keepdim=True).clamp_min(0)
+            shown = shown - common
             # the log of the sum over the members of a set, for all sets: each label doubles their number
             by_set = torch.full_like(shown[:, :, :1], -math.inf)
             for label in range(self.num_labels):
@@ -290,7 +293,7 @@ class SyntheticMMER:
                 by_set = torch.cat([by_set, added], dim=2)
             nothing = (1 - each.rate * size.clamp_max(1)).log()
             something = math.log(each.rate) if each.rate > 0 else -math.inf
-            frames = torch.logaddexp(nothing, something - size.clamp_min(1).log() + by_set)
+            frames = torch.logaddexp(nothing - common, something - size.clamp_min(1).log() + by_set)
             padded = samples.padding_mask[name][rows].unsqueeze(2)
             total = total + frames.masked_fill(padded, 0).sum(1)
         return total
