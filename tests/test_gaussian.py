@@ -10,7 +10,7 @@ from torch import nn
 from torch.autograd import gradcheck
 from torch.distributions import Independent, Normal, kl_divergence
 
-from support import HALF, close, gradient, poisoned, random_latent
+from support import HALF, close, gradient, poisoned, random_latent, record_validate_args
 from uncertainty_mm import DiagonalGaussian, GaussianDecoupler
 
 BATCH, MODALITIES, LABELS, IN, LATENT = 4, 3, 5, 6, 7
@@ -277,6 +277,12 @@ def test_product_rejects_other_shapes():
         DiagonalGaussian(*(x[0] for x in latent)).product()
     with pytest.raises(ValueError, match="`std`"):
         DiagonalGaussian(latent.mean, latent.std[:, :2]).product()
+    with pytest.raises(ValueError, match="`std` to be on cpu"):
+        DiagonalGaussian(latent.mean, latent.std.to("meta")).product()
+    with pytest.raises(TypeError, match="`mean`"):
+        DiagonalGaussian(latent.mean.long(), latent.std).product()
+    with pytest.raises(TypeError, match="`std`"):
+        DiagonalGaussian(latent.mean, latent.std.long()).product()
     with pytest.raises(ValueError, match="`missing`"):
         latent.product(MISSING[:, :2])
 
@@ -290,9 +296,13 @@ def test_output_shapes():
     assert latent.mean.shape == latent.std.shape == (BATCH, MODALITIES, LABELS, LATENT)
 
 
-def test_default_latent_width_is_64():
-    latent = GaussianDecoupler(2, 3)(torch.randn(1, 2, 4, 3))
-    assert latent.mean.shape == (1, 2, 4, 64)
+def test_defaults_are_those_of_the_contract():
+    module = GaussianDecoupler(2, 3)
+    assert module(torch.randn(1, 2, 4, 3)).mean.shape == (1, 2, 4, 64)
+    assert module.encoder[0].weight.shape == (2, 128, 3)
+    assert [layer.p for layer in module.encoder if isinstance(layer, nn.Dropout)] == [0.1]
+    assert module.min_std == 1e-4
+    assert not module.normalize_mean
 
 
 @pytest.mark.parametrize("hidden_dims", [(8,), (8, 5), (8, 5, 3)])
@@ -501,15 +511,18 @@ def test_autocast_is_finite_and_near_float64(dtype):
         ({"num_modalities": "3"}, TypeError, "num_modalities"),
         ({"in_dim": 0}, ValueError, "in_dim"),
         ({"latent_dim": 0}, ValueError, "latent_dim"),
-        ({"hidden_dims": (8, 0)}, ValueError, "hidden_dims"),
+        ({"hidden_dims": (8, 0)}, ValueError, r"hidden_dims\[1\]"),
+        ({"hidden_dims": 8}, TypeError, "hidden_dims"),
         ({"dropout": -0.1}, ValueError, "dropout"),
         ({"min_std": 0.0}, ValueError, "min_std"),
         ({"min_std": -1.0}, ValueError, "min_std"),
+        ({"min_std": 1}, ValueError, "min_std"),
+        ({"min_std": "small"}, TypeError, "min_std"),
         ({"normalize_mean": "yes"}, TypeError, "normalize_mean"),
     ],
 )
 def test_constructor_rejects(change, error, name):
-    with pytest.raises(error, match=f"`{name}"):
+    with pytest.raises(error, match=f"`{name}`"):
         GaussianDecoupler(**({"num_modalities": 2, "in_dim": 3} | change))
 
 
@@ -522,6 +535,7 @@ def test_constructor_rejects(change, error, name):
         (torch.ones(BATCH, MODALITIES, LABELS, IN, dtype=torch.long), TypeError),
         (torch.full((BATCH, MODALITIES, LABELS, IN), math.nan), ValueError),
         (torch.full((BATCH, MODALITIES, LABELS, IN), math.inf), ValueError),
+        (torch.ones(BATCH, MODALITIES, LABELS, IN, dtype=torch.float64), TypeError),
     ],
 )
 def test_rejects_z(z, error):
@@ -536,11 +550,28 @@ def test_rejects_z(z, error):
         (torch.zeros(BATCH, MODALITIES, dtype=torch.long), TypeError),
         (torch.zeros(BATCH, MODALITIES + 1, dtype=torch.bool), ValueError),
         (torch.zeros(MODALITIES, dtype=torch.bool), ValueError),
+        (torch.zeros(BATCH, MODALITIES, dtype=torch.bool, device="meta"), ValueError),
     ],
 )
 def test_rejects_missing(missing, error):
     with pytest.raises(error, match="`missing`"):
         build()(random_input(), missing)
+    with pytest.raises(error, match="`missing`"):
+        random_latent(BATCH, MODALITIES, LABELS, LATENT).product(missing)
+
+
+def test_rejects_values_that_are_not_missing():
+    z = random_input()
+    z[1, 1] = math.nan  # there; (1, 0) is missing
+    with pytest.raises(ValueError, match="`z`"):
+        build()(z, MISSING)
+
+
+@pytest.mark.parametrize("settings", [{}, {"validate_args": False}, {"validate_args": True}])
+def test_validate_args_is_passed_on(monkeypatch, settings):
+    passed = record_validate_args(monkeypatch)
+    build(**settings)(random_input())
+    assert passed == [settings.get("validate_args", False)]
 
 
 def test_variance_does_not_leave_the_range_of_half_precision():

@@ -20,7 +20,6 @@ from uncertainty_mm._distributed import world_size
 _UNIT = 2**32
 
 
-@torch.no_grad()
 def _all_is_common(tracker: CorrectnessTracker, _: object) -> None:
     tracker.merged.copy_(tracker.history)
 
@@ -103,7 +102,6 @@ class CorrectnessTracker(nn.Module):
                     f"but got values from {low} to {high}"
                 )
 
-    @torch.no_grad()
     def update(self, indices: Tensor, correct: Tensor, mask: Tensor | None = None) -> None:
         """Adds one prediction for every entry of a batch.
 
@@ -189,14 +187,12 @@ class CorrectnessTracker(nn.Module):
         self._check_indices(indices, {})
         return self.history[2, indices.long()]
 
-    @torch.no_grad()
     def reset(self) -> None:
         """Forgets everything."""
         self.history.zero_()
         self.merged.zero_()
         self.last.fill_(-1)
 
-    @torch.no_grad()
     def synchronize(self) -> None:
         """Merges the histories of all ranks; without `torch.distributed` there is nothing to merge.
 
