@@ -166,6 +166,17 @@ def test_reset_forgets_everything():
     assert (tracker.forgetting_events(EVERY) == 0).all()
 
 
+def test_reset_gives_the_state_of_a_new_tracker():
+    tracker = CorrectnessTracker(SAMPLES)
+    tracker.update(EVERY, torch.ones(SAMPLES, dtype=torch.bool))
+    tracker.synchronize()
+    tracker.reset()
+    for (name, buffer), fresh in zip(
+        tracker.named_buffers(), CorrectnessTracker(SAMPLES).buffers(), strict=True
+    ):
+        assert torch.equal(buffer, fresh), name
+
+
 def test_reset_forgets_the_last_prediction_too():
     tracker = CorrectnessTracker(SAMPLES)
     tracker.update(indices(0), torch.tensor([True]))
@@ -260,6 +271,13 @@ def test_state_dict_resumes_mid_stream():
     assert torch.equal(fresh(EVERY), tracker(EVERY))
     assert fresh.forgetting_events(indices(0, 1)).tolist() == [1, 1]
     assert fresh.counts(indices(0, 1)).tolist() == [2, 3]
+
+
+def test_repr_names_labels_only_where_there_are_some():
+    assert repr(CorrectnessTracker(6)) == "CorrectnessTracker(num_samples=6, prior=0.5)"
+    assert repr(CorrectnessTracker(6, 3)) == (
+        "CorrectnessTracker(num_samples=6, num_labels=3, prior=0.5)"
+    )
 
 
 class TrackerAgainstLists(RuleBasedStateMachine):

@@ -138,13 +138,13 @@ class CorrectnessTracker(nn.Module):
         # mask the last entry before it that is not left out.
         indices, order = indices.long().sort(stable=True)
         correct, kept = correct.masked_fill(mask, 0)[order], ~mask[order]
-        now = (correct >= 0.5).to(torch.int8)
+        now = correct >= 0.5
         place = torch.arange(indices.shape[0], device=indices.device)
         column = (-1, *[1] * (now.dim() - 1))
         start = torch.searchsorted(indices, indices).view(column)
         latest = torch.where(kept, place.view(column), -1).cummax(0).values
         before = self._state_at(now, latest.roll(1, 0).index_fill(0, place[:1], -1), start, indices)
-        forgotten = kept & (before == 1) & (now == 0)
+        forgotten = kept & (before == 1) & ~now
         exact = torch.promote_types(correct.dtype, torch.float32)
         amount = (correct.to(exact) * _UNIT).round().long()
         added = torch.stack([amount, kept.long(), forgotten.long()])
@@ -172,9 +172,8 @@ class CorrectnessTracker(nn.Module):
             TypeError: If the dtype is wrong.
         """
         self._check_indices(indices, {})
-        dtype = torch.get_default_dtype()
         correct, predictions = self.history[0, indices.long()], self.history[1, indices.long()]
-        share: Tensor = correct.to(dtype) / _UNIT / predictions.clamp_min(1).to(dtype)
+        share: Tensor = correct / _UNIT / predictions.clamp_min(1)
         return share.masked_fill(predictions == 0, self.prior)
 
     def counts(self, indices: Tensor) -> Tensor:
