@@ -273,6 +273,16 @@ def test_state_dict_resumes_mid_stream():
     assert fresh.counts(indices(0, 1)).tolist() == [2, 3]
 
 
+def test_state_is_a_history_and_the_last_predictions_in_integers():
+    tracker = CorrectnessTracker(SAMPLES, LABELS)
+    assert {name: (x.dtype, x.shape) for name, x in tracker.state_dict().items()} == {
+        "history": (torch.int64, (3, SAMPLES, LABELS)),
+        "last": (torch.int8, (SAMPLES, LABELS)),
+    }
+    assert (tracker.last == -1).all()
+    assert tracker.merged.dtype == torch.int64
+
+
 def test_repr_names_labels_only_where_there_are_some():
     assert repr(CorrectnessTracker(6)) == "CorrectnessTracker(num_samples=6, prior=0.5)"
     assert repr(CorrectnessTracker(6, 3)) == (

@@ -136,6 +136,10 @@ def test_to_distribution_is_independent_over_the_last_axis():
     assert distribution.event_shape == (4,)
 
 
+def test_to_distribution_looks_at_no_value():
+    DiagonalGaussian(torch.zeros(3), torch.full((3,), math.nan)).to_distribution()
+
+
 def test_to_distribution_has_the_density_of_the_gaussian():
     latent = random_latent(4)
     x = torch.randn(4, dtype=torch.float64)
@@ -369,6 +373,20 @@ def test_every_parameter_gets_a_gradient():
     assert all((p.grad != 0).any() for p in module.parameters())
 
 
+@pytest.mark.parametrize("min_std", [1e-4, 0.5])
+def test_std_is_the_equation_of_the_docstring(min_std):
+    module = GaussianDecoupler(1, 1, 1, hidden_dims=(), min_std=min_std).double()
+    nn.init.ones_(module.log_var_head.weight)
+    nn.init.zeros_(module.log_var_head.bias)
+    raw = [-1e20, -1e3, -15.0, -2.0, -0.3, 0.0, 0.3, 0.7, 2.0, 15.0, 1e3, 1e20]
+    expected = []
+    for r in raw:
+        h = 2 * math.log(1e4) if r >= 0 else -2 * math.log(min_std)
+        expected.append(min_std + math.exp(0.5 * r / math.sqrt(1 + (r / h) ** 2)))
+    std = module(torch.tensor(raw, dtype=torch.float64).view(-1, 1, 1, 1)).std
+    close(std.flatten() / torch.tensor(expected, dtype=torch.float64), [1.0] * len(raw))
+
+
 @pytest.mark.parametrize("scale", [0.0, 1.0, 1e2, 1e4, 1e10])
 @pytest.mark.parametrize("min_std", [1e-4, 0.5])
 def test_std_is_above_min_std_and_finite(scale, min_std):
@@ -485,7 +503,7 @@ def test_half_precision_is_finite_and_near_float64(dtype, scale):
     module, z = build().to(dtype), (scale * random_input()).to(dtype)
     latent = module(z)
     expected = module.double()(z.double())
-    assert latent.mean.dtype == dtype
+    assert latent.mean.dtype == latent.std.dtype == dtype
     close(latent.mean / scale, expected.mean.detach() / scale, dtype)
     close(latent.std.log(), expected.std.detach().log(), dtype)
     assert (latent.std > 0).all()
@@ -585,3 +603,8 @@ def test_tiny_min_std_stays_above_zero_under_float16():
         torch.tensor([-6e4, -math.inf]).half()
     )
     assert (std > 0).all()
+
+
+def test_overflown_log_variance_is_the_largest_std():
+    std = GaussianDecoupler(1, 1, 1)._bounded_std(torch.tensor([6e4, math.inf]).half())
+    close(std, [1e4, 1e4])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -51,7 +52,7 @@ class _ModalityAttention(nn.Module):
             with torch.autocast(key.device.type, enabled=False):
                 scores = scale * query.to(dtype) @ key.to(dtype).transpose(1, 2)
                 if mask is not None:
-                    scores = scores.masked_fill(mask.unsqueeze(1), float("-inf"))
+                    scores = scores.masked_fill(mask.unsqueeze(1), -math.inf)
                 weights = scores.softmax(-1)
                 gathered = (F.dropout(weights, dropout) @ key.to(dtype)).to(key.dtype)
             weights = weights.masked_fill(missing[:, None, None], 0).to(key.dtype)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -134,7 +136,7 @@ def distribution_embedding(mean: Tensor, std: Tensor) -> Tensor:
     if checks_values(mean):
         check_finite("mean", mean)
         check_finite("std", std)
-        check_range("std", std, 0, float("inf"))
+        check_range("std", std, 0, math.inf)
     return torch.cat([unit(mean), unit(std)], dim=-1)
 
 

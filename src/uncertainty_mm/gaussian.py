@@ -173,7 +173,7 @@ def check_latent(
         left_out = None if missing is None else missing[:, :, None, None]
         check_finite("latent.mean", mean, left_out)
         check_finite("latent.std", std, left_out)
-        check_range("latent.std", std, 0, float("inf"), left_out)
+        check_range("latent.std", std, 0, math.inf, left_out)
 
 
 class _ModalityLinear(nn.Module):
@@ -320,8 +320,10 @@ class GaussianDecoupler(nn.Module):
         return DiagonalGaussian(mean, std)
 
     def _bounded_std(self, raw: Tensor) -> Tensor:
-        half_range = torch.where(raw < 0, -2 * math.log(self.min_std), 2 * math.log(_MAX_STD))
-        x = _at_least_float32(raw) / half_range
+        wide = _at_least_float32(raw)
+        half_range = torch.full_like(wide, 2 * math.log(_MAX_STD))
+        half_range = half_range.masked_fill(raw < 0, -2 * math.log(self.min_std))
+        x = wide / half_range
         x = x.clamp(-1e15, 1e15)  # half precision may have overflowed, and the square must not
         log_var = half_range * x / (1 + x.square()).sqrt()
         std = self.min_std + torch.exp(0.5 * log_var)
