@@ -2,6 +2,7 @@
 
 import math
 from decimal import Decimal, localcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -483,6 +484,19 @@ def test_rejects_nan_in_latent():
     latent.mean[0, 0, 0, 0] = math.nan
     with pytest.raises(ValueError, match=r"`latent\.mean`"):
         build()(latent, uncertainty)
+
+
+@pytest.mark.parametrize("parts", [{}, {"mean": torch.ones(1)}, {"std": torch.ones(1)}])
+def test_rejects_what_is_no_gaussian(parts):
+    for latent in (SimpleNamespace(**parts), torch.ones(BATCH, MODALITIES, LABELS, LATENT)):
+        with pytest.raises(TypeError, match="`latent` to be a DiagonalGaussian"):
+            build()(latent, torch.rand(BATCH))
+
+
+def test_rejects_std_on_another_device_than_the_mean():
+    latent, uncertainty = random_batch()
+    with pytest.raises(ValueError, match=r"`latent\.std` to be on cpu, but got meta"):
+        build()(DiagonalGaussian(latent.mean, latent.std.to("meta")), uncertainty)
 
 
 def test_rejects_latent_of_another_dtype():

@@ -279,8 +279,9 @@ def test_product_rejects_other_shapes():
     latent = random_latent(4, 3, 2, 5)
     with pytest.raises(ValueError, match="`mean`"):
         DiagonalGaussian(*(x[0] for x in latent)).product()
-    with pytest.raises(ValueError, match="`std`"):
-        DiagonalGaussian(latent.mean, latent.std[:, :2]).product()
+    for std in (latent.std[:3], latent.std[:, :2], latent.std[..., :2]):
+        with pytest.raises(ValueError, match="`std`"):
+            DiagonalGaussian(latent.mean, std).product()
     with pytest.raises(ValueError, match="`std` to be on cpu"):
         DiagonalGaussian(latent.mean, latent.std.to("meta")).product()
     with pytest.raises(TypeError, match="`mean`"):
@@ -289,6 +290,8 @@ def test_product_rejects_other_shapes():
         DiagonalGaussian(latent.mean, latent.std.long()).product()
     with pytest.raises(ValueError, match="`missing`"):
         latent.product(MISSING[:, :2])
+    with pytest.raises(ValueError, match="`missing`"):
+        latent.product(MISSING[:3])
 
 
 # -------------------------------------------------------------------------------- GaussianDecoupler
@@ -358,6 +361,11 @@ def test_initialisation_has_the_scale_of_torch_layers():
     z = torch.randn(64, 3, 2, 256)
     ratio = (module(z).mean.std() / twin(z).std()).item()
     assert 1 / 3 < ratio < 3
+    for layer, in_dim in ((module.encoder[0], 256), (module.mean_head, 128)):
+        for parameter in (layer.weight, layer.bias):  # uniform between these bounds
+            bound = in_dim**-0.5
+            assert -bound <= parameter.min() < -0.8 * bound
+            assert 0.8 * bound < parameter.max() <= bound
 
 
 def test_passes_gradcheck():
@@ -534,7 +542,6 @@ def test_autocast_is_finite_and_near_float64(dtype):
         ({"dropout": -0.1}, ValueError, "dropout"),
         ({"min_std": 0.0}, ValueError, "min_std"),
         ({"min_std": -1.0}, ValueError, "min_std"),
-        ({"min_std": 1}, ValueError, "min_std"),
         ({"min_std": "small"}, TypeError, "min_std"),
         ({"normalize_mean": "yes"}, TypeError, "normalize_mean"),
     ],
@@ -542,6 +549,11 @@ def test_autocast_is_finite_and_near_float64(dtype):
 def test_constructor_rejects(change, error, name):
     with pytest.raises(error, match=f"`{name}`"):
         GaussianDecoupler(**({"num_modalities": 2, "in_dim": 3} | change))
+
+
+def test_range_of_min_std_is_told():
+    with pytest.raises(ValueError, match=r"`min_std` to be a number in \(0, 1\), but got 1"):
+        GaussianDecoupler(2, 3, min_std=1)
 
 
 @pytest.mark.parametrize(

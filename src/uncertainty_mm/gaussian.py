@@ -143,7 +143,7 @@ class DiagonalGaussian(NamedTuple):
         if missing is not None:
             left_out = missing[:, :, None, None]
             mean, std = mean.masked_fill(left_out, 0), std.masked_fill(left_out, math.inf)
-        log_precision = -DiagonalGaussian(mean, std).log_var
+        log_precision = -2 * _at_least_float32(std).log()
         log_precision = F.pad(log_precision, (0, 0, 0, 0, 1, 0))  # log 1, of the prior, comes first
         weight = log_precision.softmax(1)
         fused = (weight[:, 1:] * _at_least_float32(mean)).sum(1)
