@@ -221,6 +221,12 @@ def test_wholly_padded_sample_gives_zeros(need_weights):
     assert (output[:2, 0] != 0).all()
 
 
+@pytest.mark.parametrize("dtype", HALF)
+def test_weights_have_the_dtype_of_the_features(dtype):
+    _, weights = build().to(dtype)(random_features(dtype), padding(), need_weights=True)
+    assert all(w.dtype == dtype for w in weights.values())
+
+
 def test_weights_of_a_wholly_padded_sample_are_zero():
     _, weights = build()(random_features(), padding(), need_weights=True)
     assert (weights["voice"][2] == 0).all()
@@ -448,6 +454,11 @@ def test_validate_args_is_passed_on(monkeypatch, settings):
     passed = record_validate_args(monkeypatch)
     build(**settings)(random_features())
     assert passed == [settings.get("validate_args", False)] * len(DIMS)
+
+
+def test_modalities_that_it_does_not_know_are_named():
+    with pytest.raises(ValueError, match=r"but got \['smell', 'taste'\]"):
+        build()(random_features() | {"taste": torch.ones(1), "smell": torch.ones(1)})
 
 
 def test_rejects_nan_in_steps_that_are_not_padded():
