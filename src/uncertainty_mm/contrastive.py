@@ -219,7 +219,7 @@ class DistributionSupConLoss(nn.Module):
         mean, std = latent.mean.to(dtype), latent.std.to(dtype)
         per_modality = present.unsqueeze(1)
         classes = torch.arange(self.num_modalities * self.num_labels, device=present.device)
-        classes = classes.view(1, self.num_modalities, self.num_labels)
+        classes = classes.view(self.num_modalities, self.num_labels)
         classes = torch.where(per_modality, classes, classes + classes.numel())
         if missing is not None:
             left_out = missing.unsqueeze(-1)
