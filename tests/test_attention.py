@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
-from support import HALF, close, gradient, poisoned
+from support import HALF, close, gradient, poisoned, record_validate_args
 from uncertainty_mm import EmotionQueryAttention
 
 DIMS = {"voice": 3, "face": 5, "text": 2}
@@ -64,6 +64,8 @@ def test_output_is_stacked_by_sample_modality_label():
 
 def test_defaults_are_those_of_the_contract():
     module = EmotionQueryAttention({"voice": 3}, 5)
+    assert module.scale == 1 / 16
+    assert module.dropout == 0
     assert module.label_embedding.weight.shape == (5, 256)
     assert module.attention["voice"].key.weight.shape == (256, 3)
     assert module({"voice": torch.randn(2, 4, 3)}).shape == (2, 1, 5, 128)
@@ -219,6 +221,12 @@ def test_wholly_padded_sample_gives_zeros(need_weights):
     assert (output[:2, 0] != 0).all()
 
 
+@pytest.mark.parametrize("dtype", HALF)
+def test_weights_have_the_dtype_of_the_features(dtype):
+    _, weights = build().to(dtype)(random_features(dtype), padding(), need_weights=True)
+    assert all(w.dtype == dtype for w in weights.values())
+
+
 def test_weights_of_a_wholly_padded_sample_are_zero():
     _, weights = build()(random_features(), padding(), need_weights=True)
     assert (weights["voice"][2] == 0).all()
@@ -349,7 +357,12 @@ def test_scores_beyond_float16_are_safe_under_autocast(need_weights):
     ("change", "error", "name"),
     [
         ({"modality_dims": {}}, ValueError, "modality_dims"),
-        ({"modality_dims": {"voice": 0}}, ValueError, "modality_dims"),
+        ({"modality_dims": ["voice"]}, TypeError, "modality_dims"),
+        ({"modality_dims": {3: 3}}, TypeError, "modality_dims"),
+        ({"modality_dims": {"": 3}}, ValueError, "modality_dims"),
+        ({"modality_dims": {"a.b": 3}}, ValueError, "modality_dims"),
+        ({"modality_dims": {"keys": 3}}, ValueError, "modality_dims"),
+        ({"modality_dims": {"voice": 0}}, ValueError, r"modality_dims\['voice'\]"),
         ({"num_labels": 0}, ValueError, "num_labels"),
         ({"num_labels": 2.0}, TypeError, "num_labels"),
         ({"label_dim": 0}, ValueError, "label_dim"),
@@ -360,42 +373,80 @@ def test_scores_beyond_float16_are_safe_under_autocast(need_weights):
     ],
 )
 def test_constructor_rejects(change, error, name):
-    with pytest.raises(error, match=f"`{name}"):
+    with pytest.raises(error, match=f"`{name}`"):
         EmotionQueryAttention(**({"modality_dims": {"voice": 3}, "num_labels": 4} | change))
 
 
 @pytest.mark.parametrize(
-    ("features", "error"),
+    ("features", "error", "name"),
     [
-        ({}, ValueError),
-        ({"smell": torch.randn(3, 4, 3)}, ValueError),
-        ({"voice": torch.randn(4, 3)}, ValueError),
-        ({"voice": torch.randn(3, 4, 5)}, ValueError),
-        ({"voice": torch.randn(3, 4, 3), "face": torch.randn(2, 4, 5)}, ValueError),
-        ({"voice": torch.ones(3, 4, 3, dtype=torch.long)}, TypeError),
-        ({"voice": [[[1.0, 2.0, 3.0]]]}, TypeError),
-        ({"voice": torch.full((3, 4, 3), math.nan)}, ValueError),
-        ({"voice": torch.full((3, 4, 3), math.inf)}, ValueError),
+        ({}, ValueError, "features"),
+        ([torch.randn(3, 4, 3)], TypeError, "features"),
+        ({"smell": torch.randn(3, 4, 3)}, ValueError, "features"),
+        ({"voice": torch.randn(4, 3)}, ValueError, r"features\['voice'\]"),
+        ({"voice": torch.randn(3, 4, 5)}, ValueError, r"features\['voice'\]"),
+        (
+            {"voice": torch.randn(3, 4, 3), "face": torch.randn(2, 4, 5)},
+            ValueError,
+            r"features\['face'\]",
+        ),
+        (
+            {"voice": torch.randn(3, 4, 3), "text": torch.randn(3, 4, 2, device="meta")},
+            ValueError,
+            r"features\['text'\]",
+        ),
+        ({"voice": torch.randn(3, 4, 3).double()}, TypeError, r"features\['voice'\]"),
+        ({"voice": torch.ones(3, 4, 3, dtype=torch.long)}, TypeError, r"features\['voice'\]"),
+        ({"voice": [[[1.0, 2.0, 3.0]]]}, TypeError, r"features\['voice'\]"),
+        ({"voice": torch.full((3, 4, 3), math.nan)}, ValueError, r"features\['voice'\]"),
+        ({"voice": torch.full((3, 4, 3), math.inf)}, ValueError, r"features\['voice'\]"),
+        (
+            {"voice": torch.randn(3, 4, 3), "text": torch.full((3, 1, 2), math.nan)},
+            ValueError,
+            r"features\['text'\]",
+        ),
     ],
 )
-def test_rejects_features(features, error):
-    with pytest.raises(error, match="`features"):
+def test_rejects_features(features, error, name):
+    with pytest.raises(error, match=f"`{name}`"):
         build().float()(features)
+    with pytest.raises(error, match=f"`{name}`"):
+        build().float().missing(features)
 
 
 @pytest.mark.parametrize(
-    ("mask", "error"),
+    ("mask", "error", "name"),
     [
-        ({"smell": torch.zeros(3, 4, dtype=torch.bool)}, ValueError),
-        ({"voice": torch.zeros(3, 5, dtype=torch.bool)}, ValueError),
-        ({"voice": torch.zeros(3, dtype=torch.bool)}, ValueError),
-        ({"voice": torch.zeros(3, 4)}, TypeError),
-        ({"voice": torch.zeros(3, 4, dtype=torch.long)}, TypeError),
+        ({"smell": torch.zeros(3, 4, dtype=torch.bool)}, ValueError, "padding_mask"),
+        (torch.zeros(3, 4, dtype=torch.bool), TypeError, "padding_mask"),
+        ({"voice": torch.zeros(3, 5, dtype=torch.bool)}, ValueError, r"padding_mask\['voice'\]"),
+        ({"voice": torch.zeros(3, dtype=torch.bool)}, ValueError, r"padding_mask\['voice'\]"),
+        ({"voice": torch.zeros(3, 4)}, TypeError, r"padding_mask\['voice'\]"),
+        ({"voice": torch.zeros(3, 4, dtype=torch.long)}, TypeError, r"padding_mask\['voice'\]"),
+        (
+            {"voice": torch.zeros(3, 4, dtype=torch.bool, device="meta")},
+            ValueError,
+            r"padding_mask\['voice'\]",
+        ),
     ],
 )
-def test_rejects_padding_mask(mask, error):
-    with pytest.raises(error, match="`padding_mask"):
+def test_rejects_padding_mask(mask, error, name):
+    with pytest.raises(error, match=f"`{name}`"):
         build().float()({"voice": torch.randn(3, 4, 3)}, mask)
+    with pytest.raises(error, match=f"`{name}`"):
+        build().float().missing({"voice": torch.randn(3, 4, 3)}, mask)
+
+
+@pytest.mark.parametrize("settings", [{}, {"validate_args": False}, {"validate_args": True}])
+def test_validate_args_is_passed_on(monkeypatch, settings):
+    passed = record_validate_args(monkeypatch)
+    build(**settings)(random_features())
+    assert passed == [settings.get("validate_args", False)] * len(DIMS)
+
+
+def test_modalities_that_it_does_not_know_are_named():
+    with pytest.raises(ValueError, match=r"but got \['smell', 'taste'\]"):
+        build()(random_features() | {"taste": torch.ones(1), "smell": torch.ones(1)})
 
 
 def test_rejects_nan_in_steps_that_are_not_padded():

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from torch.autograd import gradcheck
 
-from support import HALF, close, gradient, poisoned, random_latent
+from support import HALF, close, gradient, poisoned, random_latent, record_validate_args
 from uncertainty_mm import DiagonalGaussian, DistributionSupConLoss
 
 BATCH, MODALITIES, LABELS, LATENT = 4, 2, 3, 5
@@ -318,6 +318,15 @@ def test_wholly_missing_batch_leaves_a_full_queue_alone():
     assert all(torch.equal(buffer, before[name]) for name, buffer in loss.named_buffers())
 
 
+def test_a_single_row_is_queued():
+    loss = DistributionSupConLoss(2, 1, LATENT, queue_size=4).double()
+    latent = random_latent(1, 2, 1, LATENT)
+    loss(latent, torch.ones(1, 1), torch.tensor([[True, False]]))
+    close(loss.queue[0], naive_rows(latent, torch.ones(1, 1))[1][1])
+    assert loss.queue_classes.tolist() == [1, -1, -1, -1]
+    assert int(loss.queue_pointer) == 1
+
+
 def test_newest_rows_of_a_batch_larger_than_the_queue_are_kept():
     (latent, labels), loss = random_batch(), build(queue_size=7)
     loss(latent, labels)
@@ -443,8 +452,8 @@ def test_half_precision_is_near_float64(dtype):
     loss(first, first_labels)
     bank = queued(naive_rows(first, first_labels))
     result = loss(second, second_labels)
-    assert result.dtype == torch.float32
-    close(result, mean_of(naive_losses(naive_rows(second, second_labels), bank)), dtype)
+    assert result.dtype == torch.float32  # from the normalisation on
+    close(result, mean_of(naive_losses(naive_rows(second, second_labels), bank)))
 
 
 @pytest.mark.parametrize("dtype", HALF)
@@ -474,9 +483,14 @@ def test_module_of_half_precision_still_computes_in_float32():
         ({"num_labels": -1}, ValueError, "num_labels"),
         ({"latent_dim": 2.0}, TypeError, "latent_dim"),
         ({"queue_size": -1}, ValueError, "queue_size"),
+        ({"queue_size": 1.5}, TypeError, "queue_size"),
+        ({"queue_size": False}, TypeError, "queue_size"),
         ({"temperature": 0.0}, ValueError, "temperature"),
         ({"temperature": "0.07"}, TypeError, "temperature"),
         ({"anchors": "absent"}, ValueError, "anchors"),
+        ({"use_mean": 1}, TypeError, "use_mean"),
+        ({"use_std": 1}, TypeError, "use_std"),
+        ({"joint": 1}, TypeError, "joint"),
         ({"gather": "yes"}, TypeError, "gather"),
         ({"max_batch_size": 0}, ValueError, "max_batch_size"),
         ({"max_batch_size": 8.0}, TypeError, "max_batch_size"),
@@ -486,7 +500,7 @@ def test_module_of_half_precision_still_computes_in_float32():
 )
 def test_constructor_rejects(change, error, name):
     arguments = {"num_modalities": 2, "num_labels": 3, "latent_dim": 4}
-    with pytest.raises(error, match=f"`{name}"):
+    with pytest.raises(error, match=f"`{name}`"):
         DistributionSupConLoss(**(arguments | change))
 
 
@@ -501,6 +515,7 @@ def test_constructor_rejects(change, error, name):
         (torch.full((BATCH, LABELS), 0.5), ValueError),
         (torch.full((BATCH, LABELS), math.nan), ValueError),
         ([[0, 1, 0]] * BATCH, TypeError),
+        (torch.zeros(BATCH, LABELS, dtype=torch.long, device="meta"), ValueError),
     ],
 )
 def test_rejects_labels(labels, error):
@@ -535,8 +550,22 @@ def test_rejects_a_batch_larger_than_the_largest():
 def test_rejects_nan_in_latent(field):
     latent, labels = random_batch()
     getattr(latent, field)[0, 0, 0, 0] = math.nan
-    with pytest.raises(ValueError, match="`latent"):
+    with pytest.raises(ValueError, match=rf"`latent\.{field}`"):
         build()(latent, labels)
+
+
+def test_rejects_latent_on_another_device_than_the_queue():
+    latent, labels = random_batch()
+    latent = DiagonalGaussian(*(x.to("meta") for x in latent))
+    with pytest.raises(ValueError, match="`latent` to be on cpu, but got meta"):
+        build()(latent, labels.to("meta"))
+
+
+@pytest.mark.parametrize("settings", [{}, {"validate_args": False}, {"validate_args": True}])
+def test_validate_args_is_passed_on(monkeypatch, settings):
+    passed = record_validate_args(monkeypatch)
+    build(**settings)(*random_batch())
+    assert passed == [settings.get("validate_args", False)] * 2  # of latent and labels
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from support import close
+from support import close, record_validate_args
 from uncertainty_mm import CorrectnessTracker
 
 SAMPLES, LABELS = 6, 3
@@ -50,10 +50,15 @@ def test_masked_entries_leave_no_trace(labels):
 
 @pytest.mark.parametrize(
     ("mask", "error"),
-    [(torch.zeros(3, dtype=torch.bool), ValueError), (torch.zeros(2), TypeError), ([1], TypeError)],
+    [
+        (torch.zeros(3, dtype=torch.bool), ValueError),
+        (torch.zeros(2), TypeError),
+        ([1], TypeError),
+        (torch.zeros(2, dtype=torch.bool, device="meta"), ValueError),
+    ],
 )
 def test_rejects_mask(mask, error):
-    with pytest.raises(error, match="mask"):
+    with pytest.raises(error, match="`mask`"):
         CorrectnessTracker(3).update(indices(0, 1), torch.tensor([True, False]), mask)
 
 
@@ -161,6 +166,17 @@ def test_reset_forgets_everything():
     assert (tracker.forgetting_events(EVERY) == 0).all()
 
 
+def test_reset_gives_the_state_of_a_new_tracker():
+    tracker = CorrectnessTracker(SAMPLES)
+    tracker.update(EVERY, torch.ones(SAMPLES, dtype=torch.bool))
+    tracker.synchronize()
+    tracker.reset()
+    for (name, buffer), fresh in zip(
+        tracker.named_buffers(), CorrectnessTracker(SAMPLES).buffers(), strict=True
+    ):
+        assert torch.equal(buffer, fresh), name
+
+
 def test_reset_forgets_the_last_prediction_too():
     tracker = CorrectnessTracker(SAMPLES)
     tracker.update(indices(0), torch.tensor([True]))
@@ -257,6 +273,23 @@ def test_state_dict_resumes_mid_stream():
     assert fresh.counts(indices(0, 1)).tolist() == [2, 3]
 
 
+def test_state_is_a_history_and_the_last_predictions_in_integers():
+    tracker = CorrectnessTracker(SAMPLES, LABELS)
+    assert {name: (x.dtype, x.shape) for name, x in tracker.state_dict().items()} == {
+        "history": (torch.int64, (3, SAMPLES, LABELS)),
+        "last": (torch.int8, (SAMPLES, LABELS)),
+    }
+    assert (tracker.last == -1).all()
+    assert tracker.merged.dtype == torch.int64
+
+
+def test_repr_names_labels_only_where_there_are_some():
+    assert repr(CorrectnessTracker(6)) == "CorrectnessTracker(num_samples=6, prior=0.5)"
+    assert repr(CorrectnessTracker(6, 3)) == (
+        "CorrectnessTracker(num_samples=6, num_labels=3, prior=0.5)"
+    )
+
+
 class TrackerAgainstLists(RuleBasedStateMachine):
     """Random batches into a tracker and into a dict of lists."""
 
@@ -318,12 +351,13 @@ TestTrackerAgainstLists.settings = settings(max_examples=20, stateful_step_count
         ({"num_samples": 0}, ValueError, "num_samples"),
         ({"num_samples": 1.5}, TypeError, "num_samples"),
         ({"num_labels": 0}, ValueError, "num_labels"),
+        ({"num_labels": 2.0}, TypeError, "num_labels"),
         ({"prior": 1.5}, ValueError, "prior"),
         ({"prior": math.nan}, ValueError, "prior"),
     ],
 )
 def test_constructor_rejects(change, error, name):
-    with pytest.raises(error, match=f"`{name}"):
+    with pytest.raises(error, match=f"`{name}`"):
         CorrectnessTracker(**({"num_samples": SAMPLES} | change))
 
 
@@ -333,6 +367,8 @@ BAD_INDICES = [
     (torch.tensor([[0, 1]]), ValueError),
     (torch.tensor([0, SAMPLES]), ValueError),
     (torch.tensor([-1, 0]), ValueError),
+    (torch.tensor([0, 1], device="meta"), ValueError),
+    ([0, 1], TypeError),
 ]
 
 
@@ -360,6 +396,8 @@ def test_rejects_indices_when_updating(where, error):
         (None, torch.tensor([-0.5, 0.5]), ValueError),
         (None, torch.tensor([math.nan, 0.5]), ValueError),
         (None, torch.tensor([0, 1]), TypeError),
+        (None, [True, False], TypeError),
+        (None, torch.ones(2, device="meta"), ValueError),
     ],
 )
 def test_rejects_correct(num_labels, correct, error):
@@ -380,3 +418,12 @@ def test_a_loaded_history_is_common_to_all_ranks():
     tracker.update(torch.tensor([0, 2]), torch.tensor([True, False]))
     loaded.load_state_dict(tracker.state_dict())
     assert loaded.merged.equal(tracker.history)
+
+
+@pytest.mark.parametrize("settings", [{}, {"validate_args": False}, {"validate_args": True}])
+def test_validate_args_is_passed_on(monkeypatch, settings):
+    passed = record_validate_args(monkeypatch)
+    tracker = CorrectnessTracker(SAMPLES, **settings)
+    tracker.update(indices(0, 1), torch.tensor([True, False]))
+    tracker(indices(0))
+    assert passed == [settings.get("validate_args", False)] * 3  # indices and correct, indices

@@ -388,8 +388,18 @@ def test_supcon_equals_the_double_loop_for_ragged_classes(seed, n, bank_rows):
         ({"classes": torch.zeros(4)}, TypeError, "classes"),
         ({"anchor_mask": torch.zeros(4)}, TypeError, "anchor_mask"),
         ({"anchor_mask": torch.zeros(3, dtype=torch.bool)}, ValueError, "anchor_mask"),
-        ({"bank": torch.randn(2, 3)}, ValueError, "bank_classes"),
-        ({"bank_classes": torch.zeros(2, dtype=torch.long)}, ValueError, "bank"),
+        ({"embeddings": poisoned(torch.eye(4, 3), 0)}, ValueError, "embeddings"),
+        ({"bank": torch.randn(2, 3)}, ValueError, "bank` without `bank_classes"),
+        (
+            {"bank_classes": torch.zeros(2, dtype=torch.long)},
+            ValueError,
+            "bank_classes` without `bank",
+        ),
+        (
+            {"bank": torch.full((2, 3), math.nan), "bank_classes": torch.tensor([-1, 0])},
+            ValueError,
+            "bank",
+        ),
         (
             {"bank": torch.randn(2, 4), "bank_classes": torch.zeros(2, dtype=torch.long)},
             ValueError,
@@ -409,7 +419,7 @@ def test_supcon_equals_the_double_loop_for_ragged_classes(seed, n, bank_rows):
 )
 def test_supcon_rejects(change, error, name):
     arguments = {"embeddings": torch.randn(4, 3), "classes": torch.tensor([0, 0, 1, 1])} | change
-    with pytest.raises(error, match=f"`{name}"):
+    with pytest.raises(error, match=f"`{name}`"):
         functional.supcon_loss(**arguments)
 
 
@@ -456,9 +466,41 @@ def test_distribution_embedding_does_not_overflow_in_half_precision(dtype):
     close(embedding, torch.full((1, 128), 0.125), dtype)
 
 
-def test_distribution_embedding_rejects_different_shapes():
-    with pytest.raises(ValueError, match="`std"):
-        functional.distribution_embedding(torch.randn(2, 3), torch.rand(2, 4))
+@pytest.mark.parametrize("dtype", HALF)
+def test_distribution_embedding_in_half_precision_is_the_exact_one_rounded_once(dtype):
+    mean, std = torch.randn(50, 7).to(dtype), torch.rand(50, 7).to(dtype)
+    exact = functional.distribution_embedding(mean.double(), std.double())
+    embedding = functional.distribution_embedding(mean, std)
+    assert embedding.dtype == dtype
+    assert torch.equal(embedding, exact.to(dtype))
+
+
+def test_distribution_embedding_of_one_dimension_is_the_sign():
+    mean, std = torch.tensor([[-3.0], [0.0]]), torch.tensor([[0.5], [0.0]])
+    close(functional.distribution_embedding(mean, std), [[-1.0, 1.0], [0.0, 0.0]])
+
+
+def test_distribution_embedding_of_no_dimension_is_empty():
+    assert functional.distribution_embedding(torch.empty(2, 0), torch.empty(2, 0)).shape == (2, 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "name"),
+    [
+        ({"mean": torch.ones(2, 3, dtype=torch.long)}, TypeError, "mean"),
+        ({"mean": torch.tensor(1.0)}, ValueError, "mean"),
+        ({"mean": torch.full((2, 3), math.nan)}, ValueError, "mean"),
+        ({"std": torch.rand(2, 4)}, ValueError, "std"),
+        ({"std": torch.full((2, 3), math.nan)}, ValueError, "std"),
+        ({"std": torch.full((2, 3), math.inf)}, ValueError, "std"),
+        ({"std": torch.full((2, 3), -0.5)}, ValueError, "std"),
+    ],
+)
+def test_distribution_embedding_rejects(change, error, name):
+    with pytest.raises(error, match=f"`{name}`"):
+        functional.distribution_embedding(
+            **({"mean": torch.randn(2, 3), "std": torch.rand(2, 3)} | change)
+        )
 
 
 # ------------------------------------------------------------------------------- distances (Eq. 8)
@@ -484,18 +526,19 @@ def test_prediction_distance_passes_gradcheck():
 
 
 @pytest.mark.parametrize(
-    ("probs", "labels", "name"),
+    ("probs", "labels", "error", "name"),
     [
-        (torch.full((2, 3), 1.5), torch.zeros(2, 3), "probs"),
-        (torch.full((2, 3), -0.5), torch.zeros(2, 3), "probs"),
-        (torch.full((2, 3), math.nan), torch.zeros(2, 3), "probs"),
-        (torch.rand(2, 3), torch.full((2, 3), 2), "labels"),
-        (torch.rand(2, 3), torch.full((2, 3), 0.5), "labels"),
-        (torch.rand(2, 3), torch.zeros(2, 4), "labels"),
+        (torch.zeros(2, 3, dtype=torch.long), torch.zeros(2, 3), TypeError, "probs"),
+        (torch.full((2, 3), 1.5), torch.zeros(2, 3), ValueError, "probs"),
+        (torch.full((2, 3), -0.5), torch.zeros(2, 3), ValueError, "probs"),
+        (torch.full((2, 3), math.nan), torch.zeros(2, 3), ValueError, "probs"),
+        (torch.rand(2, 3), torch.full((2, 3), 2), ValueError, "labels"),
+        (torch.rand(2, 3), torch.full((2, 3), 0.5), ValueError, "labels"),
+        (torch.rand(2, 3), torch.zeros(2, 4), ValueError, "labels"),
     ],
 )
-def test_prediction_distance_rejects(probs, labels, name):
-    with pytest.raises(ValueError, match=f"`{name}"):
+def test_prediction_distance_rejects(probs, labels, error, name):
+    with pytest.raises(error, match=f"`{name}`"):
         functional.prediction_distance(probs, labels)
 
 
@@ -510,9 +553,12 @@ def test_expected_distance_passes_gradcheck():
     assert gradcheck(functional.expected_distance, (probs,))
 
 
-@pytest.mark.parametrize("value", [-0.5, 1.5, math.nan])
-def test_expected_distance_rejects_what_is_no_probability(value):
-    with pytest.raises(ValueError, match="`probs"):
+@pytest.mark.parametrize(
+    ("value", "error"),
+    [(-0.5, ValueError), (1.5, ValueError), (math.nan, ValueError), (1, TypeError)],
+)
+def test_expected_distance_rejects_what_is_no_probability(value, error):
+    with pytest.raises(error, match="`probs`"):
         functional.expected_distance(torch.full((2, 3), value))
 
 
@@ -594,7 +640,7 @@ def test_soft_rank_with_a_mask_equals_that_of_the_rest():
     mask = torch.tensor([False, True, False, False, True, False])
     ranks = functional.soft_rank(poisoned(scores, mask), mask=mask)
     close(ranks[~mask], naive_soft_rank(scores[~mask]))
-    assert ranks.isfinite().all()
+    assert (ranks[mask] == 1).all()
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -612,6 +658,7 @@ def test_soft_rank_gradient_ignores_masked_scores(value):
 def test_soft_rank_of_large_half_precision_scores_is_finite(dtype):
     scores = torch.tensor([-6e4, 0.0, 6e4], dtype=dtype, requires_grad=True)
     ranks = functional.soft_rank(scores, 0.01)
+    assert ranks.dtype == torch.float32
     close(ranks, [1.0, 2.0, 3.0], dtype)
     assert gradient(ranks, scores)[0].isfinite().all()
 
@@ -709,9 +756,18 @@ def test_ordinality_divergence_computes_in_float32(dtype):
     close(loss, naive_divergence(a, b))
 
 
-def test_ordinality_divergence_rejects_different_lengths():
-    with pytest.raises(ValueError, match="`b"):
-        functional.ordinality_divergence(torch.randn(3), torch.randn(4))
+@pytest.mark.parametrize(
+    ("change", "error", "name"),
+    [
+        ({"a": torch.randn(2, 3)}, ValueError, "a"),
+        ({"a": torch.tensor([0.0, math.nan, 1.0])}, ValueError, "a"),
+        ({"b": torch.randn(4)}, ValueError, "b"),
+        ({"b": torch.ones(3, dtype=torch.long)}, TypeError, "b"),
+    ],
+)
+def test_ordinality_divergence_rejects(change, error, name):
+    with pytest.raises(error, match=f"`{name}`"):
+        functional.ordinality_divergence(**({"a": torch.randn(3), "b": torch.randn(3)} | change))
 
 
 def test_distribution_embedding_of_zero_has_zero_gradient():
@@ -738,3 +794,42 @@ def test_supcon_of_a_transposed_view_compiles(reduction):
     expected = torch.autograd.grad(loss(x), x)[0]
     compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
     close(torch.autograd.grad(compiled(x), x)[0], expected)
+
+
+# ------------------------------------------------------------------------- what every function rejects
+
+ARGUMENTS = {
+    "supcon_loss": {
+        "embeddings": torch.ones(2, 3),
+        "classes": torch.tensor([0, 1]),
+        "anchor_mask": torch.tensor([True, True]),
+        "bank": torch.ones(2, 3),
+        "bank_classes": torch.tensor([0, 1]),
+    },
+    "distribution_embedding": {"mean": torch.ones(2, 3), "std": torch.ones(2, 3)},
+    "prediction_distance": {"probs": torch.ones(2, 3), "labels": torch.ones(2, 3)},
+    "expected_distance": {"probs": torch.ones(2, 3)},
+    "soft_rank": {"scores": torch.ones(2), "mask": torch.tensor([True, False])},
+    "ordinality_divergence": {
+        "a": torch.ones(2),
+        "b": torch.ones(2),
+        "mask": torch.tensor([True, False]),
+    },
+}
+EVERY_ARGUMENT = [(function, name) for function, names in ARGUMENTS.items() for name in names]
+
+
+@pytest.mark.parametrize(("function", "name"), EVERY_ARGUMENT)
+def test_rejects_what_is_no_tensor(function, name):
+    arguments = ARGUMENTS[function] | {name: [1.0, 2.0]}
+    with pytest.raises(TypeError, match=f"`{name}` to be a tensor"):
+        getattr(functional, function)(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("function", "name"), [(f, n) for f, n in EVERY_ARGUMENT if n != next(iter(ARGUMENTS[f]))]
+)
+def test_rejects_a_tensor_on_another_device_than_the_first(function, name):
+    arguments = ARGUMENTS[function] | {name: ARGUMENTS[function][name].to("meta")}
+    with pytest.raises(ValueError, match=f"`{name}` to be on cpu, but got meta"):
+        getattr(functional, function)(**arguments)

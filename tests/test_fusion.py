@@ -2,6 +2,7 @@
 
 import math
 from decimal import Decimal, localcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
-from support import HALF, close, gradient, poisoned, random_latent
+from support import HALF, close, gradient, poisoned, random_latent, record_validate_args
 from uncertainty_mm import DiagonalGaussian, FusedPrediction, UncertaintyGatedFusion
 
 BATCH, MODALITIES, LABELS, LATENT, HIDDEN = 4, 3, 5, 2, 8
@@ -186,6 +187,13 @@ def test_heads_classify_the_product_of_the_modalities(product_fusion):
     close(out.probs, mixture.detach())
 
 
+def test_prior_is_standard_at_first_and_learned_for_each_label():
+    prior_mean = build(combine="product").prior_mean
+    assert prior_mean.shape == (LABELS, LATENT)
+    assert prior_mean.requires_grad
+    assert (prior_mean == 0).all()
+
+
 def test_product_needs_no_parameters_for_another_modality():
     one, many = (UncertaintyGatedFusion(m, LABELS, LATENT, combine="product") for m in (1, 20))
     shapes = [{n: p.shape for n, p in module.named_parameters()} for module in (one, many)]
@@ -259,6 +267,19 @@ def test_gradient_of_the_uncertainty_is_that_of_the_mixture_at_0_and_1(weight):
     (grad,) = gradient(fusion(latent, uncertainty).probs, uncertainty)
     difference = 1 / (1 + math.exp(-1.0)) - 1 / (1 + math.exp(2.0))
     close(grad, torch.full((BATCH, LABELS), difference))
+
+
+@pytest.mark.parametrize(
+    ("mean_logit", "std_logit", "slope"),
+    [(100.0, -100.0, 1e15), (-100.0, 100.0, -1e15), (math.inf, math.inf, 0.0)],
+)
+def test_slope_in_the_uncertainty_is_bounded(mean_logit, std_logit, slope):
+    # (sigmoid(a) - sigmoid(b)) / (p (1 - p)) is exp(100) where the branch of no weight says the opposite.
+    fusion = constant_heads(mean_logit, std_logit, mean_weight="uncertainty")
+    latent, _ = random_batch(torch.float32)
+    uncertainty = torch.zeros(BATCH, LABELS, requires_grad=True)
+    (grad,) = gradient(fusion(latent, uncertainty).logits, uncertainty)
+    assert torch.equal(grad, torch.full((BATCH, LABELS), slope))
 
 
 # -------------------------------------------------------------------------------- missing modalities
@@ -388,8 +409,15 @@ def test_dropout_is_on_in_training_only():
 )
 def test_constructor_rejects(change, error, name):
     settings = {"num_modalities": 2, "num_labels": 3, "latent_dim": 4}
-    with pytest.raises(error, match=f"`{name}"):
+    with pytest.raises(error, match=f"`{name}`"):
         UncertaintyGatedFusion(**(settings | change))
+
+
+def test_defaults_are_those_of_the_contract():
+    fusion = UncertaintyGatedFusion(2, 3, 4)
+    for head in (fusion.mean_head, fusion.std_head):
+        assert head[0].weight.shape == (128, 2 * 4)
+        assert [layer.p for layer in head if isinstance(layer, torch.nn.Dropout)] == [0.1]
 
 
 @pytest.mark.parametrize(
@@ -402,6 +430,8 @@ def test_constructor_rejects(change, error, name):
         (torch.full((BATCH,), 1.5), ValueError),
         (torch.full((BATCH,), -0.5), ValueError),
         (torch.full((BATCH, LABELS), math.nan), ValueError),
+        (torch.rand(BATCH, device="meta"), ValueError),
+        ([0.5] * BATCH, TypeError),
     ],
 )
 def test_rejects_uncertainty(uncertainty, error):
@@ -429,8 +459,34 @@ def test_rejects_shapes_of_latent(mean_shape, std_shape):
 def test_rejects_nan_in_latent():
     latent, uncertainty = random_batch()
     latent.mean[0, 0, 0, 0] = math.nan
-    with pytest.raises(ValueError, match="`latent"):
+    with pytest.raises(ValueError, match=r"`latent\.mean`"):
         build()(latent, uncertainty)
+
+
+@pytest.mark.parametrize("parts", [{}, {"mean": torch.ones(1)}, {"std": torch.ones(1)}])
+def test_rejects_what_is_no_gaussian(parts):
+    for latent in (SimpleNamespace(**parts), torch.ones(BATCH, MODALITIES, LABELS, LATENT)):
+        with pytest.raises(TypeError, match="`latent` to be a DiagonalGaussian"):
+            build()(latent, torch.rand(BATCH))
+
+
+def test_rejects_std_on_another_device_than_the_mean():
+    latent, uncertainty = random_batch()
+    with pytest.raises(ValueError, match=r"`latent\.std` to be on cpu, but got meta"):
+        build()(DiagonalGaussian(latent.mean, latent.std.to("meta")), uncertainty)
+
+
+def test_rejects_latent_of_another_dtype():
+    latent, uncertainty = random_batch(torch.float32)
+    with pytest.raises(TypeError, match="`latent` to have the dtype of the module"):
+        build()(latent, uncertainty)
+
+
+@pytest.mark.parametrize("settings", [{}, {"validate_args": False}, {"validate_args": True}])
+def test_validate_args_is_passed_on(monkeypatch, settings):
+    passed = record_validate_args(monkeypatch)
+    build(**settings)(*random_batch())
+    assert passed == [settings.get("validate_args", False)] * 2  # of latent and uncertainty
 
 
 @pytest.mark.parametrize(

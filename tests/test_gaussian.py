@@ -10,7 +10,7 @@ from torch import nn
 from torch.autograd import gradcheck
 from torch.distributions import Independent, Normal, kl_divergence
 
-from support import HALF, close, gradient, poisoned, random_latent
+from support import HALF, close, gradient, poisoned, random_latent, record_validate_args
 from uncertainty_mm import DiagonalGaussian, GaussianDecoupler
 
 BATCH, MODALITIES, LABELS, IN, LATENT = 4, 3, 5, 6, 7
@@ -134,6 +134,10 @@ def test_to_distribution_is_independent_over_the_last_axis():
     assert isinstance(distribution, Independent)
     assert distribution.batch_shape == (2, 3)
     assert distribution.event_shape == (4,)
+
+
+def test_to_distribution_looks_at_no_value():
+    DiagonalGaussian(torch.zeros(3), torch.full((3,), math.nan)).to_distribution()
 
 
 def test_to_distribution_has_the_density_of_the_gaussian():
@@ -275,10 +279,19 @@ def test_product_rejects_other_shapes():
     latent = random_latent(4, 3, 2, 5)
     with pytest.raises(ValueError, match="`mean`"):
         DiagonalGaussian(*(x[0] for x in latent)).product()
-    with pytest.raises(ValueError, match="`std`"):
-        DiagonalGaussian(latent.mean, latent.std[:, :2]).product()
+    for std in (latent.std[:3], latent.std[:, :2], latent.std[..., :2]):
+        with pytest.raises(ValueError, match="`std`"):
+            DiagonalGaussian(latent.mean, std).product()
+    with pytest.raises(ValueError, match="`std` to be on cpu"):
+        DiagonalGaussian(latent.mean, latent.std.to("meta")).product()
+    with pytest.raises(TypeError, match="`mean`"):
+        DiagonalGaussian(latent.mean.long(), latent.std).product()
+    with pytest.raises(TypeError, match="`std`"):
+        DiagonalGaussian(latent.mean, latent.std.long()).product()
     with pytest.raises(ValueError, match="`missing`"):
         latent.product(MISSING[:, :2])
+    with pytest.raises(ValueError, match="`missing`"):
+        latent.product(MISSING[:3])
 
 
 # -------------------------------------------------------------------------------- GaussianDecoupler
@@ -290,9 +303,13 @@ def test_output_shapes():
     assert latent.mean.shape == latent.std.shape == (BATCH, MODALITIES, LABELS, LATENT)
 
 
-def test_default_latent_width_is_64():
-    latent = GaussianDecoupler(2, 3)(torch.randn(1, 2, 4, 3))
-    assert latent.mean.shape == (1, 2, 4, 64)
+def test_defaults_are_those_of_the_contract():
+    module = GaussianDecoupler(2, 3)
+    assert module(torch.randn(1, 2, 4, 3)).mean.shape == (1, 2, 4, 64)
+    assert module.encoder[0].weight.shape == (2, 128, 3)
+    assert [layer.p for layer in module.encoder if isinstance(layer, nn.Dropout)] == [0.1]
+    assert module.min_std == 1e-4
+    assert not module.normalize_mean
 
 
 @pytest.mark.parametrize("hidden_dims", [(8,), (8, 5), (8, 5, 3)])
@@ -344,6 +361,11 @@ def test_initialisation_has_the_scale_of_torch_layers():
     z = torch.randn(64, 3, 2, 256)
     ratio = (module(z).mean.std() / twin(z).std()).item()
     assert 1 / 3 < ratio < 3
+    for layer, in_dim in ((module.encoder[0], 256), (module.mean_head, 128)):
+        for parameter in (layer.weight, layer.bias):  # uniform between these bounds
+            bound = in_dim**-0.5
+            assert -bound <= parameter.min() < -0.8 * bound
+            assert 0.8 * bound < parameter.max() <= bound
 
 
 def test_passes_gradcheck():
@@ -357,6 +379,20 @@ def test_every_parameter_gets_a_gradient():
     mean, std = module(random_input())
     (mean.square().sum() + std.square().sum()).backward()
     assert all((p.grad != 0).any() for p in module.parameters())
+
+
+@pytest.mark.parametrize("min_std", [1e-4, 0.5])
+def test_std_is_the_equation_of_the_docstring(min_std):
+    module = GaussianDecoupler(1, 1, 1, hidden_dims=(), min_std=min_std).double()
+    nn.init.ones_(module.log_var_head.weight)
+    nn.init.zeros_(module.log_var_head.bias)
+    raw = [-1e20, -1e3, -15.0, -2.0, -0.3, 0.0, 0.3, 0.7, 2.0, 15.0, 1e3, 1e20]
+    expected = []
+    for r in raw:
+        h = 2 * math.log(1e4) if r >= 0 else -2 * math.log(min_std)
+        expected.append(min_std + math.exp(0.5 * r / math.sqrt(1 + (r / h) ** 2)))
+    std = module(torch.tensor(raw, dtype=torch.float64).view(-1, 1, 1, 1)).std
+    close(std.flatten() / torch.tensor(expected, dtype=torch.float64), [1.0] * len(raw))
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 1e2, 1e4, 1e10])
@@ -475,7 +511,7 @@ def test_half_precision_is_finite_and_near_float64(dtype, scale):
     module, z = build().to(dtype), (scale * random_input()).to(dtype)
     latent = module(z)
     expected = module.double()(z.double())
-    assert latent.mean.dtype == dtype
+    assert latent.mean.dtype == latent.std.dtype == dtype
     close(latent.mean / scale, expected.mean.detach() / scale, dtype)
     close(latent.std.log(), expected.std.detach().log(), dtype)
     assert (latent.std > 0).all()
@@ -491,16 +527,23 @@ def test_half_precision_is_finite_and_near_float64(dtype, scale):
         ({"num_modalities": "3"}, TypeError, "num_modalities"),
         ({"in_dim": 0}, ValueError, "in_dim"),
         ({"latent_dim": 0}, ValueError, "latent_dim"),
-        ({"hidden_dims": (8, 0)}, ValueError, "hidden_dims"),
+        ({"hidden_dims": (8, 0)}, ValueError, r"hidden_dims\[1\]"),
+        ({"hidden_dims": 8}, TypeError, "hidden_dims"),
         ({"dropout": -0.1}, ValueError, "dropout"),
         ({"min_std": 0.0}, ValueError, "min_std"),
         ({"min_std": -1.0}, ValueError, "min_std"),
+        ({"min_std": "small"}, TypeError, "min_std"),
         ({"normalize_mean": "yes"}, TypeError, "normalize_mean"),
     ],
 )
 def test_constructor_rejects(change, error, name):
-    with pytest.raises(error, match=f"`{name}"):
+    with pytest.raises(error, match=f"`{name}`"):
         GaussianDecoupler(**({"num_modalities": 2, "in_dim": 3} | change))
+
+
+def test_range_of_min_std_is_told():
+    with pytest.raises(ValueError, match=r"`min_std` to be a number in \(0, 1\), but got 1"):
+        GaussianDecoupler(2, 3, min_std=1)
 
 
 @pytest.mark.parametrize(
@@ -512,6 +555,7 @@ def test_constructor_rejects(change, error, name):
         (torch.ones(BATCH, MODALITIES, LABELS, IN, dtype=torch.long), TypeError),
         (torch.full((BATCH, MODALITIES, LABELS, IN), math.nan), ValueError),
         (torch.full((BATCH, MODALITIES, LABELS, IN), math.inf), ValueError),
+        (torch.ones(BATCH, MODALITIES, LABELS, IN, dtype=torch.float64), TypeError),
     ],
 )
 def test_rejects_z(z, error):
@@ -526,11 +570,28 @@ def test_rejects_z(z, error):
         (torch.zeros(BATCH, MODALITIES, dtype=torch.long), TypeError),
         (torch.zeros(BATCH, MODALITIES + 1, dtype=torch.bool), ValueError),
         (torch.zeros(MODALITIES, dtype=torch.bool), ValueError),
+        (torch.zeros(BATCH, MODALITIES, dtype=torch.bool, device="meta"), ValueError),
     ],
 )
 def test_rejects_missing(missing, error):
     with pytest.raises(error, match="`missing`"):
         build()(random_input(), missing)
+    with pytest.raises(error, match="`missing`"):
+        random_latent(BATCH, MODALITIES, LABELS, LATENT).product(missing)
+
+
+def test_rejects_values_that_are_not_missing():
+    z = random_input()
+    z[1, 1] = math.nan  # there; (1, 0) is missing
+    with pytest.raises(ValueError, match="`z`"):
+        build()(z, MISSING)
+
+
+@pytest.mark.parametrize("settings", [{}, {"validate_args": False}, {"validate_args": True}])
+def test_validate_args_is_passed_on(monkeypatch, settings):
+    passed = record_validate_args(monkeypatch)
+    build(**settings)(random_input())
+    assert passed == [settings.get("validate_args", False)]
 
 
 def test_variance_does_not_leave_the_range_of_half_precision():
@@ -544,3 +605,8 @@ def test_tiny_min_std_stays_above_zero_under_float16():
         torch.tensor([-6e4, -math.inf]).half()
     )
     assert (std > 0).all()
+
+
+def test_overflown_log_variance_is_the_largest_std():
+    std = GaussianDecoupler(1, 1, 1)._bounded_std(torch.tensor([6e4, math.inf]).half())
+    close(std, [1e4, 1e4])

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
-from support import HALF, close, gradient, poisoned
+from support import HALF, close, gradient, poisoned, record_validate_args
 from uncertainty_mm import SoftRankOrdinalityLoss
 
 BATCH = 7
@@ -160,6 +160,22 @@ def test_positive_affine_maps_of_a_score_change_nothing(mode, seed, scale, shift
     close(loss(std_norm, distance, scale * correctness + shift), expected, torch.float32)
 
 
+@pytest.mark.parametrize("mode", ["rank", "standardized"])
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_size_of_the_norms_does_not_matter_at_the_ends_of_the_range(mode, scale):
+    std_norm, distance, correctness = random_batch(dtype=torch.float32)
+    expected = naive_loss(std_norm, distance, correctness, mode=mode)
+    close(SoftRankOrdinalityLoss(mode=mode)(scale * std_norm, distance, correctness), expected)
+
+
+@pytest.mark.parametrize("mode", ["rank", "standardized"])
+def test_scores_that_differ_in_the_last_bit_are_told_apart_exactly(mode):
+    std_norm, distance, _ = random_batch(dtype=torch.float32)
+    steps = torch.randperm(BATCH)
+    expected = naive_loss(std_norm, distance, steps.double(), mode=mode)
+    close(SoftRankOrdinalityLoss(mode=mode)(std_norm, distance, 0.5 + steps * 2.0**-24), expected)
+
+
 @pytest.mark.parametrize("mode", MODES)
 @given(seed=st.integers(0, 2**16), n=st.integers(2, 9))
 def test_order_of_samples_does_not_matter(mode, seed, n):
@@ -209,7 +225,7 @@ def test_rank_mode_has_a_live_gradient_for_nearly_constant_norms():
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("value", [math.nan, math.inf, 0.0])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 0.0, -1.0])
 def test_masked_samples_equal_a_batch_without_them(mode, value):
     batch, loss = random_batch(), SoftRankOrdinalityLoss(mode=mode)
     mask = torch.tensor([True, False, False, True, False, False, False])
@@ -218,7 +234,7 @@ def test_masked_samples_equal_a_batch_without_them(mode, value):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("value", [math.nan, math.inf, 0.0])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 0.0, -1.0])
 def test_masked_samples_do_not_influence_gradients(mode, value):
     batch, loss = random_batch(), SoftRankOrdinalityLoss(mode=mode)
     mask = torch.tensor([True, False, False, True, False, False, False])
@@ -289,12 +305,14 @@ def test_float64_stays_float64():
         ({"pairs": ("SX",)}, ValueError, "pairs"),
         ({"pairs": ()}, ValueError, "pairs"),
         ({"pairs": "SR"}, TypeError, "pairs"),
+        ({"pairs": {"SR"}}, TypeError, "pairs"),
+        ({"pairs": ("SR", "DR", "SR")}, ValueError, "pairs"),
         ({"temperature": 0.0}, ValueError, "temperature"),
         ({"temperature": math.inf}, ValueError, "temperature"),
     ],
 )
 def test_constructor_rejects(change, error, name):
-    with pytest.raises(error, match=f"`{name}"):
+    with pytest.raises(error, match=f"`{name}`"):
         SoftRankOrdinalityLoss(**change)
 
 
@@ -307,16 +325,30 @@ def test_constructor_rejects(change, error, name):
         ({"std_norm": torch.full((BATCH,), -1.0)}, ValueError, "std_norm"),
         ({"std_norm": torch.zeros(BATCH)}, ValueError, "std_norm"),
         ({"distance": torch.rand(BATCH + 1)}, ValueError, "distance"),
+        ({"distance": torch.ones(BATCH, dtype=torch.long)}, TypeError, "distance"),
         ({"distance": torch.full((BATCH,), 1.5)}, ValueError, "distance"),
+        ({"distance": torch.full((BATCH,), -0.5)}, ValueError, "distance"),
         ({"distance": torch.full((BATCH,), math.nan)}, ValueError, "distance"),
         ({"correctness": torch.rand(BATCH + 1)}, ValueError, "correctness"),
+        ({"correctness": torch.ones(BATCH, dtype=torch.long)}, TypeError, "correctness"),
         ({"correctness": torch.full((BATCH,), -0.5)}, ValueError, "correctness"),
+        ({"correctness": torch.full((BATCH,), 1.5)}, ValueError, "correctness"),
         ({"correctness": torch.full((BATCH,), math.nan)}, ValueError, "correctness"),
         ({"mask": torch.zeros(BATCH)}, TypeError, "mask"),
         ({"mask": torch.zeros(BATCH + 1, dtype=torch.bool)}, ValueError, "mask"),
+        ({"distance": torch.rand(BATCH, device="meta")}, ValueError, "distance"),
+        ({"correctness": torch.rand(BATCH, device="meta")}, ValueError, "correctness"),
+        ({"mask": torch.zeros(BATCH, dtype=torch.bool, device="meta")}, ValueError, "mask"),
     ],
 )
 def test_rejects(change, error, name):
     batch = dict(zip(("std_norm", "distance", "correctness"), random_batch(), strict=True))
-    with pytest.raises(error, match=f"`{name}"):
+    with pytest.raises(error, match=f"`{name}`"):
         SoftRankOrdinalityLoss()(**(batch | change))
+
+
+@pytest.mark.parametrize("settings", [{}, {"validate_args": False}, {"validate_args": True}])
+def test_validate_args_is_passed_on(monkeypatch, settings):
+    passed = record_validate_args(monkeypatch)
+    SoftRankOrdinalityLoss(**settings)(*random_batch())
+    assert passed == [settings.get("validate_args", False)]

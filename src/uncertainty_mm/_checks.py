@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 
-def checks_values(tensor: Tensor, validate_args: bool) -> bool:
+def checks_values(tensor: Tensor, validate_args: bool = False) -> bool:
     """Whether values may be looked at: on the CPU, or on request, and never while tracing a graph."""
     if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -52,7 +53,7 @@ class _ModalityAttention(nn.Module):
             with torch.autocast(device, enabled=False):
                 scores = scale * query.to(dtype) @ key.to(dtype).transpose(1, 2)
                 if mask is not None:
-                    scores = scores.masked_fill(mask.unsqueeze(1), float("-inf"))
+                    scores = scores.masked_fill(mask.unsqueeze(1), -math.inf)
                 weights = scores.softmax(-1)
                 gathered = (F.dropout(weights, dropout) @ key.to(dtype)).to(key.dtype)
             weights = weights.masked_fill(missing[:, None, None], 0).to(key.dtype)
@@ -193,20 +194,18 @@ class EmotionQueryAttention(nn.Module):
                 "batch size and device are unknown without any"
             )
         sizes: dict[str, int] = {}
-        device: torch.device | None = None
         for name, dim in self.modality_dims.items():
             if name not in features:
                 continue
             sizes |= {"D": dim}
             sizes.pop("S", None)
             sequence = check_tensor(
-                f"features[{name!r}]", features[name], "floating", "B S D", sizes, device
+                f"features[{name!r}]", features[name], "floating", "B S D", sizes
             )
-            device = sequence.device
             check_like_parameters(f"features[{name!r}]", sequence, self.label_embedding.weight)
             mask = None if padding_mask is None else padding_mask.get(name)
             if mask is not None:
-                check_tensor(f"padding_mask[{name!r}]", mask, "bool", "B S", sizes, device)
+                check_tensor(f"padding_mask[{name!r}]", mask, "bool", "B S", sizes, sequence.device)
             if checks_values(sequence, self.validate_args):
                 check_finite(
                     f"features[{name!r}]", sequence, None if mask is None else mask.unsqueeze(-1)

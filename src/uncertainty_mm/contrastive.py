@@ -156,7 +156,6 @@ class DistributionSupConLoss(nn.Module):
         """Number of distributions in the queue (on an accelerator, makes the host wait)."""
         return int((self.queue_classes >= 0).sum())
 
-    @torch.no_grad()
     def reset_queue(self) -> None:
         """Empties the queue."""
         self.queue.zero_()
@@ -220,7 +219,7 @@ class DistributionSupConLoss(nn.Module):
         mean, std = latent.mean.to(dtype), latent.std.to(dtype)
         per_modality = present.unsqueeze(1)
         classes = torch.arange(self.num_modalities * self.num_labels, device=present.device)
-        classes = classes.view(1, self.num_modalities, self.num_labels)
+        classes = classes.view(self.num_modalities, self.num_labels)
         classes = torch.where(per_modality, classes, classes + classes.numel())
         if missing is not None:
             left_out = missing.unsqueeze(-1)
@@ -281,7 +280,6 @@ class DistributionSupConLoss(nn.Module):
         counts = counts.index_add_(0, keys, torch.ones_like(keys, dtype=counts.dtype))
         return (anchors & (counts[classes + 1] > 1)).sum()
 
-    @torch.no_grad()
     def _enqueue(self, embeddings: Tensor, classes: Tensor) -> None:
         """Writes the rows that are not missing behind the pointer, the newest of them if the queue cannot hold all.
 

@@ -20,7 +20,6 @@ from uncertainty_mm._distributed import world_size
 _UNIT = 2**32
 
 
-@torch.no_grad()
 def _all_is_common(tracker: CorrectnessTracker, _: object) -> None:
     tracker.merged.copy_(tracker.history)
 
@@ -103,7 +102,6 @@ class CorrectnessTracker(nn.Module):
                     f"but got values from {low} to {high}"
                 )
 
-    @torch.no_grad()
     def update(self, indices: Tensor, correct: Tensor, mask: Tensor | None = None) -> None:
         """Adds one prediction for every entry of a batch.
 
@@ -140,13 +138,13 @@ class CorrectnessTracker(nn.Module):
         # mask the last entry before it that is not left out.
         indices, order = indices.long().sort(stable=True)
         correct, kept = correct.masked_fill(mask, 0)[order], ~mask[order]
-        now = (correct >= 0.5).to(torch.int8)
+        now = correct >= 0.5
         place = torch.arange(indices.shape[0], device=indices.device)
         column = (-1, *[1] * (now.dim() - 1))
         start = torch.searchsorted(indices, indices).view(column)
         latest = torch.where(kept, place.view(column), -1).cummax(0).values
         before = self._state_at(now, latest.roll(1, 0).index_fill(0, place[:1], -1), start, indices)
-        forgotten = kept & (before == 1) & (now == 0)
+        forgotten = kept & (before == 1) & ~now
         exact = torch.promote_types(correct.dtype, torch.float32)
         amount = (correct.to(exact) * _UNIT).round().long()
         added = torch.stack([amount, kept.long(), forgotten.long()])
@@ -189,14 +187,12 @@ class CorrectnessTracker(nn.Module):
         self._check_indices(indices, {})
         return self.history[2, indices.long()]
 
-    @torch.no_grad()
     def reset(self) -> None:
         """Forgets everything."""
         self.history.zero_()
         self.merged.zero_()
         self.last.fill_(-1)
 
-    @torch.no_grad()
     def synchronize(self) -> None:
         """Merges the histories of all ranks; without `torch.distributed` there is nothing to merge.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -92,7 +94,7 @@ def supcon_loss(
     check_tensor("bank_classes", bank_classes, "integer", "Q", sizes, device)
     check_positive("temperature", temperature)
     check_choice("reduction", reduction, ("none", "mean", "sum"))
-    if checks_values(embeddings, False):
+    if checks_values(embeddings):
         check_finite("embeddings", embeddings, (classes < 0).unsqueeze(1))
         check_finite("bank", bank, (bank_classes < 0).unsqueeze(1))
     return supcon(
@@ -131,10 +133,10 @@ def distribution_embedding(mean: Tensor, std: Tensor) -> Tensor:
     dims = _any_dims(mean)
     check_tensor("mean", mean, "floating", dims, sizes)
     check_tensor("std", std, "floating", dims, sizes, mean.device)
-    if checks_values(mean, False):
+    if checks_values(mean):
         check_finite("mean", mean)
         check_finite("std", std)
-        check_range("std", std, 0, float("inf"))
+        check_range("std", std, 0, math.inf)
     return torch.cat([unit(mean), unit(std)], dim=-1)
 
 
@@ -175,7 +177,7 @@ def prediction_distance(probs: Tensor, labels: Tensor) -> Tensor:
     dims = _any_dims(probs)
     check_tensor("probs", probs, "floating", dims, sizes)
     check_tensor("labels", labels, "number", dims, sizes, probs.device)
-    if checks_values(probs, False):
+    if checks_values(probs):
         check_range("probs", probs, 0, 1)
         check_labels("labels", labels)
     return (probs - labels.to(probs.dtype)).abs()
@@ -202,7 +204,7 @@ def expected_distance(probs: Tensor) -> Tensor:
         tensor([[0.0000, 0.5000, 0.1800]])
     """
     check_tensor("probs", probs, "floating", _any_dims(probs), {})
-    if checks_values(probs, False):
+    if checks_values(probs):
         check_range("probs", probs, 0, 1)
     return 2 * probs * (1 - probs)
 
@@ -298,7 +300,7 @@ def _check_scores(scores: dict[str, Tensor], mask: Tensor | None) -> None:
     if mask is not None:
         check_tensor("mask", mask, "bool", "B", sizes, device)
     for name, score in scores.items():
-        if checks_values(score, False):
+        if checks_values(score):
             check_finite(name, score, mask)
 
 

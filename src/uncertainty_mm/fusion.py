@@ -210,5 +210,7 @@ def _mixture_logits(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
             + F.logsigmoid(-torch.minimum(a, b))
         )
         slope = torch.sign(a - b) * torch.exp(log_difference - log_p - log_1_p)
-        slope = slope.nan_to_num(0.0).clamp(-1e15, 1e15)  # 0 for a = b; finite beyond the dtype
+        slope = slope.nan_to_num().clamp(
+            -1e15, 1e15
+        )  # NaN if both are infinite; finite beyond the dtype
     return logits + (weight - fixed) * slope

@@ -144,7 +144,7 @@ class DiagonalGaussian(NamedTuple):
         if missing is not None:
             left_out = missing[:, :, None, None]
             mean, std = mean.masked_fill(left_out, 0), std.masked_fill(left_out, math.inf)
-        log_precision = -DiagonalGaussian(mean, std).log_var
+        log_precision = -2 * _at_least_float32(std).log()
         log_precision = F.pad(log_precision, (0, 0, 0, 0, 1, 0))  # log 1, of the prior, comes first
         weight = log_precision.softmax(1)
         fused = (weight[:, 1:] * _at_least_float32(mean)).sum(1)
@@ -174,7 +174,7 @@ def check_latent(
         left_out = None if missing is None else missing[:, :, None, None]
         check_finite("latent.mean", mean, left_out)
         check_finite("latent.std", std, left_out)
-        check_range("latent.std", std, 0, float("inf"), left_out)
+        check_range("latent.std", std, 0, math.inf, left_out)
 
 
 class _ModalityLinear(nn.Module):
@@ -321,8 +321,10 @@ class GaussianDecoupler(nn.Module):
         return DiagonalGaussian(mean, std)
 
     def _bounded_std(self, raw: Tensor) -> Tensor:
-        half_range = torch.where(raw < 0, -2 * math.log(self.min_std), 2 * math.log(_MAX_STD))
-        x = _at_least_float32(raw) / half_range
+        wide = _at_least_float32(raw)
+        half_range = torch.full_like(wide, 2 * math.log(_MAX_STD))
+        half_range = half_range.masked_fill(raw < 0, -2 * math.log(self.min_std))
+        x = wide / half_range
         x = x.clamp(-1e15, 1e15)  # half precision may have overflowed, and the square must not
         log_var = half_range * x / (1 + x.square()).sqrt()
         std = self.min_std + torch.exp(0.5 * log_var)

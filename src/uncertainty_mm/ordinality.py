@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -129,10 +130,7 @@ class SoftRankOrdinalityLoss(nn.Module):
             check_range("distance", distance, 0, 1, mask)
             check_range("correctness", correctness, 0, 1, mask)
         dtype = torch.promote_types(std_norm.dtype, torch.float32)
-        std_norm, distance, correctness = (
-            x.to(dtype) if mask is None else x.to(dtype).masked_fill(mask, 1)
-            for x in (std_norm, distance, correctness)
-        )
+        std_norm, distance, correctness = (x.to(dtype) for x in (std_norm, distance, correctness))
         scores = {
             "S": std_norm.clamp_min(torch.finfo(dtype).tiny).reciprocal(),
             "D": 1 - distance,
@@ -148,7 +146,7 @@ class SoftRankOrdinalityLoss(nn.Module):
     def _transform(self, score: Tensor, mask: Tensor | None) -> Tensor:
         if self.mode == "raw":
             return score / self.temperature
-        kept = torch.ones_like(score) if mask is None else (~mask).to(score.dtype)
+        kept = torch.ones_like(score, dtype=torch.bool) if mask is None else ~mask
         score = _standardize(score, kept)
         if self.mode == "standardized":
             return score / self.temperature
@@ -156,14 +154,13 @@ class SoftRankOrdinalityLoss(nn.Module):
 
 
 def _standardize(score: Tensor, kept: Tensor) -> Tensor:
-    """Mean 0 and variance 1 over the samples with kept = 1; equal scores give exactly 0, at any scale."""
+    """Mean 0 and variance 1 over the samples that are kept; equal scores give exactly 0, at any scale."""
     if score.shape[0] == 0:
         return score
-    left_out = kept == 0
-    infinity = float("inf")
+    left_out = ~kept
     # Subtracting the minimum is exact for equal scores, where subtracting their rounded mean is not.
-    low = score.detach().masked_fill(left_out, infinity).amin()
-    high = score.detach().masked_fill(left_out, -infinity).amax()
+    low = score.detach().masked_fill(left_out, math.inf).amin()
+    high = score.detach().masked_fill(left_out, -math.inf).amax()
     spread = high - low
     some_spread = (spread > 0) & torch.isfinite(spread)  # infinite: nothing is kept
     unit = (score - low).masked_fill(left_out | ~some_spread, 0) / torch.where(
