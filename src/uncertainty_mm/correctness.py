@@ -7,11 +7,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from uncertainty_mm._checks import (
+    check_flag,
     check_positive_int,
     check_probability,
     check_range,
     check_tensor,
     checks_values,
+    load_all_or_nothing,
 )
 from uncertainty_mm._distributed import world_size
 
@@ -78,6 +80,7 @@ class CorrectnessTracker(nn.Module):
         self.num_samples = num_samples
         self.num_labels = num_labels
         self.prior = prior
+        check_flag("validate_args", validate_args)
         self.validate_args = validate_args
         shape = (num_samples,) if num_labels is None else (num_samples, num_labels)
         # rows: correctness in units of 1 / _UNIT, predictions, forgetting events
@@ -87,6 +90,7 @@ class CorrectnessTracker(nn.Module):
         self.register_load_state_dict_post_hook(_all_is_common)  # type: ignore[no-untyped-call]
         # the latest prediction: 1 correct, 0 wrong, -1 none yet
         self.register_buffer("last", torch.full(shape, -1, dtype=torch.int8))
+        self.register_load_state_dict_pre_hook(load_all_or_nothing)  # type: ignore[no-untyped-call]
 
     def extra_repr(self) -> str:
         """The settings, for `repr`."""
