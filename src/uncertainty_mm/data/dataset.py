@@ -95,14 +95,16 @@ def _check_names(argument: str, value: Any, kind: str) -> None:
         )
     for name in value:
         if not isinstance(name, str):
-            raise TypeError(f"Expected `{argument}` to hold names, but got {name!r}")
+            raise TypeError(
+                f"Expected `{argument}` to be a {kind} of names, but got {name!r} among them"
+            )
 
 
 def check_parts(parts: Mapping[str, MultimodalDataset]) -> None:
     """Raises unless `parts` holds data sets by the name of their split, at least one."""
     _check_names("parts", parts, "mapping")
     if not parts:
-        raise ValueError("Expected `parts` to hold at least one split, but got none")
+        raise ValueError("Expected `parts` to name splits, at least one, but got none")
     for name, part in parts.items():
         if not isinstance(part, MultimodalDataset):
             raise TypeError(
