@@ -215,10 +215,11 @@ def load_all_or_nothing(
     missing_keys: list[str],
     unexpected_keys: list[str],
     error_msgs: list[str],
-) -> None:
+) -> bool:
     """A hook for `register_load_state_dict_pre_hook`: of a state that does not fit no part is loaded.
 
     `load_state_dict` raises `RuntimeError` for buffers of other shapes, but loads the others, which belong to them.
+    Returns whether the state fits.
     """
     own = {
         prefix + name: buffer
@@ -232,9 +233,11 @@ def load_all_or_nothing(
         for key, value in given.items()
         if not isinstance(value, Tensor) or value.shape != own[key].shape
     ]
-    if problems or (strict and given and len(given) < len(own)):
+    fits = not problems and not (strict and len(given) < len(own))
+    if not fits:
         error_msgs += problems
         state_dict |= {key: own[key] for key in given}
+    return fits
 
 
 def finite_scores(**scores: Tensor) -> list[Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -23,8 +25,12 @@ _UNIT = 2**32
 
 
 @torch.no_grad()
-def _all_is_common(tracker: CorrectnessTracker, _: object) -> None:
-    tracker.merged.copy_(tracker.history)
+def _load(tracker: CorrectnessTracker, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+    """What is loaded is common to all ranks."""
+    if load_all_or_nothing(tracker, state_dict, prefix, *rest):
+        history = state_dict.get(f"{prefix}history")
+        if history is not None:
+            tracker.merged.copy_(history)
 
 
 class CorrectnessTracker(nn.Module):
@@ -87,10 +93,9 @@ class CorrectnessTracker(nn.Module):
         self.register_buffer("history", torch.zeros(3, *shape, dtype=torch.int64))
         # the part of `history` that all ranks have in common; after loading, that is all of it
         self.register_buffer("merged", torch.zeros(3, *shape, dtype=torch.int64), persistent=False)
-        self.register_load_state_dict_post_hook(_all_is_common)  # type: ignore[no-untyped-call]
         # the latest prediction: 1 correct, 0 wrong, -1 none yet
         self.register_buffer("last", torch.full(shape, -1, dtype=torch.int8))
-        self.register_load_state_dict_pre_hook(load_all_or_nothing)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_load)  # type: ignore[no-untyped-call]
 
     def extra_repr(self) -> str:
         """The settings, for `repr`."""
