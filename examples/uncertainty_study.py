@@ -257,6 +257,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser().error(f"--data takes .npz files here, got {' '.join(other)}")
     if min(args.sizes) < 1:
         parser().error(f"--sizes must be above 0, got {min(args.sizes)}")
+    if not args.no_synthetic and any(file.stem == "synthetic" for file in args.data):
+        parser().error("--data must not be named synthetic, as the built-in set is")
     if args.no_synthetic and not args.data:
         parser().error("--no-synthetic leaves nothing without --data")
     with lddu_full.ending_in_one_line():

@@ -1,5 +1,8 @@
 """Tolerances by dtype and the small builders that the tests share."""
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 
 from uncertainty_mm import DiagonalGaussian
@@ -39,3 +42,12 @@ def poisoned(tensor, where, value=float("nan")):
     tensor = tensor.detach().clone()
     tensor[where] = value
     return tensor
+
+
+class Bad(NamedTuple):
+    """A call that must be refused."""
+
+    name: str
+    call: Callable[[object], object]  # with what the group of cases is made on
+    error: type[BaseException]
+    message: str  # regular expression

@@ -23,6 +23,7 @@ import pytest
 import torch
 
 import uncertainty_mm as umm
+from support import Bad
 from uncertainty_mm import DiagonalGaussian, functional, measures
 from uncertainty_mm.data import (
     LabelTable,
@@ -43,15 +44,6 @@ plots = pytest.importorskip("uncertainty_mm.plots")
 
 NAN, INF = math.nan, math.inf
 B, M, Q, K, D = 3, 2, 3, 4, 5
-
-
-class Bad(NamedTuple):
-    """A call that must be refused."""
-
-    name: str
-    call: Callable[[object], object]  # on what `Component.given` makes
-    error: type[Exception]
-    message: str  # regular expression
 
 
 class Component(NamedTuple):

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -78,7 +79,9 @@ def _write_split(data: MultimodalDataset, folder: Path) -> None:
         arrays[f"padding_mask.{name}"] = data.padding_mask[name].numpy()
     folder.mkdir()
     for key, array in arrays.items():
-        np.save(folder / f"{key}.npy", array, allow_pickle=False)
+        with open(folder / f"{key}.npy", "wb") as file:
+            # NumPy writes into a real file by itself, and is silent where the disk is full when it closes it.
+            np.save(SimpleNamespace(write=file.write), array, allow_pickle=False)
 
 
 def read_folder(folder: str | PathLike[str]) -> dict[str, MultimodalDataset]:
