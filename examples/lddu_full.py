@@ -82,7 +82,7 @@ from uncertainty_mm import (
     SoftRankOrdinalityLoss,
     UncertaintyGatedFusion,
 )
-from uncertainty_mm._files import replacing
+from uncertainty_mm._files import check_sums, replacing
 from uncertainty_mm.data import (
     SPLITS,
     MultimodalBatch,
@@ -890,6 +890,7 @@ def check_options(args: argparse.Namespace) -> None:
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Reads a checkpoint without running code from it; raises UsageError if that is impossible."""
     try:
+        check_sums(path)
         content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         content["hyper_parameters"]["label_names"], content["state_dict"].keys()
     except FileNotFoundError:

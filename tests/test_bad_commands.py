@@ -132,6 +132,13 @@ def half(path, place):
     path.write_bytes(content[: len(content) // 2])
 
 
+def changed_bit(path, place):
+    weights = torch.load(place.run / "last.ckpt", weights_only=True)["state_dict"]
+    content = bytearray((place.run / "last.ckpt").read_bytes())
+    content[content.index(weights["model.fusion.mean_head.0.weight"].numpy().tobytes())] ^= 1
+    path.write_bytes(content)
+
+
 def rename_weights(content):
     """As if another network had been trained with these options."""
     state = content["state_dict"]
@@ -326,6 +333,11 @@ COMMANDS = {
             "checkpoint truncated",
             with_file("half.ckpt", half, predict(ckpt="half.ckpt")),
             "half.ckpt: not a checkpoint of this program",
+        ),
+        exits(
+            "checkpoint of which a bit has changed",
+            with_file("x.ckpt", changed_bit, predict(ckpt="x.ckpt")),
+            r"x.ckpt: not a checkpoint of this program \(the check sum of `.*` is wrong\)",
         ),
         exits(
             "checkpoint of tensors",

@@ -1912,6 +1912,11 @@ def unknown_compression(content):
         content[entry.start() + 10] = 99
 
 
+def changed_bit(content):
+    """Of the first tensor of a file of `torch.save`."""
+    content[content.index(torch.ones(6).numpy().tobytes())] ^= 1
+
+
 def csv_of(text, label_names=("happy", "sad")):
     return raw("bad.csv", text.encode(), lambda path: read_label_csv(path, label_names))
 
@@ -2164,6 +2169,11 @@ PICKLES = [
         "tailor: truncated",
         damaged("good.pt", lambda b: b[:-100], read_tailor),
         r"not a readable file of torch\.save",
+    ),
+    names_file(
+        "tailor: a bit changed",
+        damaged("good.pt", changed_bit, read_tailor),
+        r"not a readable file of torch\.save \(the check sum of `.*` is wrong\)",
     ),
     names_file(
         "tailor: malicious",

@@ -7,9 +7,14 @@ Properties of a single component that need its naive reference are beside it (`t
 import copy
 import io
 import math
+import pickle
+import tempfile
+import warnings
 from collections import defaultdict, deque
 from itertools import pairwise
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -34,7 +39,17 @@ from uncertainty_mm import (
     measures,
     metrics,
 )
-from uncertainty_mm.data import MultimodalDataset
+from uncertainty_mm.data import (
+    MultimodalDataset,
+    read_folder,
+    read_label_csv,
+    read_m3ed,
+    read_mmsa,
+    read_npz,
+    read_tailor,
+    write_folder,
+    write_npz,
+)
 
 MODALITIES, LABELS, LATENT = 3, 2, 4
 NAN = math.nan
@@ -903,3 +918,66 @@ def test_metrics_over_ragged_batches_equal_the_measures(data, draw):
         for start, end in pairwise(edges):
             metric.update(first[start:end], second[start:end])
         torch.testing.assert_close(metric.compute(), expected, equal_nan=True)
+
+
+# ------------------------------------------------------------------------------------ damaged files
+
+
+def written(name, folder):
+    """Writes a small data set in one of the layouts; returns the file to damage and how the set is read."""
+    names = ("happy", "sad")
+    if name in ("npz", "folder"):
+        features, mask = torch.ones(2, 3, 2), torch.zeros(2, 3).bool()
+        part = MultimodalDataset({"text": features}, {"text": mask}, torch.ones(2, 2), names)
+        parts = {split: part for split in ("train", "validation", "test")}
+        if name == "npz":
+            write_npz(parts, folder / "x.npz")
+            return folder / "x.npz", lambda: read_npz(folder / "x.npz")
+        write_folder(parts, folder / "x")
+        return folder / "x" / "test" / "features.text.npy", lambda: read_folder(folder / "x")
+    path = folder / f"x.{name}"
+    if name == "csv":
+        path.write_text("id,happy,sad\na,0,1\nb,2,0.5\n")
+        return path, lambda: read_label_csv(path, names)
+    if name == "m3ed":
+        dialogues = ("d0", "d1", "d2")
+        content = [{}, {}, {}, {}, {}, {}, {}, *([each] for each in dialogues)]
+        for each in dialogues:
+            content[0][each], content[2][each] = ["u0", "u1"], [0, 6]
+            for position in (3, 4, 5):
+                content[position][each] = np.ones((2, 3))
+        path.write_bytes(pickle.dumps(content))
+        return path, lambda: read_m3ed(path)
+    part = {"id": ["a", "b"], "tgt": [[2, 4, 3], [2, 5, 3]]}
+    array = np.ones if name == "pkl" else torch.ones
+    part |= {key: array((2, 3, 2)) for key in ("src-text", "src-audio", "src-visual")}
+    content = {"train": part, "valid": part, "test": part}
+    if name == "pkl":
+        path.write_bytes(pickle.dumps(content))
+        return path, lambda: read_mmsa(path, label_names=names)
+    torch.save(content | {"dict": {"tgt": {"happy": 4, "sad": 5}}}, path)
+    return path, lambda: read_tailor(path)
+
+
+@given(
+    name=st.sampled_from(["npz", "folder", "csv", "pkl", "pt", "m3ed"]),
+    end=st.floats(0.2, 3),
+    changes=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=8),
+)
+def test_damaged_file_is_read_or_refused(name, end, changes):
+    """Truncated, or with bytes changed, near the beginning more often than elsewhere."""
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        path, read = written(name, Path(folder))
+        content = bytearray(path.read_bytes())
+        content = content[: math.ceil(end * len(content))]
+        for place, byte in changes:
+            content[int(place**2 * len(content))] = byte
+        path.write_bytes(content)
+        try:
+            read()
+        except ValueError as error:
+            message = str(error)
+        else:
+            message = folder
+    assert folder in message  # which names the file
