@@ -15,10 +15,8 @@ how far LDDU is ahead of each method, with paired bootstrap intervals.
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations, permutations
 from pathlib import Path
@@ -39,10 +37,10 @@ from uncertainty_mm.data import MultimodalDataset
 
 try:
     from . import lddu_full
-    from .sweep import Row, Run, add_arguments, slug, sweep, table
+    from .sweep import Row, Run, add_arguments, check_arguments, slug, sweep, table
 except ImportError:  # run as a script
     import lddu_full  # type: ignore[no-redef]
-    from sweep import Row, Run, add_arguments, slug, sweep, table  # type: ignore[no-redef]
+    from sweep import Row, Run, add_arguments, check_arguments, slug, sweep, table  # type: ignore[no-redef]
 
 Vectors = Sequence[Tensor]  # by modality
 COLUMNS = ("Acc", "P", "R", "miF1", "mAP", "Brier", "ECE")
@@ -486,8 +484,7 @@ def fit_classical(arm: str, args: argparse.Namespace) -> dict[str, float | None]
 
 def work(run: Run) -> dict[str, Any]:
     """Trains one method with one seed, and evaluates it."""
-    warnings.filterwarnings("ignore", module="lightning")
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    lddu_full.quiet()
     start = time.perf_counter()
     # No early stopping: some networks need many steps before the first gain, and the checkpoint is chosen anyway.
     options = f"--accelerator cpu --epochs {run.args.epochs} --patience {run.args.epochs} "
@@ -601,7 +598,7 @@ def report(rows: Sequence[Row], output: Path) -> str:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    result = argparse.ArgumentParser(description="LDDU beside simpler methods.")
+    result = lddu_full.Parser(description="LDDU beside simpler methods.")
     add_arguments(result, ARMS, "runs/baselines")
     result.add_argument("--epochs", type=int, default=30, help="default: %(default)s")
     return result
@@ -612,9 +609,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(sys.argv[1:] if argv is None else argv)
     if not args.data:
         parser().error("--data is needed")
-    rows, failed = sweep(work, args.data, args)
-    text = report(rows, args.output)
-    (args.output / "baselines.md").write_text(text)
+    with lddu_full.ending_in_one_line():
+        check_arguments(parser(), args)
+        rows, failed = sweep(work, args.data, args)
+        text = report(rows, args.output)
+        lddu_full.write_text(args.output / "baselines.md", text)
     print(text)
     if failed:
         sys.exit(f"{failed} runs failed")

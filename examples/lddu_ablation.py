@@ -11,7 +11,6 @@ beside the paper's figures (`ablation.md`).
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -21,10 +20,10 @@ from torch import Tensor, nn
 
 try:
     from . import lddu_full
-    from .sweep import Row, Run, add_arguments, sweep, table
+    from .sweep import Row, Run, add_arguments, check_arguments, sweep, table
 except ImportError:  # run as a script
     import lddu_full  # type: ignore[no-redef]
-    from sweep import Row, Run, add_arguments, sweep, table  # type: ignore[no-redef]
+    from sweep import Row, Run, add_arguments, check_arguments, sweep, table  # type: ignore[no-redef]
 
 WITHOUT_QUERIES = "(1) w/o label queries"
 
@@ -140,7 +139,7 @@ def report(rows: Sequence[Row]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line."""
-    parser = argparse.ArgumentParser(description="Table 3 of the paper on your data.")
+    parser = lddu_full.Parser(description="Table 3 of the paper on your data.")
     add_arguments(parser, list(ARMS), "runs/ablation")
     parser.add_argument(
         "--model", choices=list(MODELS), default="paper", help="what rows are removed from"
@@ -149,8 +148,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(sys.argv[1:] if argv is None else argv)
     if not args.data:
         parser.error("--data is needed")
-    rows, failed = sweep(work, args.data, args)
-    (args.output / "ablation.md").write_text(report(rows))
+    with lddu_full.ending_in_one_line():
+        check_arguments(parser, args)
+        rows, failed = sweep(work, args.data, args)
+        lddu_full.write_text(args.output / "ablation.md", report(rows))
     print(report(rows))
     if failed:
         sys.exit(f"{failed} runs failed")

@@ -16,10 +16,7 @@ The best checkpoint of a run is applied to the test split. Huang et al. 2025, ar
 from __future__ import annotations
 
 import argparse
-import logging
 import math
-import sys
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -31,6 +28,7 @@ from sklearn.metrics import silhouette_score
 from torch import Tensor
 
 from uncertainty_mm import plots
+from uncertainty_mm._files import replacing
 from uncertainty_mm.data import MultimodalDataset
 from uncertainty_mm.functional import expected_distance
 from uncertainty_mm.measures import modality_attribution, predictive_entropy
@@ -261,7 +259,8 @@ def draw(args: argparse.Namespace) -> None:
     except OSError as error:
         raise lddu_full.UsageError(f"{folder}: cannot write there ({error.strerror})") from error
     for name, figure in figures.items():
-        figure.savefig(folder / f"{name}.png", dpi=110)
+        with replacing(folder / f"{name}.png") as partial:
+            figure.savefig(partial, dpi=110)
     print(
         f"{folder}/: {', '.join(f'{name}.png' for name in figures)}; case: test sample {position}"
     )
@@ -269,7 +268,7 @@ def draw(args: argparse.Namespace) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    result = argparse.ArgumentParser(description="Figures of the paper, from runs of lddu_full.py.")
+    result = lddu_full.Parser(description="Figures of the paper, from runs of lddu_full.py.")
     add = result.add_argument
     add("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run; further ones for t-SNE")
     add("--data", type=Path, required=True, help="file or folder that the runs were trained on")
@@ -282,12 +281,9 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line."""
     args = parser().parse_args(argv)
-    warnings.filterwarnings("ignore", module="lightning")
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    try:
+    lddu_full.quiet()
+    with lddu_full.ending_in_one_line():
         draw(args)
-    except lddu_full.UsageError as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

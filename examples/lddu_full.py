@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 import json
 import logging
 import math
@@ -40,10 +41,11 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import lightning as L
 import numpy as np
@@ -53,6 +55,7 @@ import torchmetrics
 import yaml
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -80,6 +83,7 @@ from uncertainty_mm import (
     SoftRankOrdinalityLoss,
     UncertaintyGatedFusion,
 )
+from uncertainty_mm._files import check_sums, replacing
 from uncertainty_mm.data import (
     SPLITS,
     MultimodalBatch,
@@ -643,7 +647,24 @@ def plot(history: Sequence[Mapping[str, str]], probs: Tensor, labels: Tensor, pa
         xlabel="predicted probability", ylabel="share present", title="reliability (test)"
     )
     reliability.legend()
-    figure.savefig(path, dpi=120)
+    with replacing(path) as partial:
+        figure.savefig(partial, dpi=120)
+
+
+class CompleteCheckpoints(TorchCheckpointIO):
+    """Writes beside the old checkpoint and takes its place: there is a whole one at any time.
+
+    Lightning writes into the folder for temporary files, from where another disk can only be reached by copying.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
+    ) -> None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)
+        with replacing(path) as partial:
+            partial.write_bytes(buffer.getbuffer())
 
 
 class MovableCheckpoint(ModelCheckpoint):
@@ -813,7 +834,7 @@ def save_options(args: argparse.Namespace, folder: Path) -> None:
         for name, value in vars(args).items()
         if name not in left_out and value is not None
     }
-    (folder / "config.yaml").write_text(yaml.safe_dump(options, sort_keys=False))
+    write_text(folder / "config.yaml", yaml.safe_dump(options, sort_keys=False))
     packages = (uncertainty_mm, torch, np, L, torchmetrics)
     environment = {
         "python": platform.python_version(),
@@ -822,7 +843,13 @@ def save_options(args: argparse.Namespace, folder: Path) -> None:
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         **{package.__name__: package.__version__ for package in packages},
     }
-    (folder / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
+    write_text(folder / "environment.json", json.dumps(environment, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file in one piece or not at all."""
+    with replacing(path) as partial:
+        partial.write_text(text)
 
 
 def collect_history(folder: Path) -> list[dict[str, str]]:
@@ -835,7 +862,7 @@ def collect_history(folder: Path) -> list[dict[str, str]]:
         first = min((int(row["epoch"]) for row in rows), default=math.inf)
         history = [row for row in history if int(row["epoch"]) < first] + rows
     columns = sorted({column for row in history for column in row})
-    with open(folder / "metrics.csv", "w", newline="") as file:
+    with replacing(folder / "metrics.csv") as partial, open(partial, "w", newline="") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(history)
@@ -867,8 +894,9 @@ def check_options(args: argparse.Namespace) -> None:
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Reads a checkpoint without running code from it; raises UsageError if that is impossible."""
     try:
+        check_sums(path)
         content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        content["hyper_parameters"]["label_names"], content["state_dict"]
+        content["hyper_parameters"]["label_names"], content["state_dict"].keys()
     except FileNotFoundError:
         raise UsageError(f"{path}: no such file") from None
     except Exception as error:  # whatever a foreign or damaged file brings about
@@ -891,6 +919,8 @@ def check_resumable(path: Path, lit: LitLDDU, epochs: int) -> None:
     """Raises UsageError unless the checkpoint is of the same training and leaves something to do."""
     checkpoint = read_checkpoint(path)
     saved = checkpoint["hyper_parameters"]
+    if "epoch" not in checkpoint or "optimizer_states" not in checkpoint:
+        raise UsageError(f"{path}: cannot resume, it has no state of a training")
     if checkpoint["epoch"] + 1 >= epochs:
         raise UsageError(f"{path}: {checkpoint['epoch'] + 1} epochs are done, --epochs is {epochs}")
     for name in lit.hparams:
@@ -898,6 +928,14 @@ def check_resumable(path: Path, lit: LitLDDU, epochs: int) -> None:
             raise UsageError(
                 f"{path}: cannot resume, `{name}` is {lit.hparams[name]} now and was {saved.get(name)}"
             )
+    own = {name: tuple(value.shape) for name, value in lit.state_dict().items()}
+    other = {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items()}
+    if own != other:
+        name = min(name for name in {*own, *other} if own.get(name) != other.get(name))
+        raise UsageError(
+            f"{path}: cannot resume, of another model or version: `{name}` has shape "
+            f"{own.get(name)} now and had {other.get(name)}"
+        )
 
 
 def set_statistics(encoders: nn.ModuleDict, data: MultimodalDataset) -> None:
@@ -992,6 +1030,7 @@ def train(args: argparse.Namespace, lit_class: type[LitLDDU] = LitLDDU) -> dict[
         precision=args.precision,
         gradient_clip_val=1.0,
         logger=[CSVLogger(folder, name="logs"), TensorBoardLogger(folder, name="tensorboard")],
+        plugins=[CompleteCheckpoints()],
         callbacks=[
             best,
             last,
@@ -1035,7 +1074,7 @@ def train(args: argparse.Namespace, lit_class: type[LitLDDU] = LitLDDU) -> dict[
         row["uncertainty"] = round(float(predictive_entropy(probs).mean()), 4)
         results["modalities"][" + ".join(names) or "none"] = row
     results["seconds"] = round(time.perf_counter() - start, 1)
-    (folder / "metrics.json").write_text(json.dumps(results, indent=2) + "\n")
+    write_text(folder / "metrics.json", json.dumps(results, indent=2) + "\n")
     plot(collect_history(folder), outputs["probs"], test.labels, folder / "training.png")
     rows = ("validation", "test", "uncalibrated", "Bayes")
     print_table({row: results[row] for row in rows if row in results})
@@ -1114,6 +1153,13 @@ def predict(args: argparse.Namespace) -> None:
     """Applies a checkpoint to one split and writes one row a sample (.csv) or arrays (.npz)."""
     if not args.output.parent.is_dir():
         raise UsageError(f"{args.output}: no such folder, {args.output.parent}")
+    if args.output.is_dir():
+        raise UsageError(f"{args.output}: is a folder, --output must be a file")
+    for source in (args.data, args.ckpt):
+        if args.output.resolve() == source.resolve():
+            raise UsageError(f"{args.output}: --output would replace what is read")
+    if args.batch_size == 0:
+        raise UsageError("--batch-size must be above 0")
     data = read_data(args.data, args.format, args.labels, [args.split])[args.split]
     lit = load_for(data, args.data, args.ckpt)
     save = save_arrays if args.output.suffix == ".npz" else save_rows
@@ -1128,16 +1174,17 @@ def save_arrays(
     path: Path, threshold: Tensor, data: MultimodalDataset, outputs: Mapping[str, Tensor]
 ) -> None:
     """Writes all outputs, the labels, and what the axes mean as .npz."""
-    np.savez_compressed(
-        path,
-        **{key: value.numpy() for key, value in outputs.items()},
-        uncertainty=predictive_entropy(outputs["probs"]).float().numpy(),
-        threshold=threshold.numpy(),
-        labels=data.labels.numpy(),
-        label_names=np.array(data.label_names),
-        modalities=np.array(list(data.dims)),
-        **({} if data.ids is None else {"ids": np.array(data.ids)}),
-    )
+    with replacing(path) as partial:
+        np.savez_compressed(
+            partial,
+            **{key: value.numpy() for key, value in outputs.items()},
+            uncertainty=predictive_entropy(outputs["probs"]).float().numpy(),
+            threshold=threshold.numpy(),
+            labels=data.labels.numpy(),
+            label_names=np.array(data.label_names),
+            modalities=np.array(list(data.dims)),
+            **({} if data.ids is None else {"ids": np.array(data.ids)}),
+        )
 
 
 def save_rows(
@@ -1157,7 +1204,7 @@ def save_rows(
         outputs["gate"],
         outputs["std_norm"].flatten(1),
     ]
-    with open(path, "w", newline="") as file:
+    with replacing(path) as partial, open(partial, "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(header)
         for sample, row in enumerate(torch.cat(columns, dim=1).tolist()):
@@ -1233,6 +1280,23 @@ MODEL_OPTIONS: dict[str, tuple[Any, str]] = {
 }
 
 
+class Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong with the options; --help lists them all."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+
+@contextmanager
+def ending_in_one_line() -> Iterator[None]:
+    """Ends the program with exit code 2 and one line where an option or a file cannot be used, or a disk is full."""
+    try:
+        yield
+    except (UsageError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
 def non_negative(kind: type[int] | type[float]) -> Callable[[str], float]:
     """Converter of a command-line value, for argparse."""
 
@@ -1253,7 +1317,7 @@ def add_layout(add: Callable[..., Any]) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """The commands `train` and `predict` with their options."""
-    main_parser = argparse.ArgumentParser(
+    main_parser = Parser(
         description="LDDU (Huang et al. 2025, arXiv 2502.13954). Without a command: train. "
         "The options of each command: train --help, predict --help."
     )
@@ -1304,11 +1368,16 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command line."""
+def quiet() -> None:
+    """Lightning's advice on workers and devices is not needed here."""
     warnings.filterwarnings("ignore", module="lightning")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    try:
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command line."""
+    quiet()
+    with ending_in_one_line():
         args = parse(sys.argv[1:] if argv is None else argv)
         if args.command == "predict":
             predict(args)
@@ -1320,8 +1389,6 @@ def main(argv: Sequence[str] | None = None) -> None:
                 train(args)
         else:
             train(args)
-    except UsageError as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

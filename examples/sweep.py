@@ -23,6 +23,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from uncertainty_mm._files import replacing
+
+try:
+    from . import lddu_full
+except ImportError:  # run as a script
+    import lddu_full  # type: ignore[no-redef]
+
 
 class Run(NamedTuple):
     """One run of a sweep."""
@@ -52,6 +59,30 @@ def add_arguments(parser: argparse.ArgumentParser, arms: Sequence[str], output: 
     add("--output", type=Path, default=Path(output), help="folder (default: %(default)s)")
 
 
+def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Ends the program where a run could only fail, or two would write into one folder."""
+    for name in ("data", "arms", "seeds"):
+        values = getattr(args, name)
+        if len(set(values)) < len(values):
+            parser.error(f"--{name} must be different, got {' '.join(map(str, values))}")
+        if not values and name != "data":
+            parser.error(f"--{name} must name at least one")
+    if min(args.seeds) < 0:
+        parser.error(f"--seeds must not be negative, got {min(args.seeds)}")
+    if args.jobs is not None and args.jobs < 1:
+        parser.error(f"--jobs must be above 0, got {args.jobs}")
+    if args.epochs is not None and args.epochs < 1:
+        parser.error(f"--epochs must be above 0, got {args.epochs}")
+    for file in args.data:
+        if not file.exists():
+            parser.error(f"--data: no such file, {file}")
+    stems = [file.stem for file in args.data]
+    if len(set(stems)) < len(stems):
+        parser.error(f"--data must have different names, got {' '.join(stems)}")
+    lddu_full.check_options(lddu_full.parse(["train", *args.options.split()]))
+    args.output.mkdir(parents=True, exist_ok=True)
+
+
 def sweep(work: Work, files: Sequence[Path], args: argparse.Namespace) -> tuple[list[Row], int]:
     """Runs `work` for all files, arms and seeds, `args.jobs` at a time; writes `runs.json` and `runs.csv`.
 
@@ -65,7 +96,7 @@ def sweep(work: Work, files: Sequence[Path], args: argparse.Namespace) -> tuple[
     """
     names = [file.stem for file in files]
     if len(set(names)) < len(names):
-        raise ValueError(f"Expected files of different names, but got {names}")
+        raise lddu_full.UsageError(f"Expected files of different names, but got {names}")
     runs = [
         Run(file, arm, seed, args.output / file.stem / slug(arm) / str(seed), args)
         for seed in args.seeds  # a stopped sweep has all arms of the first seeds
@@ -85,8 +116,8 @@ def sweep(work: Work, files: Sequence[Path], args: argparse.Namespace) -> tuple[
                 bar.update()
     finished = [rows[index] for index in sorted(rows)]
     args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "runs.json").write_text(json.dumps(finished, indent=1) + "\n")
-    with open(args.output / "runs.csv", "w", newline="") as file:
+    lddu_full.write_text(args.output / "runs.json", json.dumps(finished, indent=1) + "\n")
+    with replacing(args.output / "runs.csv") as partial, open(partial, "w", newline="") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(key for row in finished for key in row)))
         writer.writeheader()
         writer.writerows(finished)
@@ -110,7 +141,7 @@ def finish(work: Work, run: Run) -> Row:
     else:
         torch.set_num_threads(1)
         run.folder.mkdir(parents=True, exist_ok=True)
-        (run.folder / "settings.json").write_text(json.dumps(settings, indent=2) + "\n")
+        lddu_full.write_text(run.folder / "settings.json", json.dumps(settings, indent=2) + "\n")
         with (
             open(run.folder / "run.log", "w") as log,
             contextlib.redirect_stdout(log),
@@ -121,9 +152,7 @@ def finish(work: Work, run: Run) -> Row:
             except BaseException:
                 traceback.print_exc()
                 raise
-        partial = done.with_suffix(".part")
-        partial.write_text(json.dumps(measures, indent=2) + "\n")
-        partial.replace(done)
+        lddu_full.write_text(done, json.dumps(measures, indent=2) + "\n")
     return {
         "data": run.file.stem,
         "arm": run.arm,

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from uncertainty_mm import plots
+from uncertainty_mm._files import replacing
 from uncertainty_mm.data import MultimodalDataset, SyntheticMMER, read_npz
 from uncertainty_mm.measures import (
     auroc,
@@ -35,10 +36,10 @@ from uncertainty_mm.measures import (
 
 try:
     from . import lddu_full
-    from .sweep import Row, Run, add_arguments, slug, sweep, table
+    from .sweep import Row, Run, add_arguments, check_arguments, slug, sweep, table
 except ImportError:  # run as a script
     import lddu_full  # type: ignore[no-redef]
-    from sweep import Row, Run, add_arguments, slug, sweep, table  # type: ignore[no-redef]
+    from sweep import Row, Run, add_arguments, check_arguments, slug, sweep, table  # type: ignore[no-redef]
 
 # What an arm changes. Everything else is the default of `lddu_full.py`, but for the size of the model (`SMALL`).
 ARMS: dict[str, str] = {
@@ -89,14 +90,13 @@ def synthetic_file(path: Path, sizes: Sequence[int]) -> None:
         arrays[f"features.{name}"] = features
         arrays[f"lengths.{name}"] = (~samples.padding_mask[name]).sum(1)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".part.npz")
-    np.savez(
-        partial,
-        split=np.repeat(np.arange(3), sizes),
-        label_names=np.array(["happy", "sad", "anger", "surprise", "disgust", "fear"]),
-        **{name: array.numpy() for name, array in arrays.items()},
-    )
-    partial.replace(path)
+    with replacing(path) as partial:
+        np.savez(
+            partial,
+            split=np.repeat(np.arange(3), sizes),
+            label_names=np.array(["happy", "sad", "anger", "surprise", "disgust", "fear"]),
+            **{name: array.numpy() for name, array in arrays.items()},
+        )
 
 
 def corrupted(
@@ -174,7 +174,8 @@ def work(run: Run) -> dict[str, float]:
     options = f"{SMALL} {args.options} --seed {run.seed} --epochs {args.epochs} "
     options += ARMS[run.arm]  # last: what the arm is about holds
     where = ["--accelerator", "cpu", "--data", str(run.file), "--output", str(run.folder)]
-    lddu_full.main(options.split() + where)
+    lddu_full.quiet()
+    lddu_full.train(lddu_full.parse(["train", *options.split(), *where]))
     return measure(run.folder, run.file)
 
 
@@ -220,7 +221,8 @@ def figures(folder: Path, file: Path, output: Path) -> None:
             axes["noise"] = plots.uncertainty_against_noise(noise, sizes, names)[0]
     for name, ax in axes.items():
         ax = ax if not isinstance(ax, np.ndarray) else ax.flat[0]
-        ax.figure.savefig(output / f"{file.stem}_{name}.png", dpi=110)
+        with replacing(output / f"{file.stem}_{name}.png") as partial:
+            ax.figure.savefig(partial, dpi=110)
 
 
 def study(args: argparse.Namespace) -> int:
@@ -231,7 +233,7 @@ def study(args: argparse.Namespace) -> int:
         if not files[0].exists():
             synthetic_file(files[0], args.sizes)
     rows, failed = sweep(work, files, args)
-    (args.output / "study.md").write_text(report(rows))
+    lddu_full.write_text(args.output / "study.md", report(rows))
     for file in files:
         folder = args.output / file.stem / slug("default") / str(args.seeds[0])
         if (folder / "best.ckpt").exists():
@@ -241,9 +243,7 @@ def study(args: argparse.Namespace) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    result = argparse.ArgumentParser(
-        description="Variants of LDDU and what their uncertainty is worth."
-    )
+    result = lddu_full.Parser(description="Variants of LDDU and what their uncertainty is worth.")
     add_arguments(result, list(ARMS), "runs/uncertainty")
     add = result.add_argument
     add("--no-synthetic", action="store_true", help="leave the synthetic data out")
@@ -257,7 +257,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(sys.argv[1:] if argv is None else argv)
     if other := [str(file) for file in args.data if file.suffix != ".npz"]:
         parser().error(f"--data takes .npz files here, got {' '.join(other)}")
-    failed = study(args)
+    if min(args.sizes) < 1:
+        parser().error(f"--sizes must be above 0, got {min(args.sizes)}")
+    if not args.no_synthetic and any(file.stem == "synthetic" for file in args.data):
+        parser().error("--data must not be named synthetic, as the built-in set is")
+    if args.no_synthetic and not args.data:
+        parser().error("--no-synthetic leaves nothing without --data")
+    with lddu_full.ending_in_one_line():
+        check_arguments(parser(), args)
+        failed = study(args)
     print((args.output / "study.md").read_text())
     if failed:
         sys.exit(f"{failed} runs failed")

@@ -12,8 +12,10 @@ from hypothesis import settings
 # modules beside this file (and the processes that test_distributed starts) need it.
 sys.path.insert(0, str(Path(__file__).parent))
 
-settings.register_profile("ci", derandomize=True, deadline=None, max_examples=60)
+# `pytest --hypothesis-profile=thorough tests/test_properties.py` takes the better part of an hour.
+settings.register_profile("ci", derandomize=True, deadline=None, max_examples=50)
 settings.register_profile("local", deadline=None, max_examples=25)
+settings.register_profile("thorough", deadline=None, max_examples=10_000)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 torch.set_num_threads(1)  # the tensors are small

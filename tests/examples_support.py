@@ -1,6 +1,7 @@
 """What the tests of the examples share: the modules, under the names by which worker processes import them too."""
 
 import importlib
+import re
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,3 +32,14 @@ def example_module(name):
         yield importlib.import_module(name)
         for path in EXAMPLES.glob("*.py"):
             sys.modules.pop(path.stem, None)
+
+
+@contextmanager
+def ends_in_one_line(capsys, message=""):
+    """Within it a command line ends with exit code 2 and one line on stderr, in which `message`, a regex, is found."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        yield
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(message, line), line

@@ -1,6 +1,8 @@
 """Tolerances by dtype and the small builders that the tests share."""
 
 import sys
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
@@ -61,3 +63,12 @@ def record_validate_args(monkeypatch):
         if name.startswith("uncertainty_mm.") and hasattr(module, "checks_values"):
             monkeypatch.setattr(module, "checks_values", lambda _, *given: passed.extend(given))
     return passed
+
+
+class Bad(NamedTuple):
+    """A call that must be refused."""
+
+    name: str
+    call: Callable[[object], object]  # with what the group of cases is made on
+    error: type[BaseException]
+    message: str  # regular expression

@@ -1,13 +1,10 @@
-"""DistributionSupConLoss (Eq. 4-7) and its queue, against loops and a deque."""
+"""DistributionSupConLoss (Eq. 4-7) and its queue, against loops; against a deque in `test_properties.py`."""
 
 import math
 from collections import deque
 
 import pytest
 import torch
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from torch.autograd import gradcheck
 
 from support import HALF, close, gradient, poisoned, random_latent, record_validate_args
@@ -383,60 +380,6 @@ def test_state_dict_resumes_mid_stream_to_the_bit():
 def test_gather_without_a_process_group_changes_nothing():
     (latent, labels), loss = random_batch(), build(gather=True)
     close(loss(latent, labels), mean_of(naive_losses(naive_rows(latent, labels))))
-
-
-class QueueAgainstDeque(RuleBasedStateMachine):
-    """Random batches into a queue and into a deque: the same rows in the same order."""
-
-    @initialize(size=st.integers(1, 20), seed=st.integers(0, 2**16))
-    def build(self, size, seed):
-        self.generator = torch.Generator().manual_seed(seed)
-        self.loss = DistributionSupConLoss(MODALITIES, LABELS, LATENT, queue_size=size)
-        self.model = deque(maxlen=size)
-
-    def batch(self, batch):
-        shape = (batch, MODALITIES, LABELS, LATENT)
-        mean = torch.randn(shape, generator=self.generator)
-        std = 0.1 + torch.rand(shape, generator=self.generator)
-        labels = torch.randint(2, (batch, LABELS), generator=self.generator)
-        missing = torch.rand(batch, MODALITIES, generator=self.generator) < 0.3
-        return DiagonalGaussian(mean, std), labels, missing
-
-    @rule(batch=st.integers(0, 5), with_missing=st.booleans())
-    def enqueue(self, batch, with_missing):
-        latent, labels, missing = self.batch(batch)
-        missing = missing if with_missing else None
-        self.loss(latent, labels, missing)
-        self.model.extend(queued(naive_rows(latent, labels, missing)))
-
-    @rule(batch=st.integers(0, 3))
-    def look(self, batch):
-        self.loss(*self.batch(batch), enqueue=False)
-
-    @rule()
-    def reset(self):
-        self.loss.reset_queue()
-        self.model.clear()
-
-    @rule()
-    def save_and_load(self):
-        state = self.loss.state_dict()
-        size = self.loss.queue_classes.shape[0]
-        self.loss = DistributionSupConLoss(MODALITIES, LABELS, LATENT, queue_size=size)
-        self.loss.load_state_dict(state)
-
-    @invariant()
-    def same_rows_in_the_same_order(self):
-        embeddings, classes = contents(self.loss)
-        assert int(self.loss.queue_length) == len(self.model)
-        assert 0 <= int(self.loss.queue_pointer) < self.model.maxlen
-        assert classes == [class_id for _, class_id in self.model]
-        if self.model:
-            close(embeddings, torch.stack([embedding for embedding, _ in self.model]))
-
-
-TestQueueAgainstDeque = QueueAgainstDeque.TestCase
-TestQueueAgainstDeque.settings = settings(max_examples=20, stateful_step_count=15)
 
 
 # ---------------------------------------------------------------------------------------- precision

@@ -1,14 +1,10 @@
 """CorrectnessTracker (3.4.2), against a dict of lists."""
 
 import math
-from collections import defaultdict
 from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from support import close, record_validate_args
 from uncertainty_mm import CorrectnessTracker
@@ -288,58 +284,6 @@ def test_repr_names_labels_only_where_there_are_some():
     assert repr(CorrectnessTracker(6, 3)) == (
         "CorrectnessTracker(num_samples=6, num_labels=3, prior=0.5)"
     )
-
-
-class TrackerAgainstLists(RuleBasedStateMachine):
-    """Random batches into a tracker and into a dict of lists."""
-
-    @initialize(prior=st.sampled_from([0.0, 0.5, 1.0]))
-    def build(self, prior):
-        self.prior = prior
-        self.tracker = CorrectnessTracker(SAMPLES, prior=prior)
-        self.history = defaultdict(list)
-
-    batches = st.lists(
-        st.tuples(st.integers(0, SAMPLES - 1), st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0])),
-        max_size=10,
-    )
-
-    @rule(batch=batches)
-    def update(self, batch):
-        where = torch.tensor([i for i, _ in batch], dtype=torch.long)
-        self.tracker.update(where, torch.tensor([c for _, c in batch], dtype=torch.float32))
-        for i, correct in batch:
-            self.history[i].append(correct)
-
-    @rule(batch=batches)
-    def update_bool(self, batch):
-        where = torch.tensor([i for i, _ in batch], dtype=torch.long)
-        self.tracker.update(where, torch.tensor([c > 0.5 for _, c in batch], dtype=torch.bool))
-        for i, correct in batch:
-            self.history[i].append(float(correct > 0.5))
-
-    @rule()
-    def reset(self):
-        self.tracker.reset()
-        self.history.clear()
-
-    @rule()
-    def save_and_load(self):
-        state = self.tracker.state_dict()
-        self.tracker = CorrectnessTracker(SAMPLES, prior=self.prior)
-        self.tracker.load_state_dict(state)
-
-    @invariant()
-    def same_history(self):
-        histories = [self.history[i] for i in range(SAMPLES)]
-        close(self.tracker(EVERY), [sum(h) / len(h) if h else self.prior for h in histories])
-        assert self.tracker.counts(EVERY).tolist() == [len(h) for h in histories]
-        forgotten = [naive_forgetting(h) for h in histories]
-        assert self.tracker.forgetting_events(EVERY).tolist() == forgotten
-
-
-TestTrackerAgainstLists = TrackerAgainstLists.TestCase
-TestTrackerAgainstLists.settings = settings(max_examples=20, stateful_step_count=15)
 
 
 # --------------------------------------------------------------------------------------- bad inputs

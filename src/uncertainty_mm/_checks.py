@@ -8,9 +8,27 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from numbers import Integral, Real
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+_BOOL = {torch.bool}
+_INTEGER = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
+_FLOATING = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+_UNSIGNED = {torch.uint16, torch.uint32, torch.uint64}  # torch cannot compare or index with them
+_DTYPES = {
+    "floating": _FLOATING,
+    "bool": _BOOL,
+    "integer": _INTEGER,
+    "number": _FLOATING | _BOOL | _INTEGER | _UNSIGNED,
+}
+_KINDS = {
+    "floating": "a floating dtype (float16 to float64)",
+    "bool": "a bool dtype",
+    "integer": "an integer dtype (uint8, int8 to int64)",
+    "number": "a number dtype",
+}
 
 
 def checks_values(tensor: Tensor, validate_args: bool = False) -> bool:
@@ -54,6 +72,13 @@ def check_flag(name: str, value: object) -> None:
         raise TypeError(f"Expected `{name}` to be True or False, but got {value!r}")
 
 
+def check_seed(seed: object) -> None:
+    if isinstance(seed, bool) or not isinstance(seed, Integral):
+        raise TypeError(f"Expected `seed` to be an integer, but got {seed!r}")
+    if not -(2**63) <= int(seed) < 2**64:  # what torch.Generator takes
+        raise ValueError(f"Expected `seed` to be in [-2**63, 2**64), but got {seed}")
+
+
 def check_choice(name: str, value: object, choices: Collection[str]) -> None:
     if value not in choices:
         raise ValueError(f"Expected `{name}` to be one of {sorted(choices)}, but got {value!r}")
@@ -72,23 +97,18 @@ def check_tensor(
     Args:
         name: Name of the argument, for the message.
         value: The argument.
-        kind: `"floating"`, `"bool"`, `"integer"` or `"number"` (any dtype but complex).
+        kind: `"floating"`, `"bool"`, `"integer"` or `"number"` (any of these).
         dims: Names of the dimensions, such as `"B M Q"`.
         sizes: Known sizes by dimension name; names met for the first time are added.
         device: Where the tensor has to be, if that is known.
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"Expected `{name}` to be a tensor, but got {type(value).__name__}")
-    dtype = value.dtype
-    fits = {
-        "floating": dtype.is_floating_point,
-        "bool": dtype is torch.bool,
-        "integer": not (dtype.is_floating_point or dtype.is_complex or dtype is torch.bool),
-        "number": not dtype.is_complex,
-    }
-    if not fits[kind]:
-        article = "an" if kind == "integer" else "a"
-        raise TypeError(f"Expected `{name}` to have {article} {kind} dtype, but got {dtype}")
+    if value.dtype not in _DTYPES[kind]:
+        raise TypeError(f"Expected `{name}` to have {_KINDS[kind]}, but got {value.dtype}")
+    if value.layout is not torch.strided or value.is_nested:
+        layout = "a nested tensor" if value.is_nested else value.layout
+        raise TypeError(f"Expected `{name}` to be a dense tensor, but got {layout}")
     names = dims.split()
     known = [sizes.get(dim) for dim in names]
     agrees = value.dim() == len(names) and all(
@@ -160,12 +180,67 @@ def check_labels(name: str, labels: Tensor) -> None:
         raise ValueError(f"Expected `{name}` to hold only 0 and 1, but got {labels[wrong][0]}")
 
 
+def any_dims(tensor: object) -> str:
+    """Names for the dimensions of a tensor that may have any number of them."""
+    return " ".join(
+        f"d{index}" for index in range(tensor.dim() if isinstance(tensor, Tensor) else 0)
+    )
+
+
+def check_gaussian(mean: Tensor, std: Tensor) -> None:
+    """Checks mean and standard deviation (..., K) of a Gaussian."""
+    if isinstance(mean, Tensor) and mean.dim() == 0:
+        raise ValueError("Expected `mean` to have shape (..., K), but got ()")
+    sizes: dict[str, int] = {}
+    dims = any_dims(mean)
+    check_tensor("mean", mean, "floating", dims, sizes)
+    check_tensor("std", std, "floating", dims, sizes, mean.device)
+    if checks_values(mean):
+        check_finite("mean", mean)
+        check_finite("std", std)
+        check_range("std", std, 0, float("inf"))
+
+
 def check_missing(
     missing: Tensor | None, sizes: dict[str, int], device: torch.device
 ) -> Tensor | None:
     if missing is not None:
         check_tensor("missing", missing, "bool", "B M", sizes, device)
     return missing
+
+
+def load_all_or_nothing(
+    module: nn.Module,
+    state_dict: dict[str, Any],
+    prefix: str,
+    local_metadata: object,
+    strict: bool,
+    missing_keys: list[str],
+    unexpected_keys: list[str],
+    error_msgs: list[str],
+) -> bool:
+    """A hook for `register_load_state_dict_pre_hook`: of a state that does not fit no part is loaded.
+
+    `load_state_dict` raises `RuntimeError` for buffers of other shapes, but loads the others, which belong to them.
+    Returns whether the state fits.
+    """
+    own = {
+        prefix + name: buffer
+        for name, buffer in module.named_buffers(recurse=False)
+        if name not in module._non_persistent_buffers_set
+    }
+    given = {key: state_dict[key] for key in own if key in state_dict}
+    problems = [
+        f"Expected `{key}` to have shape {tuple(own[key].shape)}, "
+        f"but got {tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__}"
+        for key, value in given.items()
+        if not isinstance(value, Tensor) or value.shape != own[key].shape
+    ]
+    fits = not problems and not (strict and len(given) < len(own))
+    if not fits:
+        error_msgs += problems
+        state_dict |= {key: own[key] for key in given}
+    return fits
 
 
 def finite_scores(**scores: Tensor) -> list[Tensor]:

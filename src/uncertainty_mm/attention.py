@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from uncertainty_mm._checks import (
     check_dropout,
     check_finite,
+    check_flag,
     check_like_parameters,
     check_positive,
     check_positive_int,
@@ -156,6 +157,7 @@ class EmotionQueryAttention(nn.Module):
         self.out_dim = out_dim
         self.scale = proj_dim**-0.5 if scale is None else float(scale)
         self.dropout = dropout
+        check_flag("validate_args", validate_args)
         self.validate_args = validate_args
         self.label_embedding = nn.Embedding(num_labels, label_dim)
         self.attention = nn.ModuleDict(
@@ -266,6 +268,7 @@ class EmotionQueryAttention(nn.Module):
             ValueError: If shapes, devices or names disagree, or an unpadded feature is not finite.
             TypeError: If a dtype is wrong.
         """
+        check_flag("need_weights", need_weights)
         self._check(features, padding_mask)
         missing = self._missing(features, padding_mask)
         outputs: list[Tensor | None] = []

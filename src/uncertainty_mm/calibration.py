@@ -13,6 +13,7 @@ from uncertainty_mm._checks import (
     check_positive_int,
     check_tensor,
     checks_values,
+    load_all_or_nothing,
 )
 
 # How surely labels are alike; by cross-validation on a small real set (documentation, page on the uncertainty).
@@ -73,9 +74,11 @@ class PlattScaling(nn.Module):
         self.num_labels = num_labels
         self.per_label = per_label
         self.with_shift = shift
+        check_flag("validate_args", validate_args)
         self.validate_args = validate_args
         self.register_buffer("scale", torch.ones(num_labels))
         self.register_buffer("shift", torch.zeros(num_labels))
+        self.register_load_state_dict_pre_hook(load_all_or_nothing)  # type: ignore[no-untyped-call]
 
     def extra_repr(self) -> str:
         """The settings, for `repr`."""

@@ -15,6 +15,7 @@ from uncertainty_mm._checks import (
     check_positive_int,
     check_tensor,
     checks_values,
+    load_all_or_nothing,
 )
 from uncertainty_mm._distributed import (
     gather_rows,
@@ -138,10 +139,12 @@ class DistributionSupConLoss(nn.Module):
         self.reduction = reduction
         self.gather = gather
         self.max_batch_size = max_batch_size
+        check_flag("validate_args", validate_args)
         self.validate_args = validate_args
         self.register_buffer("queue", torch.zeros(queue_size, latent_dim * (use_mean + use_std)))
         self.register_buffer("queue_classes", torch.full((queue_size,), -1))
         self.register_buffer("queue_pointer", torch.tensor(0))
+        self.register_load_state_dict_pre_hook(load_all_or_nothing)  # type: ignore[no-untyped-call]
 
     def extra_repr(self) -> str:
         """The settings, for `repr`."""
@@ -188,6 +191,8 @@ class DistributionSupConLoss(nn.Module):
                 range.
             TypeError: If a dtype is wrong.
         """
+        if enqueue is not None:
+            check_flag("enqueue", enqueue)
         sizes = {"M": self.num_modalities, "Q": self.num_labels, "K": self.latent_dim}
         check_latent(latent, missing, sizes, self.validate_args)
         check_tensor("labels", labels, "number", "B Q", sizes, latent.mean.device)

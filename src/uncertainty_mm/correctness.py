@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from uncertainty_mm._checks import (
+    check_flag,
     check_positive_int,
     check_probability,
     check_range,
     check_tensor,
     checks_values,
+    load_all_or_nothing,
 )
 from uncertainty_mm._distributed import world_size
 
@@ -20,8 +24,12 @@ from uncertainty_mm._distributed import world_size
 _UNIT = 2**32
 
 
-def _all_is_common(tracker: CorrectnessTracker, _: object) -> None:
-    tracker.merged.copy_(tracker.history)
+def _load(tracker: CorrectnessTracker, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+    """What is loaded is common to all ranks."""
+    if load_all_or_nothing(tracker, state_dict, prefix, *rest):
+        history = state_dict.get(f"{prefix}history")
+        if history is not None:
+            tracker.merged.copy_(history)
 
 
 class CorrectnessTracker(nn.Module):
@@ -77,15 +85,16 @@ class CorrectnessTracker(nn.Module):
         self.num_samples = num_samples
         self.num_labels = num_labels
         self.prior = prior
+        check_flag("validate_args", validate_args)
         self.validate_args = validate_args
         shape = (num_samples,) if num_labels is None else (num_samples, num_labels)
         # rows: correctness in units of 1 / _UNIT, predictions, forgetting events
         self.register_buffer("history", torch.zeros(3, *shape, dtype=torch.int64))
         # the part of `history` that all ranks have in common; after loading, that is all of it
         self.register_buffer("merged", torch.zeros(3, *shape, dtype=torch.int64), persistent=False)
-        self.register_load_state_dict_post_hook(_all_is_common)  # type: ignore[no-untyped-call]
         # the latest prediction: 1 correct, 0 wrong, -1 none yet
         self.register_buffer("last", torch.full(shape, -1, dtype=torch.int8))
+        self.register_load_state_dict_pre_hook(_load)  # type: ignore[no-untyped-call]
 
     def extra_repr(self) -> str:
         """The settings, for `repr`."""

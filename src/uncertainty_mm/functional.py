@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from uncertainty_mm._checks import (
+    any_dims,
     check_choice,
     check_finite,
+    check_gaussian,
     check_labels,
     check_positive,
     check_range,
@@ -78,6 +78,10 @@ def supcon_loss(
     """
     sizes: dict[str, int] = {}
     check_tensor("embeddings", embeddings, "floating", "N E", sizes)
+    if sizes["E"] == 0:
+        raise ValueError(
+            f"Expected `embeddings` to have at least one feature, but got shape {tuple(embeddings.shape)}"
+        )
     device = embeddings.device
     check_tensor("classes", classes, "integer", "N", sizes, device)
     if anchor_mask is None:
@@ -127,16 +131,7 @@ def distribution_embedding(mean: Tensor, std: Tensor) -> Tensor:
         >>> distribution_embedding(torch.tensor([3.0, 4.0]), torch.tensor([0.5, 0.0]))
         tensor([0.6000, 0.8000, 1.0000, 0.0000])
     """
-    if isinstance(mean, Tensor) and mean.dim() == 0:
-        raise ValueError("Expected `mean` to have shape (..., K), but got ()")
-    sizes: dict[str, int] = {}
-    dims = _any_dims(mean)
-    check_tensor("mean", mean, "floating", dims, sizes)
-    check_tensor("std", std, "floating", dims, sizes, mean.device)
-    if checks_values(mean):
-        check_finite("mean", mean)
-        check_finite("std", std)
-        check_range("std", std, 0, math.inf)
+    check_gaussian(mean, std)
     return torch.cat([unit(mean), unit(std)], dim=-1)
 
 
@@ -174,7 +169,7 @@ def prediction_distance(probs: Tensor, labels: Tensor) -> Tensor:
         tensor([[0.7500, 0.1000]])
     """
     sizes: dict[str, int] = {}
-    dims = _any_dims(probs)
+    dims = any_dims(probs)
     check_tensor("probs", probs, "floating", dims, sizes)
     check_tensor("labels", labels, "number", dims, sizes, probs.device)
     if checks_values(probs):
@@ -203,7 +198,7 @@ def expected_distance(probs: Tensor) -> Tensor:
         >>> expected_distance(torch.tensor([[0.0, 0.5, 0.9]]))
         tensor([[0.0000, 0.5000, 0.1800]])
     """
-    check_tensor("probs", probs, "floating", _any_dims(probs), {})
+    check_tensor("probs", probs, "floating", any_dims(probs), {})
     if checks_values(probs):
         check_range("probs", probs, 0, 1)
     return 2 * probs * (1 - probs)
@@ -302,10 +297,3 @@ def _check_scores(scores: dict[str, Tensor], mask: Tensor | None) -> None:
     for name, score in scores.items():
         if checks_values(score):
             check_finite(name, score, mask)
-
-
-def _any_dims(tensor: object) -> str:
-    """Names for the dimensions of a tensor that may have any number of them."""
-    return " ".join(
-        f"d{index}" for index in range(tensor.dim() if isinstance(tensor, Tensor) else 0)
-    )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from uncertainty_mm._checks import (
     check_choice,
     check_dropout,
+    check_flag,
     check_like_parameters,
     check_positive_int,
     check_range,
@@ -113,6 +114,7 @@ class UncertaintyGatedFusion(nn.Module):
         self.latent_dim = latent_dim
         self.mean_weight = mean_weight
         self.combine = combine
+        check_flag("validate_args", validate_args)
         self.validate_args = validate_args
 
         def head() -> nn.Sequential:
@@ -166,7 +168,7 @@ class UncertaintyGatedFusion(nn.Module):
         if checks_values(uncertainty, self.validate_args):
             check_range("uncertainty", uncertainty, 0, 1)
         if self.combine == "product":
-            latent = latent.product(missing, self.prior_mean)
+            latent = latent._product(missing, self.prior_mean)
             latent, missing = DiagonalGaussian(*(x.unsqueeze(1) for x in latent)), None
         mean_logits = self._classify(self.mean_head, latent.mean, missing)
         std_logits = self._classify(self.std_head, latent.std, missing)

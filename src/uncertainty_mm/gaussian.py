@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -12,9 +13,11 @@ from torch import Tensor, nn
 from torch.distributions import Independent, Normal
 
 from uncertainty_mm._checks import (
+    any_dims,
     check_dropout,
     check_finite,
     check_flag,
+    check_gaussian,
     check_like_parameters,
     check_missing,
     check_number,
@@ -65,7 +68,12 @@ class DiagonalGaussian(NamedTuple):
         r"""One draw :math:`\mu + \sigma \epsilon` with :math:`\epsilon \sim \mathcal N(0, 1)`, shape (..., K).
 
         Gradients reach mean and standard deviation (the reparameterisation of Kingma and Welling 2014).
+
+        Raises:
+            ValueError: If shapes or devices disagree, a value is not finite, or `std` is negative.
+            TypeError: If a dtype is wrong.
         """
+        check_gaussian(self.mean, self.std)
         return self.mean + self.std * torch.randn_like(self.std)
 
     def kl_to_standard_normal(self) -> Tensor:
@@ -74,7 +82,12 @@ class DiagonalGaussian(NamedTuple):
         .. math::
             \mathrm{KL}\bigl(\mathcal N(\mu, \sigma^2) \,\|\, \mathcal N(0, 1)\bigr)
             = \tfrac12 \sum_k \mu_k^2 + \sigma_k^2 - 1 - \log \sigma_k^2
+
+        Raises:
+            ValueError: If shapes or devices disagree, a value is not finite, or `std` is negative.
+            TypeError: If a dtype is wrong.
         """
+        check_gaussian(self.mean, self.std)
         mean, log_var = _at_least_float32(self.mean), self.log_var
         # variance - 1 as expm1: near the prior, where the terms cancel, nothing is lost
         return 0.5 * (mean.square() + torch.expm1(log_var) - log_var).sum(-1)
@@ -93,11 +106,15 @@ class DiagonalGaussian(NamedTuple):
             :func:`uncertainty_mm.functional.distribution_embedding`.
 
         Raises:
-            ValueError: If neither is included.
+            ValueError: If neither is included, shapes or devices disagree, a value is not finite, or `std` is negative.
+            TypeError: If a dtype is wrong, or an option is no bool.
         """
+        for name, value in (("use_mean", use_mean), ("use_std", use_std), ("joint", joint)):
+            check_flag(name, value)
         if not (use_mean or use_std):
             raise ValueError("Expected `use_mean` or `use_std` to be True, but got False for both")
         if joint and use_mean and use_std:
+            check_gaussian(self.mean, self.std)
             return unit(torch.cat([self.mean, self.std], dim=-1))
         both = distribution_embedding(self.mean, self.std)
         size = self.mean.shape[-1]
@@ -126,7 +143,8 @@ class DiagonalGaussian(NamedTuple):
             Gaussians of shape (B, Q, K), for a latent of shape (B, M, Q, K).
 
         Raises:
-            ValueError: If shapes or devices disagree.
+            ValueError: If shapes or devices disagree, or, where no modality is missing, a value is not finite or `std`
+                is negative.
             TypeError: If a dtype is wrong.
 
         Example:
@@ -137,9 +155,13 @@ class DiagonalGaussian(NamedTuple):
             DiagonalGaussian(mean=tensor([[[0.]]]), std=tensor([[[1.]]]))
         """
         sizes: dict[str, int] = {}
-        check_tensor("mean", self.mean, "floating", "B M Q K", sizes)
-        check_tensor("std", self.std, "floating", "B M Q K", sizes, self.mean.device)
-        check_missing(missing, sizes, self.mean.device)
+        check_latent(self, missing, sizes, False, prefix="")
+        if prior_mean is not None:
+            _check_prior_mean(prior_mean, sizes, self.mean.device)
+        return self._product(missing, prior_mean)
+
+    def _product(self, missing: Tensor | None, prior_mean: Tensor | None) -> DiagonalGaussian:
+        """The product of checked arguments."""
         mean, std = self
         if missing is not None:
             left_out = missing[:, :, None, None]
@@ -154,12 +176,35 @@ class DiagonalGaussian(NamedTuple):
         return DiagonalGaussian(fused.to(self.mean.dtype), std.to(self.std.dtype))
 
     def to_distribution(self) -> Independent[Normal]:
-        """The same as a `torch.distributions` object with batch shape (...) and event shape (K,)."""
+        """The same as a `torch.distributions` object with batch shape (...) and event shape (K,).
+
+        Raises:
+            ValueError: If shapes or devices disagree, a value is not finite, or `std` is negative.
+            TypeError: If a dtype is wrong.
+        """
+        check_gaussian(self.mean, self.std)
         return Independent(Normal(self.mean, self.std, validate_args=False), 1)
 
 
+def _check_prior_mean(prior_mean: Tensor, sizes: dict[str, int], device: torch.device) -> None:
+    check_tensor("prior_mean", prior_mean, "floating", any_dims(prior_mean), {}, device)
+    shape = (sizes["B"], sizes["Q"], sizes["K"])
+    pairs = zip(reversed(prior_mean.shape), reversed(shape), strict=False)
+    if prior_mean.dim() > 3 or any(size not in (1, wanted) for size, wanted in pairs):
+        raise ValueError(
+            f"Expected `prior_mean` to be broadcastable to (B, Q, K) = {shape}, "
+            f"but got {tuple(prior_mean.shape)}"
+        )
+    if checks_values(prior_mean):
+        check_finite("prior_mean", prior_mean)
+
+
 def check_latent(
-    latent: DiagonalGaussian, missing: Tensor | None, sizes: dict[str, int], validate_args: bool
+    latent: DiagonalGaussian,
+    missing: Tensor | None,
+    sizes: dict[str, int],
+    validate_args: bool,
+    prefix: str = "latent.",
 ) -> None:
     """Checks a Gaussian of shape (B, M, Q, K) and the mask of its missing modalities."""
     mean, std = getattr(latent, "mean", None), getattr(latent, "std", None)
@@ -167,14 +212,14 @@ def check_latent(
         raise TypeError(
             f"Expected `latent` to be a DiagonalGaussian, but got {type(latent).__name__}"
         )
-    check_tensor("latent.mean", mean, "floating", "B M Q K", sizes)
-    check_tensor("latent.std", std, "floating", "B M Q K", sizes, mean.device)
+    check_tensor(f"{prefix}mean", mean, "floating", "B M Q K", sizes)
+    check_tensor(f"{prefix}std", std, "floating", "B M Q K", sizes, mean.device)
     check_missing(missing, sizes, mean.device)
     if checks_values(mean, validate_args):
         left_out = None if missing is None else missing[:, :, None, None]
-        check_finite("latent.mean", mean, left_out)
-        check_finite("latent.std", std, left_out)
-        check_range("latent.std", std, 0, math.inf, left_out)
+        check_finite(f"{prefix}mean", mean, left_out)
+        check_finite(f"{prefix}std", std, left_out)
+        check_range(f"{prefix}std", std, 0, math.inf, left_out)
 
 
 class _ModalityLinear(nn.Module):
@@ -259,15 +304,14 @@ class GaussianDecoupler(nn.Module):
         for index, size in enumerate(hidden_dims):
             check_positive_int(f"hidden_dims[{index}]", size)
         check_dropout(dropout)
-        check_number(
-            "min_std", min_std, "in (0, 1)", isinstance(min_std, (int, float)) and 0 < min_std < 1
-        )
+        check_number("min_std", min_std, "in (0, 1)", isinstance(min_std, Real) and 0 < min_std < 1)
         check_flag("normalize_mean", normalize_mean)
         self.num_modalities = num_modalities
         self.in_dim = in_dim
         self.latent_dim = latent_dim
         self.min_std = min_std
         self.normalize_mean = normalize_mean
+        check_flag("validate_args", validate_args)
         self.validate_args = validate_args
         layers: list[nn.Module] = []
         size = in_dim

@@ -258,6 +258,7 @@ def auroc(positive: Tensor, negative: Tensor) -> Tensor:
         tensor(0.8750, dtype=torch.float64)
     """
     [positive] = finite_scores(positive=positive)
+    check_tensor("negative", negative, "number", "m", {}, positive.device)
     [negative] = finite_scores(negative=negative)
     ordered = negative.sort().values
     below = torch.searchsorted(ordered, positive).double()

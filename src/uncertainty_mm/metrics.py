@@ -50,7 +50,21 @@ __all__ = [
 ]
 
 
-class _Binned(Metric):
+class _Checked(Metric):
+    """A metric that a refused batch leaves as it was."""
+
+    def _check(self, *args: Any, **kwargs: Any) -> None:
+        """Raises for a batch that cannot be added."""
+        raise NotImplementedError
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Adds a batch and gives the measure of that batch alone."""
+        # Before torchmetrics hands on a batch it resets the metric; what then raises would lose all batches so far.
+        self._check(*args, **kwargs)
+        return super().forward(*args, **kwargs)
+
+
+class _Binned(_Checked):
     """Keeps a histogram of constant size, summed over processes in one reduction."""
 
     is_differentiable = False
@@ -71,6 +85,9 @@ class _Binned(Metric):
         empty = torch.zeros(5, num_labels, size, dtype=torch.float64)
         self.add_state("sums", empty, dist_reduce_fx="sum")
 
+    def _check(self, probs: Tensor, labels: Tensor) -> None:
+        check_predictions(probs, labels, self.num_labels)
+
     def update(self, probs: Tensor, labels: Tensor) -> None:
         """Adds a batch.
 
@@ -82,7 +99,7 @@ class _Binned(Metric):
             ValueError: If shapes or devices disagree, or values are out of range.
             TypeError: If a dtype is wrong.
         """
-        check_predictions(probs, labels, self.num_labels)
+        self._check(probs, labels)
         probs = probs.detach().to(torch.promote_types(probs.dtype, torch.float32))
         by_width = self.binning == "width"
         index = equal_width(probs, self.bins) if by_width else fine_bins(probs)
@@ -184,7 +201,7 @@ class MultilabelBrierDecomposition(_Binned):
         return BrierDecomposition(*(x.mean() if self.average == "macro" else x for x in parts))
 
 
-class SampleJaccard(Metric):
+class SampleJaccard(_Checked):
     """Mean Jaccard index of a sample's label sets, the "accuracy" of the field.
 
     See :func:`~uncertainty_mm.measures.sample_jaccard`; a sample whose sets are both empty counts 0.
@@ -216,6 +233,9 @@ class SampleJaccard(Metric):
         self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
+    def _check(self, probs: Tensor, labels: Tensor) -> None:
+        check_predictions(probs, labels)
+
     def update(self, probs: Tensor, labels: Tensor) -> None:
         """Adds a batch.
 
@@ -235,7 +255,7 @@ class SampleJaccard(Metric):
         return self.total / self.count
 
 
-class _Scores(Metric):
+class _Scores(_Checked):
     """Keeps two numbers of every sample, which a measure of order needs."""
 
     is_differentiable = False
@@ -298,6 +318,9 @@ class AURC(_Scores):
         """
         self._add(errors=errors, uncertainty=uncertainty)
 
+    def _check(self, errors: Tensor, uncertainty: Tensor) -> None:
+        finite_scores(errors=errors, uncertainty=uncertainty)
+
     def compute(self) -> Tensor:
         """The area so far, a scalar; nan without samples."""
         curve = risk_coverage(*self._all())
@@ -335,9 +358,12 @@ class DetectionAUROC(_Scores):
             ValueError: If shapes or devices disagree, or values are out of range.
             TypeError: If a dtype is wrong.
         """
-        if isinstance(positive, Tensor):
-            check_labels("positive", positive)
+        self._check(uncertainty, positive)
         self._add(uncertainty=uncertainty, positive=positive)
+
+    def _check(self, uncertainty: Tensor, positive: Tensor) -> None:
+        finite_scores(uncertainty=uncertainty, positive=positive)
+        check_labels("positive", positive)
 
     def compute(self) -> Tensor:
         """The area so far, a scalar; nan unless there are positive and negative samples."""
@@ -379,6 +405,9 @@ class SpearmanCorrelation(_Scores):
             TypeError: If a dtype is wrong.
         """
         self._add(x=x, y=y)
+
+    def _check(self, x: Tensor, y: Tensor) -> None:
+        finite_scores(x=x, y=y)
 
     def compute(self) -> Tensor:
         """The correlation so far, a scalar; nan for fewer than two samples or constant input."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from uncertainty_mm._checks import (
     check_choice,
     check_finite,
+    check_flag,
     check_positive,
     check_range,
     check_tensor,
@@ -90,6 +91,7 @@ class SoftRankOrdinalityLoss(nn.Module):
         self.mode = mode
         self.pairs = tuple(pairs)
         self.temperature = temperature
+        check_flag("validate_args", validate_args)
         self.validate_args = validate_args
 
     def extra_repr(self) -> str:

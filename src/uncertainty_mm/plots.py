@@ -7,7 +7,7 @@ Colours are those of Okabe and Ito, which differ for colour-blind readers too.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -174,8 +174,7 @@ def risk_coverage(
     curves = {name: measures.risk_coverage(error, score) for name, score in scores.items()}
     _check_samples("errors", error)
     best = measures.risk_coverage(error, error)
-    if ax is None:
-        ax = _figure(5, 3.6).subplots()
+    ax = _figure(5, 3.6).subplots() if ax is None else _one(ax)
     for index, (name, curve) in enumerate(curves.items()):
         ax.plot(
             curve.coverage.numpy(),
@@ -302,8 +301,7 @@ def modality_attribution(
     check_finite("levels", x)
     check_range("shares", y, 0, 1)
     names = _names("modality_names", modality_names, y.shape[1], "modality")
-    if ax is None:
-        ax = _figure(5, 3.6).subplots()
+    ax = _figure(5, 3.6).subplots() if ax is None else _one(ax)
     for index, name in enumerate(names):
         marker = MARKERS[index % len(MARKERS)]
         ax.plot(x.numpy(), y[:, index].numpy(), **_line(index), marker=marker, label=name)
@@ -370,8 +368,7 @@ def latent_tsne(
     tsne = TSNE(perplexity=perplexity, random_state=seed)
     plane = tsne.fit_transform(points.numpy())
     _, modality, label = (index.numpy() for index in kept.nonzero(as_tuple=True))
-    if ax is None:
-        ax = _figure(6.4, 4.4).subplots()
+    ax = _figure(6.4, 4.4).subplots() if ax is None else _one(ax)
     for m in range(modalities):
         for q in range(labels):
             x, y = plane[(modality == m) & (label == q)].T
@@ -421,8 +418,7 @@ def attention_map(
     check_range("weights", w, 0, 1)
     _check_samples("weights", w)
     names = _names("label_names", label_names, w.shape[0], "label")
-    if ax is None:
-        ax = _figure(7, 1.2 + 0.3 * len(names)).subplots()
+    ax = _figure(7, 1.2 + 0.3 * len(names)).subplots() if ax is None else _one(ax)
     image = ax.imshow(w.numpy(), aspect="auto", vmin=0, cmap="viridis", interpolation="nearest")
     ax.set_yticks(range(len(names)), names)
     ax.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
@@ -503,8 +499,13 @@ def label_correlation(
 
 def _tensor(name: str, value: Array) -> Tensor:
     if isinstance(value, Tensor):
+        if value.is_complex():
+            raise TypeError(f"Expected `{name}` to hold numbers, but got {value.dtype}")
         return value.detach().cpu()
-    array = np.array(value)
+    try:
+        array = np.array(value)
+    except ValueError as error:
+        raise ValueError(f"Expected `{name}` to be an array, but got {value!r}") from error
     if array.dtype.kind not in "biuf":
         raise TypeError(f"Expected `{name}` to hold numbers, but got {type(value).__name__}")
     return torch.from_numpy(array)
@@ -513,6 +514,8 @@ def _tensor(name: str, value: Array) -> Tensor:
 def _names(argument: str, names: Sequence[str] | None, count: int, kind: str) -> list[str]:
     if names is None:
         return [f"{kind} {index}" for index in range(count)]
+    if not isinstance(names, Collection):
+        raise TypeError(f"Expected `{argument}` to hold names, but got {names!r}")
     if isinstance(names, str) or len(names) != count:
         raise ValueError(f"Expected `{argument}` to hold {count} names, but got {names!r}")
     return list(names)
@@ -555,6 +558,12 @@ def _given(ax: Sequence[Axes] | AxesArray, count: int) -> AxesArray:
     if len(axes) != count or not all(isinstance(each, Axes) for each in axes):
         raise ValueError(f"Expected `ax` to hold {count} Axes, but got {ax!r}")
     return axes
+
+
+def _one(ax: Axes) -> Axes:
+    if not isinstance(ax, Axes):
+        raise TypeError(f"Expected `ax` to be an Axes, but got {ax!r}")
+    return ax
 
 
 def _line(index: int) -> dict[str, Any]:

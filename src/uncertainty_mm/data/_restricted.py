@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from uncertainty_mm._files import check_sums
+
 _KINDS = "biufSU"  # booleans, integers, floats, strings; O (objects) is read as a list
 
 
@@ -198,6 +200,7 @@ def load_torch(path: str | PathLike[str]) -> Any:
     """
     admitted: list[Any] = [(value, name) for name, value in _ADMITTED.items()]
     try:
+        check_sums(path)
         with torch.serialization.safe_globals(admitted):
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:

@@ -274,7 +274,9 @@ def count_samples(part: Mapping[str, Any], path: Path, split: str) -> int:
                 need(hasattr(part[key], "__len__"), path, f"`{split}.{key}` holds no samples")
                 return len(part[key])
     wanted = [key for keys in MODALITIES.values() for key in keys]
-    raise ValueError(f"{path}: no modality in split `{split}`: none of {wanted} in {sorted(part)}")
+    raise ValueError(
+        f"{path}: no modality in split `{split}`: none of {wanted} in {sorted(map(str, part))}"
+    )
 
 
 def assemble(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 import torch
@@ -84,6 +84,45 @@ class DatasetSummary(NamedTuple):
         return "\n".join(lines)
 
 
+def _check_names(argument: str, value: Any, kind: str) -> None:
+    """Raises unless `value` is a `"mapping"` or a `"sequence"`, such as a list or an array, of names."""
+    is_mapping = isinstance(value, Mapping)
+    in_order = isinstance(value, Collection) and not isinstance(value, str | Set | Mapping)
+    if not (is_mapping if kind == "mapping" else in_order):
+        raise TypeError(
+            f"Expected `{argument}` to be a {kind} of names, "
+            f"but got {repr(value) if isinstance(value, str) else type(value).__name__}"
+        )
+    for name in value:
+        if not isinstance(name, str):
+            raise TypeError(
+                f"Expected `{argument}` to be a {kind} of names, but got {name!r} among them"
+            )
+
+
+def check_parts(parts: Mapping[str, MultimodalDataset]) -> None:
+    """Raises unless `parts` holds data sets by the name of their split, at least one."""
+    _check_names("parts", parts, "mapping")
+    if not parts:
+        raise ValueError("Expected `parts` to name splits, at least one, but got none")
+    for name, part in parts.items():
+        if not isinstance(part, MultimodalDataset):
+            raise TypeError(
+                f"Expected `parts[{name!r}]` to be a MultimodalDataset, but got {type(part).__name__}"
+            )
+
+
+def _positions(indices: Sequence[int] | Tensor) -> Tensor:
+    """Rows as a tensor (n,) of int64; a mask or fractions would silently be taken for other rows."""
+    try:
+        rows = torch.as_tensor(indices)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"Expected `indices` to hold integers, but got {indices!r}") from error
+    if rows.numel() == 0 and not isinstance(indices, Tensor):
+        rows = rows.long()
+    return check_tensor("indices", rows, "integer", "n", {}).long()
+
+
 class MultimodalDataset(Dataset[MultimodalBatch]):
     """Multi-label samples with a sequence for every modality, held as tensors.
 
@@ -138,15 +177,14 @@ class MultimodalDataset(Dataset[MultimodalBatch]):
         invalid_steps: Mapping[str, int] | None = None,
         validate_args: bool = True,
     ) -> None:
+        for argument, mapping in (("features", features), ("padding_mask", padding_mask)):
+            _check_names(argument, mapping, "mapping")
         if not features or set(features) != set(padding_mask):
             raise ValueError(
                 "Expected `features` and `padding_mask` to name the same modalities, at least one, "
                 f"but got {sorted(features)} and {sorted(padding_mask)}"
             )
-        if isinstance(label_names, str) or not all(isinstance(name, str) for name in label_names):
-            raise TypeError(
-                f"Expected `label_names` to be a sequence of names, but got {label_names!r}"
-            )
+        _check_names("label_names", label_names, "sequence")
         if len(set(label_names)) != len(label_names) or not label_names:
             raise ValueError(
                 f"Expected `label_names` to be different names, at least one, but got {list(label_names)}"
@@ -168,8 +206,17 @@ class MultimodalDataset(Dataset[MultimodalBatch]):
         if soft_labels is not None:
             check_tensor("soft_labels", soft_labels, "floating", "N Q", shape, device)
             check_range("soft_labels", soft_labels, 0, torch.finfo(soft_labels.dtype).max)
-        if ids is not None and len(ids) != shape["N"]:
-            raise ValueError(f"Expected `ids` to name {shape['N']} samples, but got {len(ids)}")
+        if ids is not None:
+            _check_names("ids", ids, "sequence")
+            if len(ids) != shape["N"]:
+                raise ValueError(f"Expected `ids` to name {shape['N']} samples, but got {len(ids)}")
+        if invalid_steps is not None:
+            _check_names("invalid_steps", invalid_steps, "mapping")
+            if not set(invalid_steps) <= set(features):
+                raise ValueError(
+                    f"Expected `invalid_steps` to name modalities of {list(features)}, "
+                    f"but got {list(invalid_steps)}"
+                )
         self.features = dict(features)
         self.padding_mask = {name: padding_mask[name] for name in features}
         self.labels = labels
@@ -194,7 +241,7 @@ class MultimodalDataset(Dataset[MultimodalBatch]):
 
     def __getitems__(self, indices: Sequence[int] | Tensor) -> MultimodalBatch:
         """A whole batch at once."""
-        rows = torch.as_tensor(indices, dtype=torch.int64)
+        rows = _positions(indices)
         # A masked step is 0 whatever the tensors hold there; NaN would survive a product with a weight of 0.
         padding_mask = {name: x[rows] for name, x in self.padding_mask.items()}
         return MultimodalBatch(
@@ -240,9 +287,13 @@ class MultimodalDataset(Dataset[MultimodalBatch]):
 
         Raises:
             ValueError: If a name is not that of a modality.
+            TypeError: If `modalities` is no collection.
         """
-        unknown = sorted(set(modalities) - set(self.features))
-        if isinstance(modalities, str) or unknown:
+        if not isinstance(modalities, Collection):
+            raise TypeError(
+                f"Expected `modalities` to be a collection of names, but got {modalities!r}"
+            )
+        if isinstance(modalities, str) or any(name not in self.features for name in modalities):
             raise ValueError(
                 f"Expected `modalities` to be among {list(self.features)}, but got {modalities!r}"
             )
@@ -272,8 +323,9 @@ class MultimodalDataset(Dataset[MultimodalBatch]):
 
         Raises:
             IndexError: If there is no such position.
+            TypeError: If `indices` are no integers; a mask is none.
         """
-        rows = torch.as_tensor(indices, dtype=torch.int64)
+        rows = _positions(indices)
         return MultimodalDataset(
             {name: x[rows] for name, x in self.features.items()},
             {name: x[rows] for name, x in self.padding_mask.items()},

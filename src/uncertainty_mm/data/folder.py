@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,8 +14,10 @@ import torch
 from numpy.typing import NDArray
 
 from uncertainty_mm.data._sequences import need
-from uncertainty_mm.data.dataset import MultimodalDataset
+from uncertainty_mm.data.dataset import MultimodalDataset, check_parts
 from uncertainty_mm.data.npz import SPLITS
+
+_UNFINISHED = ".unfinished"
 
 
 def write_folder(parts: Mapping[str, MultimodalDataset], folder: str | PathLike[str]) -> None:
@@ -21,10 +25,12 @@ def write_folder(parts: Mapping[str, MultimodalDataset], folder: str | PathLike[
 
     Args:
         parts: Data sets by split, as any reader returns them. Features keep their dtype.
-        folder: The folder to write; it must not exist, or be empty.
+        folder: The folder to write; it must not exist, or be empty. Where writing fails it is left empty. A file
+            `.unfinished` is there until the end, so that :func:`read_folder` knows of a process that was killed.
 
     Raises:
-        ValueError: If the folder is not empty, or a modality cannot name a file.
+        ValueError: If the folder is not empty, or a split or modality cannot name a file.
+        TypeError: If `parts` holds anything but data sets.
 
     Example:
         >>> import tempfile
@@ -37,26 +43,45 @@ def write_folder(parts: Mapping[str, MultimodalDataset], folder: str | PathLike[
         torch.Size([5, 8])
     """
     root = Path(folder)
+    check_parts(parts)
+    need(not root.exists() or root.is_dir(), root, "not a folder")
     need(not root.exists() or not any(root.iterdir()), root, "the folder is not empty")
     for split, data in parts.items():
         for name in (split, *data.features):
-            need(Path(name).name == name, root, f"`{name}` cannot be the name of a file")
-        arrays: dict[str, NDArray[Any]] = {
-            "labels": data.labels.numpy(),
-            "label_names": np.array(data.label_names),
-            "modalities": np.array(list(data.features)),
-            "invalid_steps": np.array(list(data.invalid_steps.values())),
-        }
-        if data.soft_labels is not None:
-            arrays["soft_labels"] = data.soft_labels.numpy()
-        if data.ids is not None:
-            arrays["ids"] = np.array(data.ids, np.str_)
-        for name, x in data.features.items():
-            arrays[f"features.{name}"] = x.numpy()
-            arrays[f"padding_mask.{name}"] = data.padding_mask[name].numpy()
-        (root / split).mkdir(parents=True, exist_ok=True)
-        for key, array in arrays.items():
-            np.save(root / split / f"{key}.npy", array, allow_pickle=False)
+            plain = Path(name).name == name and not name.startswith(".")
+            need(plain, root, f"`{name}` cannot be the name of a file")
+    root.mkdir(parents=True, exist_ok=True)
+    (root / _UNFINISHED).touch()
+    try:
+        for split, data in parts.items():
+            _write_split(data, root / split)
+    except BaseException:  # such as a full disk
+        for split in parts:
+            shutil.rmtree(root / split, ignore_errors=True)
+        (root / _UNFINISHED).unlink()
+        raise
+    (root / _UNFINISHED).unlink()
+
+
+def _write_split(data: MultimodalDataset, folder: Path) -> None:
+    arrays: dict[str, NDArray[Any]] = {
+        "labels": data.labels.numpy(),
+        "label_names": np.array(data.label_names),
+        "modalities": np.array(list(data.features)),
+        "invalid_steps": np.array(list(data.invalid_steps.values())),
+    }
+    if data.soft_labels is not None:
+        arrays["soft_labels"] = data.soft_labels.numpy()
+    if data.ids is not None:
+        arrays["ids"] = np.array(data.ids, np.str_)
+    for name, x in data.features.items():
+        arrays[f"features.{name}"] = x.numpy()
+        arrays[f"padding_mask.{name}"] = data.padding_mask[name].numpy()
+    folder.mkdir()
+    for key, array in arrays.items():
+        with open(folder / f"{key}.npy", "wb") as file:
+            # NumPy writes into a real file by itself, and is silent where the disk is full when it closes it.
+            np.save(SimpleNamespace(write=file.write), array, allow_pickle=False)
 
 
 def read_folder(folder: str | PathLike[str]) -> dict[str, MultimodalDataset]:
@@ -78,6 +103,7 @@ def read_folder(folder: str | PathLike[str]) -> dict[str, MultimodalDataset]:
     root = Path(folder)
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder")
+    need(not (root / _UNFINISHED).exists(), root, "was not written to its end; write it anew")
     splits = sorted(
         (each for each in root.iterdir() if each.is_dir()),
         key=lambda each: (
@@ -95,7 +121,7 @@ def read_folder(folder: str | PathLike[str]) -> dict[str, MultimodalDataset]:
                 arrays[file.stem] = np.load(
                     file, mmap_mode="c" if mapped else None, allow_pickle=False
                 )
-            except (OSError, ValueError, EOFError) as error:
+            except Exception as error:  # a damaged header may raise anything
                 raise ValueError(
                     f"{file}: not a readable .npy file of a plain array ({error})"
                 ) from error

@@ -191,7 +191,7 @@ def read_label_csv(
         for line, text in enumerate(columns["tgt"]):
             try:
                 tokens.append(json.loads(text))
-            except json.JSONDecodeError:
+            except (ValueError, RecursionError):
                 raise ValueError(
                     f"{path}: `tgt` of row {line} must be a list of tokens, got {text!r}"
                 ) from None

@@ -53,7 +53,9 @@ def read_m3ed(path: str | PathLike[str], level: str = "utterance") -> dict[str, 
     for split, position in _SPLITS.items():
         names = content[position]
         need(
-            isinstance(names, list | tuple) and len(names) > 0,
+            isinstance(names, list | tuple)
+            and len(names) > 0
+            and all(isinstance(name, str) for name in names),
             path,
             f"[{position}] must list the dialogues of the {split} split, got {names!r:.80}",
         )

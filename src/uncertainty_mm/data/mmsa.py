@@ -7,7 +7,7 @@ from os import PathLike, fspath
 
 import torch
 
-from uncertainty_mm._checks import check_choice
+from uncertainty_mm._checks import check_choice, check_labels, check_tensor
 from uncertainty_mm.data._restricted import load_pickle, load_torch
 from uncertainty_mm.data._sequences import (
     SPLIT_KEYS,
@@ -82,7 +82,7 @@ def read_mmsa(
             need(
                 "tgt" in content[key],
                 path,
-                f"no emotions: missing `{key}.tgt`, and no `labels` were given; found {sorted(content[key])}",
+                f"no emotions: missing `{key}.tgt`, and no `labels` were given; found {sorted(map(str, content[key]))}",
             )
             rows = tokens_to_labels(
                 content[key]["tgt"],
@@ -109,8 +109,22 @@ def read_mmsa(
     return assemble(content, path, by_split, label_names, padding)
 
 
+def _check_table(table: LabelTable) -> None:
+    sizes = {"Q": len(table.label_names)}
+    check_tensor("labels.labels", table.labels, "number", "N Q", sizes)
+    check_labels("labels.labels", table.labels)
+    if table.soft_labels is not None:
+        check_tensor("labels.soft_labels", table.soft_labels, "floating", "N Q", sizes)
+    for name, rows in (("ids", table.ids), ("splits", table.splits)):
+        if rows is not None and len(rows) != sizes["N"]:
+            raise ValueError(
+                f"Expected `labels.{name}` to name {sizes['N']} samples, but got {len(rows)}"
+            )
+
+
 def _table(labels: str | PathLike[str] | LabelTable, label_names: Sequence[str]) -> LabelTable:
     if isinstance(labels, LabelTable):
+        _check_table(labels)
         columns = order(labels.label_names, label_names, "labels", "the table")
         soft = labels.soft_labels
         return labels._replace(

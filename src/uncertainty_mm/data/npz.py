@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from os import PathLike
+from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from uncertainty_mm._files import replacing
 from uncertainty_mm.data._sequences import Sequences, beyond, finish, need, report_invalid
-from uncertainty_mm.data.dataset import MultimodalDataset
+from uncertainty_mm.data.dataset import MultimodalDataset, check_parts
 
 SPLITS = ("train", "validation", "test")
 """Names of the splits, in the order of the codes 0, 1 and 2."""
@@ -65,12 +66,14 @@ def read_npz(
         >>> parts["test"].summary().modalities["text"].missing
         1
     """
+    if isinstance(splits, str) or not set(splits) <= set(SPLITS):
+        raise ValueError(f"Expected `splits` to name splits of {SPLITS}, but got {splits!r}")
     try:
         with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file") from None
-    except (OSError, ValueError, EOFError, BadZipFile, AttributeError) as error:
+    except Exception as error:  # a damaged archive may raise anything, of zipfile, zlib or NumPy
         raise ValueError(f"{path}: not a readable .npz file of plain arrays ({error})") from error
 
     names = [key.removeprefix("features.") for key in arrays if key.startswith("features.")]
@@ -177,13 +180,15 @@ def write_npz(parts: Mapping[str, MultimodalDataset], path: str | PathLike[str])
 
     Args:
         parts: Data sets by split, with the same modalities, feature sizes and label names.
-        path: The file to write; NumPy appends `.npz` if it has no such end.
+        path: The file to write; `.npz` is appended if it has no such end. A file of that name is replaced once the new
+            one is complete.
 
     Raises:
         ValueError: If a split has another name than those of `SPLITS`, or the splits do not fit each other.
+        TypeError: If `parts` holds anything but data sets.
     """
-    unknown = sorted(set(parts) - set(SPLITS))
-    if unknown or not parts:
+    check_parts(parts)
+    if not set(parts) <= set(SPLITS):
         raise ValueError(f"Expected `parts` to name splits of {SPLITS}, but got {sorted(parts)}")
     chosen = [parts[name] for name in SPLITS if name in parts]
     for data in chosen:
@@ -231,4 +236,6 @@ def write_npz(parts: Mapping[str, MultimodalDataset], path: str | PathLike[str])
             features[rows, : valid.shape[1]] = x
         arrays[f"features.{name}"] = features
         arrays[f"lengths.{name}"] = lengths
-    np.savez_compressed(path, allow_pickle=False, **arrays)
+    path = Path(path)
+    with replacing(path.with_name(path.name.removesuffix(".npz") + ".npz")) as partial:
+        np.savez_compressed(partial, allow_pickle=False, **arrays)

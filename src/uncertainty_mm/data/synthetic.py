@@ -14,6 +14,7 @@ from uncertainty_mm._checks import (
     check_positive_int,
     check_probability,
     check_range,
+    check_seed,
     check_tensor,
 )
 
@@ -142,6 +143,12 @@ class SyntheticMMER:
             )
         if not modalities:
             raise ValueError("Expected `modalities` to name at least one modality, but got none")
+        for name, each in modalities.items():
+            if not isinstance(each, tuple) or len(each) > len(SyntheticModality._fields):
+                raise TypeError(
+                    f"Expected `modalities[{name!r}]` to be a SyntheticModality, but got {each!r}"
+                )
+        check_seed(seed)
         self.modalities = {name: SyntheticModality(*each) for name, each in modalities.items()}
         for name, (steps, dim, rate) in self.modalities.items():
             check_positive_int(f"modalities[{name!r}].steps", steps)
@@ -203,6 +210,7 @@ class SyntheticMMER:
             TypeError: If an argument has the wrong type.
         """
         check_positive_int("num_samples", num_samples)
+        check_seed(seed)
         generator = torch.Generator().manual_seed(seed)
         shape = (num_samples, len(self.modalities))
         labels = self._members[
@@ -254,7 +262,12 @@ class SyntheticMMER:
 
         Returns:
             The posterior of every sample.
+
+        Raises:
+            ValueError: If the samples have other modalities, sizes or labels, or a noise that is not above 0.
+            TypeError: If `samples` has the wrong type.
         """
+        self._check_samples(samples)
         rows = max(
             1, _CHUNK // (2**self.num_labels * max(each.steps for each in self.modalities.values()))
         )
@@ -268,6 +281,26 @@ class SyntheticMMER:
         log_joint = (log_joint + self.prior.log()).log_softmax(1)
         joint = log_joint.exp()
         return Posterior(joint, joint @ self._members, torch.special.entr(joint).sum(1))
+
+    def _check_samples(self, samples: SyntheticSamples) -> None:
+        if not isinstance(samples, SyntheticSamples):
+            raise TypeError(
+                f"Expected `samples` to be SyntheticSamples, but got {type(samples).__name__}"
+            )
+        if not set(self.modalities) <= set(samples.features):
+            raise ValueError(
+                f"Expected `samples` to have the modalities {list(self.modalities)}, "
+                f"but got {list(samples.features)}"
+            )
+        sizes = {"Q": self.num_labels, "M": len(samples.features)}
+        check_tensor("samples.labels", samples.labels, "number", "N Q", sizes)
+        check_tensor("samples.noise", samples.noise, "floating", "N M", sizes)
+        check_range("samples.noise", samples.noise, torch.finfo(torch.float32).tiny, math.inf)
+        for name, each in self.modalities.items():
+            frames = {"N": sizes["N"], "S": each.steps, "D": each.dim}
+            x, mask = samples.features[name], samples.padding_mask[name]
+            check_tensor(f"samples.features[{name!r}]", x, "floating", "N S D", frames)
+            check_tensor(f"samples.padding_mask[{name!r}]", mask, "bool", "N S", frames)
 
     def _log_likelihood(self, samples: SyntheticSamples, rows: slice) -> Tensor:
         """Log-likelihood of every set of labels, up to a constant per sample, (rows, 2^Q)."""

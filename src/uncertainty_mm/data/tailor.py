@@ -83,14 +83,14 @@ def tailor_labels(
     vocabulary = vocabulary.get("tgt") if isinstance(vocabulary, dict) else None
     need(isinstance(vocabulary, dict), path, "missing `dict.tgt`, which says what the tokens mean")
     assert isinstance(vocabulary, dict)
-    found = sorted((code, name) for name, code in vocabulary.items() if name not in _SPECIAL)
-    need(found, path, f"`dict.tgt` names no label: {vocabulary}")
     need(
-        all(type(code) is int for code, _ in found),
+        all(type(name) is str and type(code) is int for name, code in vocabulary.items()),
         path,
         f"`dict.tgt` must give every label a number, got {vocabulary}",
     )
-    file_names = [str(name) for _, name in found]
+    found = sorted((code, name) for name, code in vocabulary.items() if name not in _SPECIAL)
+    need(found, path, f"`dict.tgt` names no label: {vocabulary}")
+    file_names = [name for _, name in found]
     if label_names is None:
         label_names = [canonical(name) for name in file_names]
     columns = order(file_names, label_names, path, "`dict.tgt`")
@@ -98,7 +98,7 @@ def tailor_labels(
     labels = {}
     for split, split_key in SPLIT_KEYS.items():
         part = content[split_key]
-        need("tgt" in part, path, f"missing `{split_key}.tgt`, found {sorted(part)}")
+        need("tgt" in part, path, f"missing `{split_key}.tgt`, found {sorted(map(str, part))}")
         rows = tokens_to_labels(part["tgt"], codes, len(codes), path, f"{split_key}.tgt")
         count = count_samples(part, path, split_key)
         need(
