@@ -136,10 +136,6 @@ def test_to_distribution_is_independent_over_the_last_axis():
     assert distribution.event_shape == (4,)
 
 
-def test_to_distribution_looks_at_no_value():
-    DiagonalGaussian(torch.zeros(3), torch.full((3,), math.nan)).to_distribution()
-
-
 def test_to_distribution_has_the_density_of_the_gaussian():
     latent = random_latent(4)
     x = torch.randn(4, dtype=torch.float64)
