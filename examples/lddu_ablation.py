@@ -55,7 +55,7 @@ ARMS: dict[str, Ablation] = {
 MODELS = {
     "paper": "--size within --combine concat --embedding both --anchors present --ordinality raw --pairs SR+DR "
     "--targets sample --ocl-weight 0.1 --scl-weight 0.8 "
-    "--modality-weight 0 --kl-weight 0",
+    "--modality-weight 0 --kl-weight 0 --std-branch shapes",
     "ours": "",
 }
 COLUMNS = ("Acc", "P", "R", "miF1", "mAP", "Brier", "ECE", "rho")

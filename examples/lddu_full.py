@@ -21,10 +21,10 @@ the default, but for three: a learning rate of 2e-5 was chosen for 16,000 sample
 on a small set, so it is 5e-4 here; the weight 0.8 of the contrastive loss slows the classifiers down there, so it is
 0.1; and the weight of the ordinality loss is 0.3, not 0.1. Where a standard deviation would not mean what the paper
 says, the default is ours, and an option is the paper: Gaussians are multiplied (`--combine`), each modality answers
-for its own errors (`--targets`, `--pairs`, `--modality-weight`), and a weak pull towards the prior keeps the standard
-deviations from telling which labels are present (`--kl-weight`). Ours, where the paper is silent: standardised
-features, the size of a sequence as an input of its own, normalisation before the sublayers, the size of the positions,
-labels that scale and shift their Z, dropout, clipped gradients, early stopping, calibration.
+for its own errors (`--targets`, `--pairs`, `--modality-weight`), and standard deviations are kept from telling which
+labels are present (`--std-branch`, and `--kl-weight`, a weak pull towards the prior). Ours, where the paper is silent:
+standardised features, the size of a sequence as an input of its own, normalisation before the sublayers, the size of
+the positions, labels that scale and shift their Z, dropout, clipped gradients, early stopping, calibration.
 """
 
 from __future__ import annotations
@@ -264,6 +264,7 @@ class LDDU(nn.Module):
         mean_weight: str = "certainty",
         size: str = "apart",
         combine: str = "product",
+        std_branch: str = "reads",
         ordinality: str = "rank",
         pairs: str = "SR",
         targets: str = "both",
@@ -343,6 +344,7 @@ class LDDU(nn.Module):
             dropout=dropout,
             mean_weight=mean_weight,
             combine=combine,
+            detach_std=std_branch == "reads",
         )
         # Eq. 10-15, with a history of every sample, or of every sample and modality
         self.tracker = CorrectnessTracker(
@@ -1261,6 +1263,10 @@ MODEL_OPTIONS: dict[str, tuple[Any, str]] = {
     "combine": (
         ("product", "concat"),
         "how modalities meet: product of Gaussians, or as in the paper",
+    ),
+    "std_branch": (
+        ("reads", "shapes"),
+        "whether the classifier of the standard deviations only reads them, or shapes them as in the paper",
     ),
     "embedding": (
         ("joint", "both", "mean", "std"),

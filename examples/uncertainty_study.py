@@ -64,10 +64,12 @@ ARMS: dict[str, str] = {
     "queue: none": "--queue-size 0",
     "contrastive: none": "--scl-weight 0",
     "prior: none": "--kl-weight 0",
+    "std branch: shapes": "--std-branch shapes",
+    "prior: none, std branch: shapes": "--kl-weight 0 --std-branch shapes",
     "corruption in training": "--corrupt-modality 0.2",
     "paper": "--embedding both --anchors present --size within --combine concat --targets sample "
     "--ordinality raw --pairs SR+DR --ocl-weight 0.1 --scl-weight 0.8 "
-    "--modality-weight 0 --kl-weight 0",
+    "--modality-weight 0 --kl-weight 0 --std-branch shapes",
 }
 SMALL = "--config small --drop-modality 0.2"
 PREDICTION = ("miF1", "mAP", "Brier", "ECE before", "ECE", "AURC", "entropy ~ error")

@@ -595,7 +595,7 @@ def test_samples_without_any_modality_get_one_answer(example, combine):
 
 
 CHOICES = {"gate", "mean_weight", "size", "combine", "ordinality", "pairs", "targets", "embedding"}
-CHOICES |= {"anchors", "final"}
+CHOICES |= {"anchors", "final", "std_branch"}
 
 
 def test_every_choice_is_tested(example):

@@ -187,6 +187,28 @@ def test_heads_classify_the_product_of_the_modalities(product_fusion):
     close(out.probs, mixture.detach())
 
 
+@pytest.mark.parametrize("combine", ["concat", "product"])
+def test_detached_standard_deviations_are_read_but_not_shaped(combine):
+    shaping, reading = build(combine=combine), build(combine=combine, detach_std=True)
+    reading.load_state_dict(shaping.state_dict())
+    latent, uncertainty = random_batch(requires_grad=True)
+
+    def run(fusion):
+        return fusion(latent, uncertainty, MISSING)
+
+    assert all(map(torch.equal, run(shaping), run(reading)))
+    (shaped,) = gradient(run(shaping).std_logits, latent.std)
+    (read,) = gradient(run(reading).std_logits, latent.std)
+    assert (shaped[~MISSING] != 0).any()
+    assert (read == 0).all()
+    expected = gradient(
+        run(shaping).mean_logits, *latent
+    )  # in a product, precision weighs the means
+    assert all(map(torch.equal, gradient(run(reading).mean_logits, *latent), expected))
+    (slope,) = gradient(run(reading).std_logits, reading.std_head[0].weight)
+    assert (slope != 0).any()  # the classifier itself learns
+
+
 def test_prior_is_standard_at_first_and_learned_for_each_label():
     prior_mean = build(combine="product").prior_mean
     assert prior_mean.shape == (LABELS, LATENT)
@@ -405,6 +427,7 @@ def test_dropout_is_on_in_training_only():
         ({"dropout": 2.0}, ValueError, "dropout"),
         ({"mean_weight": "trust"}, ValueError, "mean_weight"),
         ({"combine": "sum"}, ValueError, "combine"),
+        ({"detach_std": 1}, TypeError, "detach_std"),
     ],
 )
 def test_constructor_rejects(change, error, name):

@@ -64,7 +64,11 @@ class UncertaintyGatedFusion(nn.Module):
     modality counts by its precision and its standard deviation acts. The mean of the prior is learned for each label:
     what to expect when nothing was seen.
 
-    Source: Huang et al. 2025, arXiv 2502.13954, section 3.4.1; the product is ours.
+    The classifier of the standard deviations is trained to tell present from absent labels, and so makes them a second
+    mean: large for one label where it is present, whatever the noise. With `detach_std` it reads them and no longer
+    shapes them.
+
+    Source: Huang et al. 2025, arXiv 2502.13954, section 3.4.1; the product and `detach_std` are ours.
 
     Args:
         num_modalities: Number of modalities :math:`M`.
@@ -74,6 +78,7 @@ class UncertaintyGatedFusion(nn.Module):
         dropout: Dropout probability after the hidden layer.
         mean_weight: `"certainty"` or `"uncertainty"`, see above.
         combine: How the modalities meet: `"concat"` (the paper) or `"product"`.
+        detach_std: Keep the gradient of the second classifier from the standard deviations.
         validate_args: Look at values (NaN, uncertainty out of [0, 1]) also on an accelerator, at the price of a wait.
 
     Raises:
@@ -99,6 +104,7 @@ class UncertaintyGatedFusion(nn.Module):
         dropout: float = 0.1,
         mean_weight: str = "certainty",
         combine: str = "concat",
+        detach_std: bool = False,
         validate_args: bool = False,
     ) -> None:
         super().__init__()
@@ -109,11 +115,13 @@ class UncertaintyGatedFusion(nn.Module):
         check_dropout(dropout)
         check_choice("mean_weight", mean_weight, ("certainty", "uncertainty"))
         check_choice("combine", combine, ("concat", "product"))
+        check_flag("detach_std", detach_std)
         self.num_modalities = num_modalities
         self.num_labels = num_labels
         self.latent_dim = latent_dim
         self.mean_weight = mean_weight
         self.combine = combine
+        self.detach_std = detach_std
         check_flag("validate_args", validate_args)
         self.validate_args = validate_args
 
@@ -132,7 +140,7 @@ class UncertaintyGatedFusion(nn.Module):
 
     def extra_repr(self) -> str:
         """The settings, for `repr`."""
-        return f"mean_weight={self.mean_weight!r}, combine={self.combine!r}"
+        return f"mean_weight={self.mean_weight!r}, combine={self.combine!r}, detach_std={self.detach_std}"
 
     def forward(
         self, latent: DiagonalGaussian, uncertainty: Tensor, missing: Tensor | None = None
@@ -171,7 +179,8 @@ class UncertaintyGatedFusion(nn.Module):
             latent = latent._product(missing, self.prior_mean)
             latent, missing = DiagonalGaussian(*(x.unsqueeze(1) for x in latent)), None
         mean_logits = self._classify(self.mean_head, latent.mean, missing)
-        std_logits = self._classify(self.std_head, latent.std, missing)
+        std = latent.std.detach() if self.detach_std else latent.std
+        std_logits = self._classify(self.std_head, std, missing)
         uncertainty = uncertainty.to(mean_logits.dtype)
         uncertainty = (uncertainty.unsqueeze(1) if per_sample else uncertainty).expand_as(
             mean_logits
