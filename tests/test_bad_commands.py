@@ -7,6 +7,7 @@ process killed, in the middle of writing: what was there before stays, whole.
 
 import errno
 import json
+import os
 import pickle
 import re
 import shutil
@@ -22,6 +23,7 @@ import torch
 
 from examples_support import EXAMPLES, QUIET, ends_in_one_line, example_module, need_extras
 from support import Bad
+from uncertainty_mm._files import replacing
 from uncertainty_mm.data import MultimodalDataset, read_folder, read_npz, write_folder, write_npz
 
 need_extras()
@@ -527,13 +529,6 @@ def test_command_is_refused_in_one_line(place, case, capsys):
     assert not {name for name in left if ".part" in name}
 
 
-def test_exit_code_of_a_process(place):
-    command = [sys.executable, EXAMPLES / "lddu_full.py", "--data", place.data, "--epochs", "0"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: --epochs must be above 0\n"
-
-
 # ------------------------------------------------------------------------------- interrupted writing
 
 
@@ -604,6 +599,24 @@ def test_full_disk_leaves_the_old_file(place, tmp_path, name):
     assert not list(tmp_path.glob("*.part*"))
     write(example, path, 2)
     assert path.read_bytes() != before
+
+
+def test_links_and_devices_stay_and_protected_files_too(tmp_path, monkeypatch):
+    target, link = tmp_path / "target.npz", tmp_path / "link.npz"
+    link.symlink_to(target)
+    write_npz(parts(1), link)
+    assert link.is_symlink()
+    before = target.read_bytes()
+    assert len(read_npz(target)["test"]) == 16
+    device = Path(os.devnull)
+    with replacing(device) as path:
+        path.write_text("nothing")
+    assert device.exists()
+    assert not device.is_file()
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != target)  # root may all
+    with pytest.raises(PermissionError, match=r"target\.npz"):
+        write_npz(parts(2), link)
+    assert contents(tmp_path) == {link: before, target: before}
 
 
 def test_full_disk_leaves_no_half_folder(tmp_path):
@@ -697,17 +710,23 @@ if os.fork() == 0:
     tests.write_folder(tests.parts(2), folder / "arrays")
     os._exit(0)
 print("arrays", os.waitstatus_to_exitcode(os.wait()[1]))
+sys.stdout.flush()
+lddu_full.main(["--data", str(folder / "data_npz" / "data.npz"), "--epochs", "0"])
 """
 
 
 @pytest.mark.skipif(not hasattr(__import__("signal"), "SIGXFSZ"), reason="needs a limit of files")
 def test_killed_while_writing(place, tmp_path):
-    """What was there before is there, whole, and writing anew succeeds in spite of what was left."""
+    """What was there before is there, whole, and writing anew succeeds in spite of what was left.
+
+    Last the process itself, which had to be started anyway, is given a bad option, and ends with its exit code.
+    """
     import signal
 
     example = place.modules["lddu_full"]
     command = [sys.executable, "-c", KILLED, EXAMPLES, Path(__file__).parent, tmp_path]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (2, "error: --epochs must be above 0\n")
     killed = dict(line.split() for line in done.stdout.splitlines())
     assert killed == dict.fromkeys([*WRITERS, "arrays"], str(-signal.SIGXFSZ))
     for name, write in WRITERS.items():

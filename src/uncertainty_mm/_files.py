@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import zipfile
 from collections.abc import Iterator
@@ -14,9 +15,18 @@ from pathlib import Path
 def replacing(path: str | PathLike[str]) -> Iterator[Path]:
     """A file beside `path` to write to, which takes its place in one step when the block ends well.
 
-    Where the block raises (a full disk, an interruption), or the process is killed, `path` is as it was before.
+    Where the block raises (a full disk, an interruption), or the process is killed, `path` is as it was before. A link
+    stays, and what it leads to is replaced. A device, such as /dev/null, is written to.
+
+    Raises:
+        PermissionError: If `path` is protected against writing.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        yield path
+        return
+    if path.exists() and not os.access(path, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
     partial = path.with_name(f"{path.stem}.part{path.suffix}")
     try:
         yield partial
