@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 import json
 import logging
 import math
@@ -40,6 +41,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,7 +53,8 @@ import torch.nn.functional as F
 import torchmetrics
 import yaml
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, TQDMProgressBar
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -438,6 +441,7 @@ class LitLDDU(L.LightningModule):
 
     threshold: Tensor
     network: Callable[..., nn.Module] = LDDU  # another one is trained by a subclass with its own
+    on_nan = "stop"  # or "skip"
 
     def __init__(
         self,
@@ -463,6 +467,7 @@ class LitLDDU(L.LightningModule):
         self.calibration = PlattScaling(len(label_names))
         self.register_buffer("threshold", torch.full((len(label_names),), 0.5))
         self.logits, self.labels = (CatMetric(nan_strategy="disable") for _ in range(2))
+        self.skipped_batches = 0
 
     def configure_optimizers(self) -> dict[str, Any]:
         """Adam with linear warm-up and cosine decay (appendix A.1)."""
@@ -520,17 +525,66 @@ class LitLDDU(L.LightningModule):
         features, padding = self.disturbed(batch)
         output = self.model(features, padding, batch.labels)
         losses = self.model.losses(output, batch.labels, batch.indices, self.targets(batch))
-        size = batch.labels.shape[0]
-        for name, loss in losses.items():
-            self.log(
-                f"loss/{name}",
-                loss.detach(),
-                on_epoch=True,
-                on_step=False,
-                prog_bar=True,
-                batch_size=size,
-            )
+        self.losses = {name: loss.detach() for name, loss in losses.items()}
+        self.seen = batch.indices, output.logits.detach().isfinite().all(1)
         return losses["total"]
+
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Any,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        """Steps, unless the loss or a gradient is not finite on any process: then all stop, or all skip the batch.
+
+        The host reads the outcome, so it waits for an accelerator once a step, between backward pass and update.
+        """
+        assert optimizer_closure is not None
+        skip, buffers = self.on_nan == "skip", list(self.model.buffers())
+        before = [buffer.clone() for buffer in buffers] if skip else []
+        loss = optimizer_closure()  # forward pass, losses, backward pass
+        finite = loss.isfinite()
+        if (
+            self.trainer.precision != "16-mixed"
+        ):  # there scaled gradients overflow now and then, which is provided for
+            grads = [x.grad for x in self.parameters() if x.grad is not None]
+            finite = finite & nn.utils.get_total_norm(grads).isfinite()
+        if self.trainer.strategy.reduce_boolean_decision(bool(finite), all=True):
+            optimizer.step(lambda: loss)
+            for name, value in self.losses.items():
+                self.log(
+                    f"loss/{name}",
+                    value,
+                    on_epoch=True,
+                    on_step=False,
+                    prog_bar=True,
+                    batch_size=len(self.seen[0]),
+                )
+        elif skip:
+            for buffer, earlier in zip(buffers, before, strict=True):  # queue and history
+                buffer.copy_(earlier)
+            self.skipped_batches += 1
+            print(f"\nskipped a batch: {self.not_finite(epoch)}", flush=True)
+        else:
+            raise UsageError(self.not_finite(epoch))
+
+    def not_finite(self, epoch: int) -> str:
+        """Names the samples of the latest batch that made it useless."""
+        (indices, finite), ids = self.seen, self.trainer.datamodule.parts["train"].ids
+        broken, what = indices[~finite], "the predictions are not finite of the samples"
+        if not len(broken):
+            broken, what = indices, "loss or gradient is not finite in the batch of the samples"
+            if self.trainer.world_size > 1:
+                what = "loss or gradient is not finite on a process; here all predictions are, of the samples"
+        names = ", ".join(str(i if ids is None else ids[i]) for i in broken.tolist())
+        return f"epoch {epoch} (the first is 0), training split: {what} {names}"
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["skipped_batches"] = self.skipped_batches
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.skipped_batches = checkpoint.get("skipped_batches", 0)
 
     def on_train_epoch_end(self) -> None:
         self.model.tracker.synchronize()
@@ -604,13 +658,13 @@ def evaluate(probs: Tensor, labels: Tensor, threshold: Tensor) -> dict[str, floa
     }
 
 
-def plot(history: Sequence[Mapping[str, str]], probs: Tensor, labels: Tensor, path: Path) -> None:
+def plot(history: Sequence[Mapping[str, float]], probs: Tensor, labels: Tensor, path: Path) -> None:
     """Training curves, and how often a label is present where the model says so with probability p (test set)."""
     figure = Figure(figsize=(11, 3.8), layout="constrained")
     losses, scores, reliability = figure.subplots(1, 3)
     for axes, keys in ((losses, ("loss/cls", "loss/dir", "val/cls")), (scores, ("val/miF1",))):
         for key in keys:
-            points = [(int(row["epoch"]) + 1, float(row[key])) for row in history if row.get(key)]
+            points = [(row["epoch"] + 1, row[key]) for row in history if key in row]
             if points:
                 axes.plot(*zip(*points, strict=True), marker=".", label=key)
         axes.set_xlabel("epoch")
@@ -640,6 +694,64 @@ def plot(history: Sequence[Mapping[str, str]], probs: Tensor, labels: Tensor, pa
     )
     reliability.legend()
     figure.savefig(path, dpi=120)
+
+
+class History(L.Callback):
+    """Losses and validation results, one row an epoch: in metrics.csv, and in the checkpoints for who resumes."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.rows: list[dict[str, float]] = []
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        values = {name: value.item() for name, value in trainer.callback_metrics.items()}
+        self.rows.append({"epoch": trainer.current_epoch, **values})
+        if trainer.is_global_zero:
+            columns = ["epoch", *sorted({name for row in self.rows for name in row} - {"epoch"})]
+            text = io.StringIO(newline="")
+            writer = csv.DictWriter(text, columns)
+            writer.writeheader()
+            writer.writerows(self.rows)
+            replace_file(self.folder / "metrics.csv", text.getvalue().encode())
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.rows = list(state_dict["rows"])
+
+
+class Patience(EarlyStopping):
+    """Stops a run that was stopped before and is resumed from its last checkpoint, which else would go on."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        trainer.should_stop = self.stopped_epoch > 0
+
+
+def replace_file(path: Path, content: bytes | memoryview) -> None:
+    """Writes a file in one piece: who dies meanwhile, process or machine, leaves the earlier one."""
+    partial = path.with_name(path.name + ".part")
+    with open(partial, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """Replaces checkpoints in one piece.
+
+    Lightning writes into the system's folder for temporary files and moves the result. Where that is another file
+    system the move is a copy, and who dies meanwhile leaves half a checkpoint in the place of the earlier one.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
+    ) -> None:
+        content = io.BytesIO()
+        torch.save(checkpoint, content)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        replace_file(Path(path), content.getbuffer())
 
 
 class MovableCheckpoint(ModelCheckpoint):
@@ -821,23 +933,6 @@ def save_options(args: argparse.Namespace, folder: Path) -> None:
     (folder / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
 
 
-def collect_history(folder: Path) -> list[dict[str, str]]:
-    """Joins the logs of a run and of its resumptions to metrics.csv, one row an epoch and stage."""
-    history: list[dict[str, str]] = []
-    logs = folder.glob("logs/version_*/metrics.csv")
-    for path in sorted(logs, key=lambda path: int(path.parent.name.removeprefix("version_"))):
-        with open(path, newline="") as file:
-            rows = list(csv.DictReader(file))
-        first = min((int(row["epoch"]) for row in rows), default=math.inf)
-        history = [row for row in history if int(row["epoch"]) < first] + rows
-    columns = sorted({column for row in history for column in row})
-    with open(folder / "metrics.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(history)
-    return history
-
-
 def check_options(args: argparse.Namespace) -> None:
     """Raises UsageError for values that cannot go together or make no sense."""
     for name in (*TRAINING_OPTIONS, *MODEL_OPTIONS):
@@ -884,11 +979,15 @@ def load(path: Path, lit_class: type[LitLDDU] = LitLDDU) -> LitLDDU:
 
 
 def check_resumable(path: Path, lit: LitLDDU, epochs: int) -> None:
-    """Raises UsageError unless the checkpoint is of the same training and leaves something to do."""
+    """Raises UsageError unless the checkpoint is of the same training and leaves something to do.
+
+    A run that was ended between its last epoch and metrics.json, its last file, has the evaluation left.
+    """
     checkpoint = read_checkpoint(path)
     saved = checkpoint["hyper_parameters"]
-    if checkpoint["epoch"] + 1 >= epochs:
-        raise UsageError(f"{path}: {checkpoint['epoch'] + 1} epochs are done, --epochs is {epochs}")
+    done = checkpoint["epoch"] + 1
+    if done > epochs or (done == epochs and (path.parent / "metrics.json").exists()):
+        raise UsageError(f"{path}: {done} epochs are done, --epochs is {epochs}")
     for name in lit.hparams:
         if saved.get(name) != lit.hparams[name]:
             raise UsageError(
@@ -908,6 +1007,8 @@ def set_statistics(encoders: nn.ModuleDict, data: MultimodalDataset) -> None:
     for batch in data.loader(1024):
         for name in encoders:
             valid = batch.features[name][~batch.padding_mask[name]].double()
+            # What is not finite here would be so in all results; training reports it (--on-nan).
+            valid = valid[valid.isfinite().all(1)]
             if count := len(valid):
                 mean, counts[name] = valid.mean(0), counts[name] + count
                 change = mean - means[name]
@@ -970,8 +1071,10 @@ def train(args: argparse.Namespace, lit_class: type[LitLDDU] = LitLDDU) -> dict[
     if isinstance(lit.model, LDDU):
         # With this bound several processes need not ask each other at every step how large their batches are.
         lit.model.contrastive.max_batch_size = args.batch_size
+    lit.on_nan = args.on_nan
     if args.ckpt:
         check_resumable(args.ckpt, lit, epochs)
+    history = History(folder)
     best = MovableCheckpoint(
         folder, "best", monitor="val/miF1", mode="max", enable_version_counter=False
     )
@@ -984,14 +1087,19 @@ def train(args: argparse.Namespace, lit_class: type[LitLDDU] = LitLDDU) -> dict[
         accelerator=args.accelerator,
         devices=args.devices,
         # No broadcast: until an epoch ends, each process has its own part of the tracker's history.
-        strategy=DDPStrategy(broadcast_buffers=False) if distributed else "auto",
+        # Whoever waits longer than the timeout for a process that has died or hangs ends with an error.
+        strategy=DDPStrategy(broadcast_buffers=False, timeout=timedelta(seconds=args.timeout))
+        if distributed
+        else "auto",
+        plugins=[WholeCheckpoints()],
         precision=args.precision,
         gradient_clip_val=1.0,
-        logger=[CSVLogger(folder, name="logs"), TensorBoardLogger(folder, name="tensorboard")],
+        logger=TensorBoardLogger(folder, name="tensorboard"),
         callbacks=[
+            history,
             best,
             last,
-            EarlyStopping("val/miF1", mode="max", patience=args.patience),
+            Patience("val/miF1", mode="max", patience=args.patience),
             TQDMProgressBar(refresh_rate=5),
         ],
         log_every_n_steps=1_000_000,  # once an epoch is enough, and never waits for the device
@@ -999,6 +1107,8 @@ def train(args: argparse.Namespace, lit_class: type[LitLDDU] = LitLDDU) -> dict[
     )
     if trainer.is_global_zero:
         save_options(args, folder)
+        if not args.ckpt:  # the results of an earlier run in this folder
+            (folder / "metrics.json").unlink(missing_ok=True)
     trainer.fit(
         lit, DataModule(parts, args.batch_size, args.seed), ckpt_path=args.ckpt, weights_only=True
     )
@@ -1011,6 +1121,7 @@ def train(args: argparse.Namespace, lit_class: type[LitLDDU] = LitLDDU) -> dict[
         "data": name,
         "seed": args.seed,
         "epochs": trainer.current_epoch,
+        "skipped_batches": trainer.lightning_module.skipped_batches,
         "parameters": sum(parameter.numel() for parameter in lit.parameters()),
         "threshold": [round(value, 2) for value in lit.threshold.tolist()],
     }
@@ -1030,9 +1141,10 @@ def train(args: argparse.Namespace, lit_class: type[LitLDDU] = LitLDDU) -> dict[
         row = evaluate(probs, test.labels, lit.threshold)
         row["uncertainty"] = round(float(predictive_entropy(probs).mean()), 4)
         results["modalities"][" + ".join(names) or "none"] = row
+    plot(history.rows, outputs["probs"], test.labels, folder / "training.png")
     results["seconds"] = round(time.perf_counter() - start, 1)
-    (folder / "metrics.json").write_text(json.dumps(results, indent=2) + "\n")
-    plot(collect_history(folder), outputs["probs"], test.labels, folder / "training.png")
+    # the last file: where it is, the run is complete
+    replace_file(folder / "metrics.json", (json.dumps(results, indent=2) + "\n").encode())
     rows = ("validation", "test", "uncalibrated", "Bayes")
     print_table({row: results[row] for row in rows if row in results})
     print(
@@ -1182,8 +1294,13 @@ TRAINING_OPTIONS: dict[str, tuple[Any, str]] = {
     ),
     "thresholds": (("single", "label"), "one threshold for all labels, or one for each"),
     "weight_decay": (0.0, "decoupled weight decay (paper: Adam, none)"),
+    "on_nan": (
+        ("stop", "skip"),
+        "what to do with a batch whose loss or gradient is not finite; its samples are named",
+    ),
     "devices": (1, "number of devices"),
     "strategy": (("auto", "ddp"), "ddp, or auto: ddp for several devices"),
+    "timeout": (600, "seconds a process waits for the others before it ends with an error (ddp)"),
     "precision": ("32-true", "32-true, bf16-mixed, 16-mixed, ... (see Lightning)"),
 }
 MODEL_OPTIONS: dict[str, tuple[Any, str]] = {
