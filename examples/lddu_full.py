@@ -523,11 +523,18 @@ class LitLDDU(L.LightningModule):
 
     def training_step(self, batch: MultimodalBatch, batch_idx: int) -> Tensor:
         features, padding = self.disturbed(batch)
-        output = self.model(features, padding, batch.labels)
-        losses = self.model.losses(output, batch.labels, batch.indices, self.targets(batch))
+        # What is not finite is kept from the layers, which refuse it, and from other processes, and told by the loss.
+        finite = torch.stack([x.isfinite().flatten(1).all(1) for x in features.values()]).all(0)
+        features = {name: x.nan_to_num(0, 0, 0) for name, x in features.items()}
+        self.seen = batch.indices, finite
+        try:
+            output = self.model(features, padding, batch.labels)
+            losses = self.model.losses(output, batch.labels, batch.indices, self.targets(batch))
+        except ValueError as error:  # on a CPU the layers look at values: the model has diverged
+            raise UsageError(f"{self.not_finite()}: {error}") from error
+        self.seen = batch.indices, finite & output.logits.detach().isfinite().all(1)
         self.losses = {name: loss.detach() for name, loss in losses.items()}
-        self.seen = batch.indices, output.logits.detach().isfinite().all(1)
-        return losses["total"]
+        return losses["total"].masked_fill(~finite.all(), math.nan)
 
     def optimizer_step(
         self,
@@ -565,20 +572,20 @@ class LitLDDU(L.LightningModule):
             for buffer, earlier in zip(buffers, before, strict=True):  # queue and history
                 buffer.copy_(earlier)
             self.skipped_batches += 1
-            print(f"\nskipped a batch: {self.not_finite(epoch)}", flush=True)
+            print(f"\nskipped a batch: {self.not_finite()}", flush=True)
         else:
-            raise UsageError(self.not_finite(epoch))
+            raise UsageError(self.not_finite())
 
-    def not_finite(self, epoch: int) -> str:
-        """Names the samples of the latest batch that made it useless."""
+    def not_finite(self) -> str:
+        """Names the samples that made the latest batch useless, or all of it if none stands out."""
         (indices, finite), ids = self.seen, self.trainer.datamodule.parts["train"].ids
-        broken, what = indices[~finite], "the predictions are not finite of the samples"
-        if not len(broken):
-            broken, what = indices, "loss or gradient is not finite in the batch of the samples"
+        what = "features or predictions are not finite"
+        if finite.all():
+            what, finite = "loss or gradient is not finite", ~finite
             if self.trainer.world_size > 1:
-                what = "loss or gradient is not finite on a process; here all predictions are, of the samples"
-        names = ", ".join(str(i if ids is None else ids[i]) for i in broken.tolist())
-        return f"epoch {epoch} (the first is 0), training split: {what} {names}"
+                what += ", here or on another process"
+        names = ", ".join(str(i if ids is None else ids[i]) for i in indices[~finite].tolist())
+        return f"epoch {self.current_epoch} (the first is 0), training samples {names}: {what}"
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["skipped_batches"] = self.skipped_batches
