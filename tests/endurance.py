@@ -351,7 +351,11 @@ def memory(root, steps=10_000):
         epochs = -(-steps // 24)
         options = [*SMALL, "--batch-size=4", f"--epochs={epochs}", f"--patience={epochs}"]
         options += ["--accelerator=auto", "--output", str(root / "memory")]
-        with contextlib.redirect_stdout(None), contextlib.redirect_stderr(None):
+        with (
+            open(os.devnull, "w") as nowhere,
+            contextlib.redirect_stdout(nowhere),
+            contextlib.redirect_stderr(nowhere),
+        ):
             example.train(example.parse(options), Watched)
     grown = found[steps] - found[1_000]
     print(f"{grown / 2**20:+.1f} MiB from step 1,000 to step {steps:,}")
