@@ -323,6 +323,41 @@ def ranks(root, timeout=20):
         )
 
 
+def not_finite(root, data):
+    """Trains in two processes on data of which sample 7 is not finite: both stop, or both skip its batch."""
+    import numpy as np
+    import torch
+
+    folder = data / "train"
+    name = np.load(folder / "modalities.npy")[0]
+    features = np.load(folder / f"features.{name}.npy")
+    padding = np.load(folder / f"padding_mask.{name}.npy")
+    features[7], padding[7] = np.nan, False
+    np.save(folder / f"features.{name}.npy", features)
+    np.save(folder / f"padding_mask.{name}.npy", padding)
+    for choice in ("stop", "skip"):
+        output = root / choice
+        command = [sys.executable, str(EXAMPLES / "lddu_full.py"), "--data", str(data), *SMALL]
+        command += ["--epochs=2", "--devices=2", "--strategy=ddp", f"--on-nan={choice}"]
+        begin = time.monotonic()
+        done = subprocess.run(
+            [*command, "--output", str(output)], capture_output=True, text=True, timeout=300
+        )
+        seconds = time.monotonic() - begin
+        said = done.stdout + done.stderr
+        assert "training samples 7: features or predictions are not finite" in said, said
+        assert (done.returncode == 0) == (choice == "skip"), said
+        if choice == "skip":
+            state = torch.load(output / "last.ckpt", weights_only=True)
+            assert state["skipped_batches"] == 2  # one an epoch
+            assert all(x.isfinite().all() for x in state["state_dict"].values())
+            # On both processes: the history, which they share, lacks all samples of both batches.
+            history = state["state_dict"]["model.tracker.history"][1]
+            left_out = (history.amax(1) < 2).sum()
+            assert 32 < left_out <= 64, left_out
+        print(f"two processes, --on-nan {choice}: {seconds:.1f} s", flush=True)
+
+
 # --- Memory ----------------------------------------------------------------------------------------------------------
 
 
