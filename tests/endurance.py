@@ -226,7 +226,7 @@ def work(run):
 
 def one_sweep(folder):
     with example_module("sweep") as module:
-        args = argparse.Namespace(arms=["x"], seeds=list(range(12)), jobs=2, output=folder)
+        args = argparse.Namespace(arms=["x"], seeds=list(range(40)), jobs=2, output=folder)
         module.sweep(work, [Path("data.npz")], args)
 
 
@@ -261,8 +261,8 @@ def sweeps(count, seed, root):
         assert path.stat().st_mtime_ns == before, f"{path} was done again"
         assert (path.parent / "starts").read_text() == starts[path]
     rows = json.loads((folder / "runs.json").read_text())
-    assert [(row["seed"], row["value"]) for row in rows] == [(i, 10 * i) for i in range(12)]
-    print(f"{killed} kills of a sweep of 12 runs, {len(finished)} finished before the last kill:")
+    assert [(row["seed"], row["value"]) for row in rows] == [(i, 10 * i) for i in range(40)]
+    print(f"{killed} kills of a sweep of 40 runs, {len(finished)} finished before the last kill:")
     print("no run lost, no finished run repeated, no worker left behind")
 
 
