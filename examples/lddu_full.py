@@ -552,9 +552,7 @@ class LitLDDU(L.LightningModule):
         before = [buffer.clone() for buffer in buffers] if skip else []
         loss = optimizer_closure()  # forward pass, losses, backward pass
         finite = loss.isfinite()
-        if (
-            self.trainer.precision != "16-mixed"
-        ):  # there scaled gradients overflow now and then, which is provided for
+        if self.trainer.precision != "16-mixed":  # whose scaler skips gradients that overflow
             grads = [x.grad for x in self.parameters() if x.grad is not None]
             finite = finite & nn.utils.get_total_norm(grads).isfinite()
         if self.trainer.strategy.reduce_boolean_decision(bool(finite), all=True):
