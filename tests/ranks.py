@@ -185,11 +185,11 @@ def gathered_supcon(rank, source, shares, embeddings, classes):
 
 def left_alone(rank, how, timeout):
     """What rank 0 meets in every exchange while the others have died or hang: {name: (error, seconds)}."""
-    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout))
     latent = umm.DiagonalGaussian(torch.randn(4, 2, 3, 4), torch.ones(4, 2, 3, 4))
     contrastive = umm.DistributionSupConLoss(2, 3, 4, queue_size=50, gather=True)
     contrastive(latent, torch.ones(4, 3))  # all are well
     before = contrastive.queue.clone()
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout))
     if rank:
         if how == "dies":
             os._exit(1)
