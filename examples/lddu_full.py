@@ -43,6 +43,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -54,7 +55,7 @@ import torch.nn.functional as F
 import torchmetrics
 import yaml
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, TQDMProgressBar
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
@@ -448,6 +449,7 @@ class LitLDDU(L.LightningModule):
 
     threshold: Tensor
     network: Callable[..., nn.Module] = LDDU  # another one is trained by a subclass with its own
+    on_nan = "stop"  # or "skip"
 
     def __init__(
         self,
@@ -473,6 +475,7 @@ class LitLDDU(L.LightningModule):
         self.calibration = PlattScaling(len(label_names))
         self.register_buffer("threshold", torch.full((len(label_names),), 0.5))
         self.logits, self.labels = (CatMetric(nan_strategy="disable") for _ in range(2))
+        self.skipped_batches = 0
 
     def configure_optimizers(self) -> dict[str, Any]:
         """Adam with linear warm-up and cosine decay (appendix A.1)."""
@@ -528,19 +531,73 @@ class LitLDDU(L.LightningModule):
 
     def training_step(self, batch: MultimodalBatch, batch_idx: int) -> Tensor:
         features, padding = self.disturbed(batch)
-        output = self.model(features, padding, batch.labels)
-        losses = self.model.losses(output, batch.labels, batch.indices, self.targets(batch))
-        size = batch.labels.shape[0]
-        for name, loss in losses.items():
-            self.log(
-                f"loss/{name}",
-                loss.detach(),
-                on_epoch=True,
-                on_step=False,
-                prog_bar=True,
-                batch_size=size,
-            )
-        return losses["total"]
+        # What is not finite is kept from the layers, which refuse it, and from other processes, and told by the loss.
+        finite = torch.stack([x.isfinite().flatten(1).all(1) for x in features.values()]).all(0)
+        features = {name: x.nan_to_num(0, 0, 0) for name, x in features.items()}
+        self.seen = batch.indices, finite
+        try:
+            output = self.model(features, padding, batch.labels)
+            losses = self.model.losses(output, batch.labels, batch.indices, self.targets(batch))
+        except ValueError as error:  # on a CPU the layers look at values: the model has diverged
+            raise UsageError(f"{self.not_finite()}: {error}") from error
+        self.seen = batch.indices, finite & output.logits.detach().isfinite().all(1)
+        self.losses = {name: loss.detach() for name, loss in losses.items()}
+        return losses["total"].masked_fill(~finite.all(), math.nan)
+
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Any,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        """Steps, unless the loss or a gradient is not finite on any process: then all stop, or all skip the batch.
+
+        The host reads the outcome, so it waits for an accelerator once a step, between backward pass and update.
+        """
+        assert optimizer_closure is not None
+        skip, buffers = self.on_nan == "skip", list(self.model.buffers())
+        before = [buffer.clone() for buffer in buffers] if skip else []
+        loss = optimizer_closure()  # forward pass, losses, backward pass
+        finite = loss.isfinite()
+        if self.trainer.precision != "16-mixed":  # whose scaler skips gradients that overflow
+            grads = [x.grad for x in self.parameters() if x.grad is not None]
+            finite = finite & nn.utils.get_total_norm(grads).isfinite()
+        if self.trainer.strategy.reduce_boolean_decision(bool(finite), all=True):
+            optimizer.step(lambda: loss)
+            for name, value in self.losses.items():
+                self.log(
+                    f"loss/{name}",
+                    value,
+                    on_epoch=True,
+                    on_step=False,
+                    prog_bar=True,
+                    batch_size=len(self.seen[0]),
+                )
+        elif skip:
+            for buffer, earlier in zip(buffers, before, strict=True):  # queue and history
+                buffer.copy_(earlier)
+            self.skipped_batches += 1
+            print(f"\nskipped a batch: {self.not_finite()}", flush=True)
+        else:
+            raise UsageError(self.not_finite())
+
+    def not_finite(self) -> str:
+        """Names the samples that made the latest batch useless, or all of it if none stands out."""
+        (indices, finite), ids = self.seen, self.trainer.datamodule.parts["train"].ids
+        what = "features or predictions are not finite"
+        if finite.all():
+            what, finite = "loss or gradient is not finite", ~finite
+            if self.trainer.world_size > 1:
+                what += ", here or on another process"
+        names = ", ".join(str(i if ids is None else ids[i]) for i in indices[~finite].tolist())
+        return f"epoch {self.current_epoch} (the first is 0), training samples {names}: {what}"
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["skipped_batches"] = self.skipped_batches
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.skipped_batches = checkpoint.get("skipped_batches", 0)
 
     def on_train_epoch_end(self) -> None:
         self.model.tracker.synchronize()
@@ -614,13 +671,13 @@ def evaluate(probs: Tensor, labels: Tensor, threshold: Tensor) -> dict[str, floa
     }
 
 
-def plot(history: Sequence[Mapping[str, str]], probs: Tensor, labels: Tensor, path: Path) -> None:
+def plot(history: Sequence[Mapping[str, float]], probs: Tensor, labels: Tensor, path: Path) -> None:
     """Training curves, and how often a label is present where the model says so with probability p (test set)."""
     figure = Figure(figsize=(11, 3.8), layout="constrained")
     losses, scores, reliability = figure.subplots(1, 3)
     for axes, keys in ((losses, ("loss/cls", "loss/dir", "val/cls")), (scores, ("val/miF1",))):
         for key in keys:
-            points = [(int(row["epoch"]) + 1, float(row[key])) for row in history if row.get(key)]
+            points = [(row["epoch"] + 1, row[key]) for row in history if key in row]
             if points:
                 axes.plot(*zip(*points, strict=True), marker=".", label=key)
         axes.set_xlabel("epoch")
@@ -667,6 +724,38 @@ class CompleteCheckpoints(TorchCheckpointIO):
         torch.save(checkpoint, buffer)
         with replacing(path) as partial:
             partial.write_bytes(buffer.getbuffer())
+
+
+class History(L.Callback):
+    """Losses and validation results, one row an epoch: in metrics.csv, and in the checkpoints for who resumes."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.rows: list[dict[str, float]] = []
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        values = {name: value.item() for name, value in trainer.callback_metrics.items()}
+        self.rows.append({"epoch": trainer.current_epoch, **values})
+        if trainer.is_global_zero:
+            columns = ["epoch", *sorted({name for row in self.rows for name in row} - {"epoch"})]
+            text = io.StringIO(newline="")
+            writer = csv.DictWriter(text, columns)
+            writer.writeheader()
+            writer.writerows(self.rows)
+            write_text(self.folder / "metrics.csv", text.getvalue())
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.rows = list(state_dict["rows"])
+
+
+class Patience(EarlyStopping):
+    """Stops a run that was stopped before and is resumed from its last checkpoint, which else would go on."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        trainer.should_stop = self.stopped_epoch > 0
 
 
 class MovableCheckpoint(ModelCheckpoint):
@@ -854,23 +943,6 @@ def write_text(path: Path, text: str) -> None:
         partial.write_text(text)
 
 
-def collect_history(folder: Path) -> list[dict[str, str]]:
-    """Joins the logs of a run and of its resumptions to metrics.csv, one row an epoch and stage."""
-    history: list[dict[str, str]] = []
-    logs = folder.glob("logs/version_*/metrics.csv")
-    for path in sorted(logs, key=lambda path: int(path.parent.name.removeprefix("version_"))):
-        with open(path, newline="") as file:
-            rows = list(csv.DictReader(file))
-        first = min((int(row["epoch"]) for row in rows), default=math.inf)
-        history = [row for row in history if int(row["epoch"]) < first] + rows
-    columns = sorted({column for row in history for column in row})
-    with replacing(folder / "metrics.csv") as partial, open(partial, "w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(history)
-    return history
-
-
 def check_options(args: argparse.Namespace) -> None:
     """Raises UsageError for values that cannot go together or make no sense."""
     for name in (*TRAINING_OPTIONS, *MODEL_OPTIONS):
@@ -918,13 +990,17 @@ def load(path: Path, lit_class: type[LitLDDU] = LitLDDU) -> LitLDDU:
 
 
 def check_resumable(path: Path, lit: LitLDDU, epochs: int) -> None:
-    """Raises UsageError unless the checkpoint is of the same training and leaves something to do."""
+    """Raises UsageError unless the checkpoint is of the same training and leaves something to do.
+
+    A run that was ended between its last epoch and metrics.json, its last file, has the evaluation left.
+    """
     checkpoint = read_checkpoint(path)
     saved = checkpoint["hyper_parameters"]
     if "epoch" not in checkpoint or "optimizer_states" not in checkpoint:
         raise UsageError(f"{path}: cannot resume, it has no state of a training")
-    if checkpoint["epoch"] + 1 >= epochs:
-        raise UsageError(f"{path}: {checkpoint['epoch'] + 1} epochs are done, --epochs is {epochs}")
+    done = checkpoint["epoch"] + 1
+    if done > epochs or (done == epochs and (path.parent / "metrics.json").exists()):
+        raise UsageError(f"{path}: {done} epochs are done, --epochs is {epochs}")
     for name in lit.hparams:
         if saved.get(name) != lit.hparams[name]:
             raise UsageError(
@@ -952,6 +1028,8 @@ def set_statistics(encoders: nn.ModuleDict, data: MultimodalDataset) -> None:
     for batch in data.loader(1024):
         for name in encoders:
             valid = batch.features[name][~batch.padding_mask[name]].double()
+            # What is not finite here would be so in all results; training reports it (--on-nan).
+            valid = valid[valid.isfinite().all(1)]
             if count := len(valid):
                 mean, counts[name] = valid.mean(0), counts[name] + count
                 change = mean - means[name]
@@ -1014,8 +1092,10 @@ def train(args: argparse.Namespace, lit_class: type[LitLDDU] = LitLDDU) -> dict[
     if isinstance(lit.model, LDDU):
         # With this bound several processes need not ask each other at every step how large their batches are.
         lit.model.contrastive.max_batch_size = args.batch_size
+    lit.on_nan = args.on_nan
     if args.ckpt:
         check_resumable(args.ckpt, lit, epochs)
+    history = History(folder)
     best = MovableCheckpoint(
         folder, "best", monitor="val/miF1", mode="max", enable_version_counter=False
     )
@@ -1028,15 +1108,19 @@ def train(args: argparse.Namespace, lit_class: type[LitLDDU] = LitLDDU) -> dict[
         accelerator=args.accelerator,
         devices=args.devices,
         # No broadcast: until an epoch ends, each process has its own part of the tracker's history.
-        strategy=DDPStrategy(broadcast_buffers=False) if distributed else "auto",
+        # Whoever waits longer than the timeout for a process that has died or hangs ends with an error.
+        strategy=DDPStrategy(broadcast_buffers=False, timeout=timedelta(seconds=args.timeout))
+        if distributed
+        else "auto",
+        plugins=[CompleteCheckpoints()],
         precision=args.precision,
         gradient_clip_val=1.0,
-        logger=[CSVLogger(folder, name="logs"), TensorBoardLogger(folder, name="tensorboard")],
-        plugins=[CompleteCheckpoints()],
+        logger=TensorBoardLogger(folder, name="tensorboard"),
         callbacks=[
+            history,
             best,
             last,
-            EarlyStopping("val/miF1", mode="max", patience=args.patience),
+            Patience("val/miF1", mode="max", patience=args.patience),
             TQDMProgressBar(refresh_rate=5),
         ],
         log_every_n_steps=1_000_000,  # once an epoch is enough, and never waits for the device
@@ -1044,6 +1128,8 @@ def train(args: argparse.Namespace, lit_class: type[LitLDDU] = LitLDDU) -> dict[
     )
     if trainer.is_global_zero:
         save_options(args, folder)
+        if not args.ckpt:  # the results of an earlier run in this folder
+            (folder / "metrics.json").unlink(missing_ok=True)
     trainer.fit(
         lit, DataModule(parts, args.batch_size, args.seed), ckpt_path=args.ckpt, weights_only=True
     )
@@ -1056,6 +1142,7 @@ def train(args: argparse.Namespace, lit_class: type[LitLDDU] = LitLDDU) -> dict[
         "data": name,
         "seed": args.seed,
         "epochs": trainer.current_epoch,
+        "skipped_batches": trainer.lightning_module.skipped_batches,
         "parameters": sum(parameter.numel() for parameter in lit.parameters()),
         "threshold": [round(value, 2) for value in lit.threshold.tolist()],
     }
@@ -1075,9 +1162,10 @@ def train(args: argparse.Namespace, lit_class: type[LitLDDU] = LitLDDU) -> dict[
         row = evaluate(probs, test.labels, lit.threshold)
         row["uncertainty"] = round(float(predictive_entropy(probs).mean()), 4)
         results["modalities"][" + ".join(names) or "none"] = row
+    plot(history.rows, outputs["probs"], test.labels, folder / "training.png")
     results["seconds"] = round(time.perf_counter() - start, 1)
+    # the last file: where it is, the run is complete
     write_text(folder / "metrics.json", json.dumps(results, indent=2) + "\n")
-    plot(collect_history(folder), outputs["probs"], test.labels, folder / "training.png")
     rows = ("validation", "test", "uncalibrated", "Bayes")
     print_table({row: results[row] for row in rows if row in results})
     print(
@@ -1236,8 +1324,13 @@ TRAINING_OPTIONS: dict[str, tuple[Any, str]] = {
     ),
     "thresholds": (("single", "label"), "one threshold for all labels, or one for each"),
     "weight_decay": (0.0, "decoupled weight decay (paper: Adam, none)"),
+    "on_nan": (
+        ("stop", "skip"),
+        "what to do with a batch whose loss or gradient is not finite; its samples are named",
+    ),
     "devices": (1, "number of devices"),
     "strategy": (("auto", "ddp"), "ddp, or auto: ddp for several devices"),
+    "timeout": (600, "seconds a process waits for the others before it ends with an error (ddp)"),
     "precision": ("32-true", "32-true, bf16-mixed, 16-mixed, ... (see Lightning)"),
 }
 MODEL_OPTIONS: dict[str, tuple[Any, str]] = {

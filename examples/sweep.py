@@ -12,10 +12,11 @@ import contextlib
 import csv
 import json
 import os
+import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -104,7 +105,9 @@ def sweep(work: Work, files: Sequence[Path], args: argparse.Namespace) -> tuple[
         for arm in args.arms
     ]
     rows: dict[int, Row] = {}
-    with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(
+        args.jobs, mp_context=get_context("spawn"), initializer=end_with_parent
+    ) as pool:
         futures = {pool.submit(finish, work, run): index for index, run in enumerate(runs)}
         with tqdm(total=len(runs), unit="run", smoothing=0) as bar:
             for future in as_completed(futures):
@@ -122,6 +125,21 @@ def sweep(work: Work, files: Sequence[Path], args: argparse.Namespace) -> tuple[
         writer.writeheader()
         writer.writerows(finished)
     return finished, len(runs) - len(finished)
+
+
+def end_with_parent() -> None:
+    """Ends this process when the one that started it does, however it does.
+
+    A sweep that was killed would else leave runs behind, and the next would start them again in the same folders.
+    """
+
+    def watch() -> None:
+        parent = parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def finish(work: Work, run: Run) -> Row:

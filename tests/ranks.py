@@ -1,5 +1,6 @@
 """Processes joined by gloo, started once and fed with jobs, and the jobs that the tests send."""
 
+import os
 import pickle
 import time
 import traceback
@@ -56,10 +57,16 @@ class Ranks:
             connection.send_bytes(pickle.dumps((function, arguments)))
         return self._answers(JOB)
 
-    def _answers(self, seconds):
+    def run_first(self, function, *arguments):
+        """The result of rank 0; what becomes of the other ranks does not matter."""
+        for connection in self.connections:
+            connection.send_bytes(pickle.dumps((function, arguments)))
+        return self._answers(JOB, self.connections[:1])[0]
+
+    def _answers(self, seconds, connections=None):
         deadline = time.monotonic() + seconds
         answers = []
-        for rank, connection in enumerate(self.connections):
+        for rank, connection in enumerate(connections or self.connections):
             if not connection.poll(max(0, deadline - time.monotonic())):
                 self.stop()
                 raise TimeoutError(f"rank {rank} did not answer within {seconds} s")
@@ -174,3 +181,35 @@ def gathered_supcon(rank, source, shares, embeddings, classes):
     loss = names["gathered_supcon"](own, classes[share], len(embeddings))
     loss.backward()
     return loss.detach(), own.grad
+
+
+def left_alone(rank, how, timeout):
+    """What rank 0 meets in every exchange while the others have died or hang: {name: (error, seconds)}."""
+    latent = umm.DiagonalGaussian(torch.randn(4, 2, 3, 4), torch.ones(4, 2, 3, 4))
+    contrastive = umm.DistributionSupConLoss(2, 3, 4, queue_size=50, gather=True)
+    contrastive(latent, torch.ones(4, 3))  # all are well
+    before = contrastive.queue.clone()
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout))
+    if rank:
+        if how == "dies":
+            os._exit(1)
+        time.sleep(JOB)
+    bounded = umm.DistributionSupConLoss(2, 3, 4, gather=True, max_batch_size=4)
+    tracker = umm.CorrectnessTracker(5)
+    tracker.update(torch.arange(3), torch.ones(3))
+    exchanges = {
+        "loss": lambda: contrastive(latent, torch.ones(4, 3)),
+        "loss with max_batch_size": lambda: bounded(latent, torch.ones(4, 3)),
+        "synchronize": tracker.synchronize,
+    }
+    met = {}
+    for name, exchange in exchanges.items():
+        begin = time.monotonic()
+        try:
+            exchange()
+        except Exception as error:
+            met[name] = type(error).__name__, time.monotonic() - begin
+        else:
+            met[name] = None, time.monotonic() - begin
+    unchanged = torch.equal(contrastive.queue, before)
+    return met, unchanged, tracker.counts(torch.arange(5)).tolist()

@@ -15,6 +15,7 @@ import subprocess
 import sys
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -560,11 +561,10 @@ def write_checkpoint(example, path, seed):
 
 
 def write_history(example, path, seed):
-    log = path.parent / "logs" / f"version_{seed}" / "metrics.csv"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    epochs = range(50) if seed == 1 else range(50, 60)  # a short log, which fits where both do not
-    log.write_text("epoch,step\n" + "".join(f"{epoch},{seed}\n" for epoch in epochs))
-    example.collect_history(path.parent)
+    history = example.History(path.parent)
+    history.rows = [{"epoch": epoch, "loss": seed} for epoch in range(60)]
+    trainer = SimpleNamespace(callback_metrics={}, current_epoch=60, is_global_zero=True)
+    history.on_train_epoch_end(trainer, None)
 
 
 def draw(example, path, seed):

@@ -14,6 +14,7 @@ from ranks import (
     contrast_compiled,
     evaluate,
     gathered_supcon,
+    left_alone,
     track,
 )
 from support import close
@@ -297,3 +298,22 @@ def test_metrics_of_several_processes_are_those_of_one(ranks, division):
         assert answer.keys() == expected.keys()
         for name, value in expected.items():
             torch.testing.assert_close(answer[name], value)
+
+
+# -------------------------------------------------------------------------------- a rank that is gone
+
+
+@pytest.mark.parametrize("how", ["dies", "hangs"])
+def test_rank_left_alone_ends_with_an_error_in_bounded_time(tmp_path, how):
+    timeout = 2
+    ranks = Ranks(2, tmp_path / "meeting-point")
+    try:
+        met, queue_unchanged, counts = ranks.run_first(left_alone, how, timeout)
+    finally:
+        ranks.stop()
+    assert len(met) == 3
+    for name, (error, seconds) in met.items():
+        assert error is not None, name
+        assert seconds < timeout + 10, name  # the machine may be busy
+    assert queue_unchanged
+    assert counts == [1, 1, 1, 0, 0]  # what this rank saw is not lost

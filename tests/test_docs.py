@@ -15,6 +15,7 @@ PAGES = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning")  # torch 2.11
 @pytest.mark.parametrize("name", PAGES)
 def test_doctests_of_the_page(name):
     names, failed = {}, 0

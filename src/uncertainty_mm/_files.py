@@ -15,8 +15,8 @@ from pathlib import Path
 def replacing(path: str | PathLike[str]) -> Iterator[Path]:
     """A file beside `path` to write to, which takes its place in one step when the block ends well.
 
-    Where the block raises (a full disk, an interruption), or the process is killed, `path` is as it was before. A link
-    stays, and what it leads to is replaced. A device, such as /dev/null, is written to.
+    Where the block raises (a full disk, an interruption), the process is killed or the power fails, `path` is as it was
+    before. A link stays, and what it leads to is replaced. A device, such as /dev/null, is written to.
 
     Raises:
         PermissionError: If `path` is protected against writing.
@@ -30,6 +30,8 @@ def replacing(path: str | PathLike[str]) -> Iterator[Path]:
     partial = path.with_name(f"{path.stem}.part{path.suffix}")
     try:
         yield partial
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())
         os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
