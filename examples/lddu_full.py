@@ -275,7 +275,7 @@ class LDDU(nn.Module):
         ocl_weight: float = 0.3,
         dir_weight: float = 0.1,
         modality_weight: float = 1.0,
-        kl_weight: float = 1e-4,
+        kl_weight: float = 3e-5,
     ) -> None:
         super().__init__()
         modalities = len(modality_dims)
@@ -1375,7 +1375,7 @@ MODEL_OPTIONS: dict[str, tuple[Any, str]] = {
     "scl_weight": (0.1, "beta of Eq. 16, contrastive loss (paper: 0.8, see above)"),
     "dir_weight": (0.1, "gamma of Eq. 16, first prediction"),
     "modality_weight": (1.0, "weight of the predictions from each modality alone"),
-    "kl_weight": (1e-4, "weight of the divergence of the Gaussians from the prior"),
+    "kl_weight": (3e-5, "weight of the divergence of the Gaussians from the prior"),
 }
 
 

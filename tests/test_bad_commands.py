@@ -568,7 +568,7 @@ def write_history(example, path, seed):
 
 
 def draw(example, path, seed):
-    history = [{"epoch": "0", "loss/cls": str(seed)}]
+    history = [{"epoch": 0, "loss/cls": seed}]
     example.plot(history, outputs(seed)["probs"], torch.ones(16, 2), path)
 
 
