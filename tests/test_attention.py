@@ -64,6 +64,7 @@ def test_output_is_stacked_by_sample_modality_label():
 
 def test_defaults_are_those_of_the_contract():
     module = EmotionQueryAttention({"voice": 3}, 5)
+    assert (module.num_labels, module.out_dim) == (5, 128)
     assert module.scale == 1 / 16
     assert module.dropout == 0
     assert module.label_embedding.weight.shape == (5, 256)

@@ -279,6 +279,13 @@ def test_missing_modality_does_not_influence_the_loss_or_the_queue(value):
 # --------------------------------------------------------------------------------------- the queue
 
 
+def test_defaults_are_those_of_the_contract():
+    assert repr(DistributionSupConLoss(MODALITIES, LABELS, LATENT)) == (
+        "DistributionSupConLoss(queue_size=8192, temperature=0.07, anchors='present', use_mean=True, "
+        "use_std=True, joint=False, reduction='mean', gather=False, max_batch_size=None)"
+    )
+
+
 def test_queue_starts_empty():
     loss = DistributionSupConLoss(MODALITIES, LABELS, LATENT)
     assert loss.queue.shape == (8192, WIDTH)
@@ -479,6 +486,12 @@ def test_rejects_shapes_of_latent(mean_shape, std_shape):
     latent = DiagonalGaussian(torch.randn(mean_shape).double(), torch.rand(std_shape).double())
     with pytest.raises(ValueError, match="`latent"):
         build()(latent, random_batch()[1])
+
+
+def test_rejects_another_number_of_labels_though_latent_and_labels_agree():
+    latent = random_latent(BATCH, MODALITIES, LABELS + 1, LATENT)
+    with pytest.raises(ValueError, match=r"`latent\.mean` to have shape"):
+        build()(latent, torch.ones(BATCH, LABELS + 1))
 
 
 def test_rejects_a_batch_larger_than_the_largest():

@@ -13,6 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from support import HALF, close, gradient, poisoned
 from uncertainty_mm import functional
+from uncertainty_mm._supcon import supcon
 
 # --------------------------------------------------------------------------- supcon_loss (Eq. 7)
 
@@ -129,6 +130,20 @@ def test_supcon_without_anchors_is_zero_with_zero_gradient(reduction):
     loss.sum().backward()
     assert (loss == 0).all()
     assert (embeddings.grad == 0).all()
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_supcon_kernel_takes_rows_beyond_the_anchor_mask_as_keys_alone(reduction):
+    embeddings, classes = supcon_batch()
+    none = embeddings.new_empty(0, 5).detach(), classes.new_empty(0)
+    first = torch.tensor([True, False, True, True, True])
+    loss = supcon(embeddings, classes, first, *none, 0.07, reduction)
+    rows = naive_supcon_rows(embeddings, classes, [*first.tolist(), *[False] * 7])
+    expected = torch.stack([rows.get(i, embeddings.new_zeros(())) for i in range(5)])
+    if reduction != "none":
+        expected = expected.sum() / (len(rows) if reduction == "mean" else 1)
+    close(loss, expected.detach())
+    close(*gradient(loss, embeddings), *gradient(expected, embeddings))
 
 
 def test_supcon_leaves_rows_of_a_negative_class_out():
@@ -306,13 +321,13 @@ def test_supcon_reads_classes_as_names_only():
     close(functional.supcon_loss(embeddings, renamed), naive_supcon(embeddings, classes))
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("n", [0, 1])
 def test_supcon_of_too_few_rows_is_zero_with_zero_gradient(n, reduction):
     embeddings, classes = supcon_batch(n)
     loss = functional.supcon_loss(embeddings, classes, reduction=reduction)
-    loss.backward()
-    close(loss, 0.0)
+    loss.sum().backward()
+    close(loss, [0.0] * n if reduction == "none" else 0.0)
     assert embeddings.grad.shape == (n, 5)
     assert (embeddings.grad == 0).all()
 

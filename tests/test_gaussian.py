@@ -378,7 +378,7 @@ def test_every_parameter_gets_a_gradient():
 
 
 @pytest.mark.parametrize("min_std", [1e-4, 0.5])
-def test_std_is_the_equation_of_the_docstring(min_std):
+def test_std_follows_its_equation(min_std):
     module = GaussianDecoupler(1, 1, 1, hidden_dims=(), min_std=min_std).double()
     nn.init.ones_(module.log_var_head.weight)
     nn.init.zeros_(module.log_var_head.bias)
