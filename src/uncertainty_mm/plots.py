@@ -16,7 +16,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogFormatter, MaxNLocator
 from sklearn.manifold import TSNE
 from torch import Tensor
 
@@ -259,6 +259,8 @@ def uncertainty_against_noise(
         panel.plot(middle, median, color=COLORS[1], marker="o", markersize=4, label="median")
         panel.set_title(f"{name} (Spearman {measures.spearman(a, b):.2f})", fontsize="medium")
         panel.set(xlabel="noise level", ylabel="norm of standard deviation")
+        panel.yaxis.set_major_formatter(LogFormatter())
+        panel.yaxis.set_minor_formatter(LogFormatter())
     if ax is None:
         _label_outer(axes)
     axes[0].legend(fontsize="small")
