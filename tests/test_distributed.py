@@ -119,6 +119,14 @@ def test_gathered_queue_wraps_as_that_of_one_process(ranks, queue_size, max_batc
     compare(ranks, "ragged", batches, max_batch_size=max_batch_size, queue_size=queue_size)
 
 
+def test_anchors_without_a_positive_do_not_count_in_the_gathered_mean(ranks):
+    mean, std, labels, missing = random_batch()
+    labels[:, 0] = 0
+    labels[4, 0] = 1  # alone in its class
+    missing[4] = False
+    compare(ranks, "even", [(mean, std, labels, missing)], queue_size=0)
+
+
 def test_rank_without_anchors_takes_part(ranks):
     mean, std, labels, missing = random_batch()
     labels[6:] = 0

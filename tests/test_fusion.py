@@ -486,6 +486,14 @@ def test_rejects_nan_in_latent():
         build()(latent, uncertainty)
 
 
+@pytest.mark.parametrize("value", [-0.5, math.nan])
+def test_rejects_what_is_no_std(value):
+    latent, uncertainty = random_batch()
+    latent.std[0, 0, 0, 0] = value
+    with pytest.raises(ValueError, match=r"`latent\.std`"):
+        build()(latent, uncertainty)
+
+
 @pytest.mark.parametrize("parts", [{}, {"mean": torch.ones(1)}, {"std": torch.ones(1)}])
 def test_rejects_what_is_no_gaussian(parts):
     for latent in (SimpleNamespace(**parts), torch.ones(BATCH, MODALITIES, LABELS, LATENT)):
