@@ -176,7 +176,8 @@ def plain_decoupler(module, z, missing):
         first, mean, raw = module.encoder[0], module.mean_head, module.log_var_head
         hidden = (z[:, m] @ first.weight[m].T + first.bias[m]).relu()
         mean, raw = (hidden @ x.weight[m].T + x.bias[m] for x in (mean, raw))
-        limit = torch.where(raw < 0, -2 * math.log(module.min_std), 2 * math.log(1e4))
+        limit = torch.full_like(raw, 2 * math.log(1e4))  # `where` of two numbers would be float32
+        limit = limit.masked_fill(raw < 0, -2 * math.log(module.min_std))
         std = module.min_std + torch.exp(0.5 * raw / (1 + (raw / limit) ** 2).sqrt())
         left_out = missing[:, m, None, None]
         means.append(mean.masked_fill(left_out, 0))
