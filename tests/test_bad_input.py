@@ -205,7 +205,7 @@ ATTENTION = [
     rejects(
         "modalities on two devices",
         lambda a: a(sequences(audio=meta(B, 2, 2))),
-        r"`features\['audio'\]` to be on cpu, but got meta",
+        r"`features\['audio'\]` to be on cpu, where the module is, but got meta",
     ),
     rejects(
         "another device than the module",

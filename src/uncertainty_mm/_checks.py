@@ -62,9 +62,9 @@ def check_dropout(value: float) -> None:
 
 
 def check_positive(name: str, value: float) -> None:
+    check_number(name, value, "above 0", isinstance(value, Real) and 0 < value < float("inf"))
     limits = torch.finfo(torch.float32)  # beyond them a division is one by 0 or by infinity
-    fits = isinstance(value, Real) and limits.tiny <= value <= limits.max
-    check_number(name, value, "above 0 and in the range of float32", fits)
+    check_number(name, value, "in the range of float32", limits.tiny <= value <= limits.max)
 
 
 def check_flag(name: str, value: object) -> None:
