@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from scipy.stats import entropy, rankdata, spearmanr
-from sklearn.metrics import brier_score_loss, jaccard_score, roc_auc_score
+from sklearn.metrics import jaccard_score, roc_auc_score
 from torch.nn import functional as F
 from torchmetrics.functional.classification import binary_calibration_error
 
@@ -827,10 +827,7 @@ def test_prediction_measures_equal_scikit_learn_and_scipy(data):
         return
     brier = measures.brier_decomposition(probs, labels, average="none").brier
     for column in range(probs.shape[1]):
-        expected = brier_score_loss(
-            labels[:, column], probs[:, column].numpy(), pos_label=1, labels=[0, 1]
-        )
-        close(brier[column], expected)
+        close(brier[column], (probs[:, column] - labels[:, column]).square().mean())
     if probs.shape[1] > 1:  # of one column scikit-learn makes a binary problem
         mean = jaccard_score(
             labels.numpy(), (probs > 0.5).int().numpy(), average="samples", zero_division=0

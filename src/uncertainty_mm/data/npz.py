@@ -95,13 +95,13 @@ def read_npz(
         f"`label_names` repeats a name: {label_names}",
     )
     for column, name in zip(labels.T, label_names, strict=True):
-        wrong = column[~np.isin(column, (0, 1))]
+        wrong = column[~_among(column, (0, 1))]
         got = wrong[0] if wrong.size else ""
         need(wrong.size == 0, path, f"label `{name}` must be 0 or 1, got {got}")
     count = labels.shape[0]
     need(split.shape == (count,), path, f"`split` must have shape ({count},), got {split.shape}")
     need(
-        np.isin(split, (0, 1, 2)).all(),
+        _among(split, (0, 1, 2)).all(),
         path,
         "`split` must hold 0 (train), 1 (validation), 2 (test)",
     )
@@ -239,3 +239,10 @@ def write_npz(parts: Mapping[str, MultimodalDataset], path: str | PathLike[str])
     path = Path(path)
     with replacing(path.with_name(path.name.removesuffix(".npz") + ".npz")) as partial:
         np.savez_compressed(partial, allow_pickle=False, **arrays)
+
+
+def _among(values: NDArray[Any], numbers: tuple[int, ...]) -> NDArray[np.bool_]:
+    """Which of the values are among the numbers; a word is not, and never compared with one."""
+    if values.dtype.kind not in "biuf":
+        return np.zeros(values.shape, bool)
+    return np.isin(values, numbers)
