@@ -150,13 +150,12 @@ class EncoderLayer(nn.Module):
 
     def forward(self, x: Tensor, steps: Steps, mask: Tensor) -> Tensor:
         """Expects x packed, (N, dim); True in the mask (B, 1, 1, S) marks steps to attend to."""
-        query, key, value = (
-            steps.unpack(part)
-            .unflatten(2, (self.heads, -1))
-            .transpose(1, 2)  # (B, heads, S, dim / heads)
-            for part in self.qkv(self.norm(x)).chunk(3, dim=1)
-        )
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        qkv = steps.unpack(self.qkv(self.norm(x))).unflatten(2, (3, self.heads, -1))
+        if x.is_cpu:  # whose backward pass of attention in half precision takes five times as long
+            qkv = qkv.to(torch.promote_types(qkv.dtype, torch.float32))
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, S, dim / heads)
+        with torch.autocast("cpu", enabled=False):
+            attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         x = x + self.dropout(self.out(steps.pack(attended.transpose(1, 2).flatten(2))))
         return x + self.feed_forward(x)
 
@@ -1092,6 +1091,7 @@ def train(args: argparse.Namespace, lit_class: type[LitLDDU] = LitLDDU) -> dict[
     if isinstance(lit.model, LDDU):
         # With this bound several processes need not ask each other at every step how large their batches are.
         lit.model.contrastive.max_batch_size = args.batch_size
+        lit.model.contrastive.bf16_products = args.precision.startswith("bf16")
     lit.on_nan = args.on_nan
     if args.ckpt:
         check_resumable(args.ckpt, lit, epochs)

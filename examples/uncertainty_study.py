@@ -74,6 +74,7 @@ ARMS: dict[str, str] = {
 SMALL = "--config small --drop-modality 0.2"
 PREDICTION = ("miF1", "mAP", "Brier", "ECE before", "ECE", "AURC", "entropy ~ error")
 APPLY = argparse.Namespace(accelerator="cpu", batch_size=256)  # how a checkpoint is applied
+BY_MODALITY = "corruption AUROC, "  # then the name of the modality
 CORRUPTION = 3.0  # standard deviation of the noise that is added, in that of the features
 
 
@@ -141,15 +142,15 @@ def measure(folder: Path, file: Path) -> dict[str, float]:
     row["entropy ~ error"] = float(spearman(entropy, error))
     row["std ~ error"] = float(spearman(total, error))
     row["CV of std"] = float((sizes.std(0) / sizes.mean(0)).mean())
-    aurocs, shifts = [], []
+    aurocs, shifts = {}, []
     share = modality_attribution(sizes, missing)
     for index, name in enumerate(data.dims):
         there = ~missing[:, index]
         changed = sizes_of(lddu_full.apply(lit, corrupted(data, name, CORRUPTION), APPLY))
-        aurocs.append(float(auroc(changed[there, index], sizes[there, index])))
+        aurocs[BY_MODALITY + name] = float(auroc(changed[there, index], sizes[there, index]))
         shift = modality_attribution(changed, missing)[there, index] - share[there, index]
         shifts.append(float(shift.mean()))
-    row["corruption AUROC"] = min(aurocs)
+    row |= {"corruption AUROC": min(aurocs.values()), **aurocs}
     row["attribution shift"] = max(shifts)
     with np.load(file, allow_pickle=False) as arrays:
         test = arrays["split"] == 2
@@ -182,13 +183,15 @@ def work(run: Run) -> dict[str, float]:
 
 
 def report(rows: Sequence[Row]) -> str:
-    """Markdown: two tables a data set, of predictions and of uncertainties."""
+    """Markdown: three tables a data set, of predictions, of uncertainties, and of corrupted modalities."""
     lines = []
     for name in dict.fromkeys(row["data"] for row in rows):
         here = [row for row in rows if row["data"] == name]
-        measures = [key for key in here[0] if key not in ("data", "arm", "seed")]
+        rest = [key for key in here[0] if key not in ("data", "arm", "seed", *PREDICTION)]
+        by_modality = [key for key in rest if key.startswith(BY_MODALITY)]
         lines += [f"{name}:", "", *table(here, PREDICTION), ""]
-        lines += [*table(here, [key for key in measures if key not in PREDICTION]), ""]
+        lines += [*table(here, [key for key in rest if key not in by_modality]), ""]
+        lines += [*table(here, by_modality), ""]
     return "\n".join(lines)
 
 

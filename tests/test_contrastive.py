@@ -282,7 +282,8 @@ def test_missing_modality_does_not_influence_the_loss_or_the_queue(value):
 def test_defaults_are_those_of_the_contract():
     assert repr(DistributionSupConLoss(MODALITIES, LABELS, LATENT)) == (
         "DistributionSupConLoss(queue_size=8192, temperature=0.07, anchors='present', use_mean=True, "
-        "use_std=True, joint=False, reduction='mean', gather=False, max_batch_size=None)"
+        "use_std=True, joint=False, reduction='mean', gather=False, max_batch_size=None, "
+        "bf16_products=False)"
     )
 
 

@@ -839,3 +839,22 @@ def test_encoder_leaves_padding_out(example, monkeypatch, lacking, size):
         results.append([encoded[~padding], *(p.grad for p in encoder.parameters())])
     for packed, padded in zip(*results, strict=True):
         torch.testing.assert_close(packed, padded)
+
+
+def test_attention_under_autocast_is_in_float32_on_a_cpu(example, monkeypatch):
+    """In bfloat16 its backward pass takes five times as long there."""
+    encoder = example.SequenceEncoder(3, 9, 16, layers=2, heads=2, dropout=0.0, size="apart")
+    x, padding = torch.randn(6, 7, 3), torch.rand(6, 7) < 0.4
+    expected = encoder(x, padding)
+    seen, attention = [], example.F.scaled_dot_product_attention
+
+    def spy(*tensors, **options):
+        result = attention(*tensors, **options)
+        seen.extend(tensor.dtype for tensor in (*tensors, result))
+        return result
+
+    monkeypatch.setattr(example.F, "scaled_dot_product_attention", spy)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        encoded = encoder(x, padding)
+    assert seen == [torch.float32] * 8
+    torch.testing.assert_close(encoded, expected, rtol=0.05, atol=0.05)

@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import rankdata
@@ -280,6 +281,49 @@ def test_supcon_computes_in_float32_under_autocast(dtype):
         loss = functional.supcon_loss(embeddings, classes)
     assert loss.dtype == torch.float32
     close(loss, naive_supcon(embeddings.double(), classes))
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.07, 1.0])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_supcon_with_bfloat16_products_is_near(temperature, reduction, dtype):
+    embeddings = F.normalize(torch.randn(40, 16), dim=1).to(dtype).requires_grad_()
+    classes, bank_classes = torch.randint(4, (40,)), torch.randint(-1, 4, (3000,))
+    bank = F.normalize(torch.randn(3000, 16), dim=1)
+    options = {"bank": bank, "bank_classes": bank_classes, "temperature": temperature}
+    loss = functional.supcon_loss(
+        embeddings, classes, reduction=reduction, bf16_products=True, **options
+    )
+    reference = embeddings.detach().double().requires_grad_()
+    exact = functional.supcon_loss(reference, classes, reduction=reduction, **options)
+    assert loss.dtype == torch.promote_types(dtype, torch.float32)
+    # A score, at most 1 / temperature, is rounded to 8 bits.
+    torch.testing.assert_close(loss.double(), exact, rtol=0.005, atol=0.004 / temperature)
+    (grad,), (expected,) = gradient(loss.sum(), embeddings), gradient(exact.sum(), reference)
+    error = torch.linalg.vector_norm(grad.double() - expected)
+    bound = 0.01 + 0.002 / temperature
+    assert 0 < error < bound * torch.linalg.vector_norm(expected)
+
+
+def test_supcon_with_bfloat16_products_without_positives_or_keys():
+    embeddings = torch.eye(3).requires_grad_()
+    loss = functional.supcon_loss(embeddings, torch.arange(3), bf16_products=True)
+    assert loss == 0
+    assert (gradient(loss, embeddings)[0] == 0).all()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_supcon_with_bfloat16_products_compiles_in_one_graph(reduction):
+    embeddings, classes = supcon_batch(dtype=torch.float32)
+
+    def loss(embeddings):
+        options = {"reduction": reduction, "bf16_products": True}
+        return functional.supcon_loss(embeddings, classes, **options).sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    expected = loss(embeddings)
+    close(compiled(embeddings), expected)
+    close(*gradient(compiled(embeddings), embeddings), *gradient(expected, embeddings))
 
 
 @pytest.mark.parametrize("dtype", HALF)

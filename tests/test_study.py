@@ -17,6 +17,7 @@ SMALL = "--hidden-dim 16 --heads 2 --z-dim 8 --latent-dim 4 --queue-size 64 --ba
 MEASURES = {
     *("miF1", "mAP", "Brier", "ECE", "ECE before", "AURC", "entropy ~ error", "std ~ error"),
     *("CV of std", "corruption AUROC", "attribution shift"),
+    *(f"corruption AUROC, {name}" for name in ("text", "audio", "vision")),
     *("std ~ noise", "entropy ~ truth", "std ~ truth"),
 }
 
@@ -39,6 +40,8 @@ def test_failing_arm_costs_itself_and_a_finished_one_is_not_repeated(study, tmp_
     (row,) = json.loads((tmp_path / "runs.json").read_text())
     assert (row["data"], row["arm"], row["seed"]) == ("synthetic", "default", 0)
     assert set(row) == MEASURES | {"data", "arm", "seed"}
+    each = [row[key] for key in row if key.startswith("corruption AUROC, ")]
+    assert row["corruption AUROC"] == min(each)
 
     finished = [tmp_path / "synthetic.npz"]
     finished += [p for p in (tmp_path / "synthetic" / "default").rglob("*") if p.is_file()]
@@ -114,6 +117,7 @@ def test_tables_have_mean_and_standard_deviation_over_seeds(study):
     others = dict.fromkeys(set(study.PREDICTION) - {"miF1"}, 0.0)
     rows = [
         {"data": "one", "arm": arm, "seed": seed, "miF1": score, "std": std, **others}
+        | {"corruption AUROC, text": score}
         for arm, seed, score, std in (
             ("default", 0, 0.6, 1.0),
             ("paper", 0, None, 0.3),  # not measurable there
@@ -130,5 +134,10 @@ def test_tables_have_mean_and_standard_deviation_over_seeds(study):
         "|---|---:|---:|",
         "| default | 2 | 1.500 ±0.707 |",
         "| paper | 1 | 0.300 |",
+        "",
+        "| arm | seeds | corruption AUROC, text |",
+        "|---|---:|---:|",
+        "| default | 2 | 0.700 ±0.141 |",
+        "| paper | 1 | nan |",
         "",
     ]

@@ -36,6 +36,7 @@ def supcon(
     bank_classes: Tensor,
     temperature: float,
     reduction: str,
+    bf16_products: bool = False,
 ) -> Tensor:
     """The loss for checked arguments; see :func:`uncertainty_mm.functional.supcon_loss`.
 
@@ -47,7 +48,15 @@ def supcon(
         raise RuntimeError("supcon_loss does not work under the transforms of torch.func")
     needs_grad = embeddings.requires_grad and torch.is_grad_enabled()
     loss: Tensor = _forward(
-        embeddings, classes, anchor_mask, bank, bank_classes, temperature, reduction, needs_grad
+        embeddings,
+        classes,
+        anchor_mask,
+        bank,
+        bank_classes,
+        temperature,
+        reduction,
+        bf16_products,
+        needs_grad,
     )[0]
     return loss
 
@@ -61,6 +70,7 @@ def _forward(
     bank_classes: Tensor,
     temperature: float,
     reduction: str,
+    bf16_products: bool,
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss and what its gradient needs; an operator, so that compilers take it as one step.
@@ -77,6 +87,7 @@ def _forward(
         bank_classes,
         temperature,
         reduction,
+        bf16_products,
         None,
         needs_grad and scalar,
     )
@@ -93,6 +104,7 @@ def _(
     bank_classes: Tensor,
     temperature: float,
     reduction: str,
+    bf16_products: bool,
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = torch.promote_types(embeddings.dtype, torch.float32)
@@ -111,12 +123,23 @@ def _backward(
     bank: Tensor,
     bank_classes: Tensor,
     temperature: float,
+    bf16_products: bool,
     weights: Tensor,
 ) -> Tensor:
     """Gradient of the weighted sum of the anchors' losses."""
-    return _compute(
-        embeddings, classes, anchor_mask, bank, bank_classes, temperature, "none", weights, True
-    )[1].to(embeddings.dtype)  # contiguous, as made
+    grad = _compute(
+        embeddings,
+        classes,
+        anchor_mask,
+        bank,
+        bank_classes,
+        temperature,
+        "none",
+        bf16_products,
+        weights,
+        True,
+    )[1]
+    return grad.to(embeddings.dtype)  # contiguous, as made
 
 
 @_backward.register_fake
@@ -127,6 +150,7 @@ def _(
     bank: Tensor,
     bank_classes: Tensor,
     temperature: float,
+    bf16_products: bool,
     weights: Tensor,
 ) -> Tensor:
     return torch.empty_like(embeddings, memory_format=torch.contiguous_format)
@@ -144,9 +168,10 @@ def _(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    embeddings, classes, anchor_mask, _, _, temperature, reduction, needs_grad = inputs
+    embeddings, classes, anchor_mask, _, _, ctx.temperature, reduction, *rest = inputs
+    ctx.bf16_products, needs_grad = rest
     _, grad, bank, bank_classes = output
-    ctx.dtype, ctx.temperature, ctx.scalar = embeddings.dtype, temperature, reduction != "none"
+    ctx.dtype, ctx.scalar = embeddings.dtype, reduction != "none"
     if not needs_grad:
         return
     if ctx.scalar:
@@ -158,8 +183,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _differentiate(ctx: Any, grad_loss: Tensor, *_: object) -> tuple[Tensor | None, ...]:
     if ctx.scalar:
         (gradient,) = ctx.saved_tensors
-        return (_scale(gradient, grad_loss, ctx.dtype), *[None] * 7)
-    return (_backward(*ctx.saved_tensors, ctx.temperature, grad_loss), *[None] * 7)
+        return (_scale(gradient, grad_loss, ctx.dtype), *[None] * 8)
+    grad = _backward(*ctx.saved_tensors, ctx.temperature, ctx.bf16_products, grad_loss)
+    return (grad, *[None] * 8)
 
 
 def _refuse_double_backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
@@ -181,6 +207,7 @@ def _compute(
     bank_classes: Tensor,
     temperature: float,
     reduction: str,
+    bf16_products: bool,
     weights: Tensor | None,
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -209,7 +236,15 @@ def _compute(
         weights = weights.to(dtype).masked_fill(~anchors, 0)
 
         losses, grad = _log_sum_exp(
-            rows, valid, anchors, weights, bank, bank_classes, temperature, needs_grad
+            rows,
+            valid,
+            anchors,
+            weights,
+            bank,
+            bank_classes,
+            temperature,
+            bf16_products,
+            needs_grad,
         )
         losses = losses - (anchor_rows * mean_positive).sum(1) / temperature
         losses = losses.masked_fill(~anchors, 0)
@@ -266,6 +301,7 @@ def _log_sum_exp(
     bank: Tensor,
     bank_classes: Tensor,
     temperature: float,
+    bf16_products: bool,
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor]:
     """Log-sum-exp of each anchor over its keys, and temperature times the gradient of their weighted sum."""
@@ -278,20 +314,27 @@ def _log_sum_exp(
     if on_cpu:
         places = places[anchors]
     size, num_keys = (_CPU_TILE, _CPU_KEYS) if on_cpu else (_ACCELERATOR_TILE, _ACCELERATOR_KEYS)
+    if bf16_products:
+        size //= 2  # there are two tiles
+    product_dtype = torch.bfloat16 if bf16_products else rows.dtype
     width = max(num_rows, min(num_keys, bank.shape[0]))
     height = max(1, size // width)
     tile = rows.new_empty(min(height, places.shape[0]), width)
+    product_tile = torch.empty_like(tile, dtype=product_dtype) if bf16_products else tile
     for place in places.split(height):
         anchor = rows[place]
-        scaled = anchor * scale
+        scaled = (anchor * scale).to(product_dtype)
         # The maximum of no scores is the lowest number, not -inf: the difference of two of them is 0.
         highest = anchor.new_full((place.shape[0], 1), torch.finfo(anchor.dtype).min)
         total = torch.zeros_like(highest)
         gathered = torch.zeros_like(anchor)
-        probs = tile
+        factors = product_tile
         for keys, bias, is_batch in _key_tiles(rows, valid, bank, bank_classes, num_keys):
-            probs = tile[: place.shape[0], : keys.shape[0]]
-            torch.mm(scaled, keys.t(), out=probs)
+            keys = keys.to(product_dtype)
+            probs, factors = (x[: place.shape[0], : keys.shape[0]] for x in (tile, product_tile))
+            torch.mm(scaled, keys.t(), out=factors)
+            if bf16_products:
+                probs.copy_(factors)
             if bias is not None:
                 probs += bias
             if is_batch:  # itself; before the maximum is taken, which it would dominate
@@ -301,12 +344,15 @@ def _log_sum_exp(
             shrink = (previous - highest).exp2_()
             total = torch.addcmul(probs.sum(1, keepdim=True), total, shrink)
             if needs_grad:
-                gathered.mul_(shrink).addmm_(probs, keys)
+                if bf16_products:
+                    factors.copy_(probs)
+                gathered.mul_(shrink).add_(factors @ keys)
         total.clamp_min_(torch.finfo(total.dtype).tiny)  # an anchor without any key
         result[place] = ((highest + total.log2()) * math.log(2)).squeeze(1)
         if needs_grad:
             share = weights[place].unsqueeze(1) / total
-            grad.addmm_(probs.t(), anchor * share)  # the keys of the batch, whose tile came last
+            # the keys of the batch, whose tile came last
+            grad += factors.t() @ (anchor * share).to(product_dtype)
             grad.index_add_(0, place, gathered * share)
     return result, grad
 

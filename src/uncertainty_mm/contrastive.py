@@ -68,6 +68,7 @@ class DistributionSupConLoss(nn.Module):
             ranks then exchange as many rows, smaller batches being padded with rows that take no part. None makes the
             ranks ask each other for the largest batch at every step, for which the host waits, and which cannot be
             compiled with `fullgraph=True`.
+        bf16_products: Compute the matrix products in bfloat16; see :func:`~uncertainty_mm.functional.supcon_loss`.
         validate_args: Look at values (NaN, labels other than 0 and 1) also on an accelerator, at the price of a wait.
 
     Attributes:
@@ -108,6 +109,7 @@ class DistributionSupConLoss(nn.Module):
         reduction: str = "mean",
         gather: bool = False,
         max_batch_size: int | None = None,
+        bf16_products: bool = False,
         validate_args: bool = False,
     ) -> None:
         super().__init__()
@@ -127,6 +129,7 @@ class DistributionSupConLoss(nn.Module):
         check_flag("gather", gather)
         if max_batch_size is not None:
             check_positive_int("max_batch_size", max_batch_size)
+        check_flag("bf16_products", bf16_products)
         self.num_modalities = num_modalities
         self.num_labels = num_labels
         self.latent_dim = latent_dim
@@ -139,6 +142,7 @@ class DistributionSupConLoss(nn.Module):
         self.reduction = reduction
         self.gather = gather
         self.max_batch_size = max_batch_size
+        self.bf16_products = bf16_products
         check_flag("validate_args", validate_args)
         self.validate_args = validate_args
         self.register_buffer("queue", torch.zeros(queue_size, latent_dim * (use_mean + use_std)))
@@ -151,7 +155,8 @@ class DistributionSupConLoss(nn.Module):
         return (
             f"queue_size={self.queue_size}, temperature={self.temperature}, anchors={self.anchors!r}, "
             f"use_mean={self.use_mean}, use_std={self.use_std}, joint={self.joint}, "
-            f"reduction={self.reduction!r}, gather={self.gather}, max_batch_size={self.max_batch_size}"
+            f"reduction={self.reduction!r}, gather={self.gather}, max_batch_size={self.max_batch_size}, "
+            f"bf16_products={self.bf16_products}"
         )
 
     @property
@@ -247,6 +252,7 @@ class DistributionSupConLoss(nn.Module):
             self.queue_classes,
             self.temperature,
             reduction,
+            self.bf16_products,
         )
 
     def _gathered_loss(self, embeddings: Tensor, classes: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,6 +5,7 @@
 
 import math
 import sys
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +48,7 @@ def dense_loss(rows, classes, bank, bank_classes, anchors):
 compiled_loss = torch.compile(dense_loss)
 
 
-def ours(inputs):
+def ours(inputs, bf16_products=False):
     return lambda rows: supcon_loss(
         rows,
         inputs.classes,
@@ -55,6 +56,7 @@ def ours(inputs):
         bank=inputs.bank,
         bank_classes=inputs.bank_classes,
         temperature=TEMPERATURE,
+        bf16_products=bf16_products,
     )
 
 
@@ -84,6 +86,7 @@ def metric_learning(inputs):
 
 IMPLEMENTATIONS = {
     "uncertainty_mm": ours,
+    "uncertainty_mm, bf16_products": partial(ours, bf16_products=True),
     "dense": dense,
     "dense, compiled": compiled,
     "pytorch-metric-learning": metric_learning,

@@ -37,11 +37,13 @@ def now():
     return time.perf_counter()
 
 
-def training_step(batch_size):
+def training_step(batch_size, precision="float32"):
     """A function that takes a step, the seconds it spent by part, and its padding masks."""
     torch.manual_seed(0)
     example = load_example()
     model = example.LDDU(DIMS, dict.fromkeys(DIMS, 50), 6, 16_326).to(DEVICE)
+    half = precision == "bfloat16"
+    model.contrastive.bf16_products = half  # as the example does with --precision bf16-mixed
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5)
     lengths = torch.randint(10, 51, (batch_size, 1), device=DEVICE)
     padding = {name: torch.arange(50, device=DEVICE) >= lengths for name in DIMS}
@@ -65,8 +67,9 @@ def training_step(batch_size):
 
     def run():
         start = now()
-        output = model(features, padding, labels)
-        loss = model.losses(output, labels, indices)["total"]
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=half):
+            output = model(features, padding, labels)
+            loss = model.losses(output, labels, indices)["total"]
         forward = now()
         loss.backward()
         backward = now()
@@ -99,10 +102,11 @@ def encoder_products(rows, width=256, layers=3):
     return run
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("batch_size", [64, 128])
-def test_training_step(benchmark, batch_size):
+def test_training_step(benchmark, batch_size, precision):
     """Steps and their floor alternate, so that others on the machine slow both down."""
-    run, seconds, padding = training_step(batch_size)
+    run, seconds, padding = training_step(batch_size, precision)
     mask = padding["text"]
     products = {"steps": int((~mask).sum()), "steps and padding": mask.numel()}
     products = {name: (encoder_products(rows), []) for name, rows in products.items()}
@@ -117,10 +121,12 @@ def test_training_step(benchmark, batch_size):
         run()
         now()
 
-    benchmark.group = f"LDDU training step, batch {batch_size}"
+    benchmark.group = f"LDDU training step, batch {batch_size}, {precision}"
     benchmark.pedantic(timed, setup=setup, rounds=15, warmup_rounds=3)
     median = benchmark.stats.stats.median
-    print(f"\nbatch {batch_size}: {1e3 * median:.0f} ms, {batch_size / median:.0f} samples/s")
+    print(
+        f"\nbatch {batch_size}, {precision}: {1e3 * median:.0f} ms, {batch_size / median:.0f} samples/s"
+    )
     for name, (_, times) in products.items():
         floor = statistics.median(times)
         print(f"  encoder products of {name}: {1e3 * floor:.0f} ms, ratio {median / floor:.2f}")

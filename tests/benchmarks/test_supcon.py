@@ -63,15 +63,3 @@ def test_growth_with_batch(benchmark, name, batch):
     inputs = cases.Inputs("present", 8192, rows=batch * 18, device=DEVICE)
     run = cases.floor(inputs) if name == "floor" else cases.step(name, inputs)
     measure(benchmark, run, f"present anchors, batch {batch}, Q 8192, 2 threads", name)
-
-
-@pytest.mark.parametrize("name", ["floor", "uncertainty_mm", "uncertainty_mm, medium"])
-def test_bfloat16_products(benchmark, name):
-    """`torch.set_float32_matmul_precision("medium")`, torch's own switch, against the float32 floor."""
-    inputs = cases.Inputs("all", 8192, device=DEVICE)
-    run = cases.floor(inputs) if name == "floor" else cases.step("uncertainty_mm", inputs)
-    torch.set_float32_matmul_precision("medium" if name.endswith("medium") else "highest")
-    try:
-        measure(benchmark, run, "all anchors, Q 8192, 2 threads, bfloat16 products", name)
-    finally:
-        torch.set_float32_matmul_precision("highest")
