@@ -853,10 +853,11 @@ class DataModule(L.LightningDataModule):
         return data.loader(self.batch_size, sampler=sampler, pin_memory=torch.cuda.is_available())
 
     def val_dataloader(self) -> DataLoader[MultimodalBatch]:
-        """The validation split, in order."""
-        return self.parts["validation"].loader(
-            self.batch_size, pin_memory=torch.cuda.is_available()
-        )
+        """The validation split, in order, divided among the processes without repeating a sample."""
+        assert self.trainer is not None
+        data = self.parts["validation"]
+        own = range(self.trainer.global_rank, len(data), self.trainer.world_size)
+        return data.loader(self.batch_size, sampler=own, pin_memory=torch.cuda.is_available())
 
 
 # --- Command line ----------------------------------------------------------------------------------------------------
@@ -1103,8 +1104,13 @@ def train(args: argparse.Namespace, lit_class: type[LitLDDU] = LitLDDU) -> dict[
         folder, "last", save_on_train_epoch_end=True, enable_version_counter=False
     )
     distributed = args.strategy == "ddp" or args.devices > 1
+    if len(parts["validation"]) < args.devices:
+        raise UsageError(
+            f"--devices {args.devices}: the validation split has only {len(parts['validation'])} samples"
+        )
     trainer = make_trainer(
         max_epochs=epochs,
+        use_distributed_sampler=False,  # `DataModule` divides the samples
         accelerator=args.accelerator,
         devices=args.devices,
         # No broadcast: until an epoch ends, each process has its own part of the tracker's history.

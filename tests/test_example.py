@@ -210,7 +210,7 @@ def test_options_train(example, tmp_path, option):
 
 
 def test_two_processes_train_and_share_their_history(tmp_path):
-    data = save(tmp_path / "data.npz")
+    data = save(tmp_path / "data.npz", split=np.repeat([0, 1, 2], (20, 33, 7)).astype(np.uint8))
     script = (
         tmp_path / "train.py"
     )  # fails if the processes ask each other for the sizes of their batches
@@ -226,6 +226,18 @@ def test_two_processes_train_and_share_their_history(tmp_path):
     # every sample once an epoch, its modalities apart; sample 0 lacks the second
     assert state["model.tracker.history"][1].tolist() == [[2, 0]] + [[2, 2]] * 19
     assert state["model.contrastive.queue_classes"].ge(0).all()
+    # The 33 samples, of which one process had a batch more, were counted once: both say of them what one says.
+    with open(tmp_path / "out" / "metrics.csv", newline="") as file:
+        logged = max(float(row["val/miF1"]) for row in csv.DictReader(file))
+    results = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert results["validation"]["miF1"] == pytest.approx(logged, abs=1e-4)
+
+
+def test_validation_split_needs_a_sample_for_every_process(example, tmp_path, capsys):
+    data = save(tmp_path / "data.npz", split=np.repeat([0, 1, 2], (20, 1, 39)).astype(np.uint8))
+    with pytest.raises(SystemExit):
+        run(example, "--data", data, "--devices", 2, "--output", tmp_path / "out", *SMALL)
+    assert "--devices 2: the validation split has only 1 samples" in capsys.readouterr().err
 
 
 def test_predict_csv_and_npz_agree(example, finished, tmp_path):
