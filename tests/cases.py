@@ -14,7 +14,8 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import uncertainty_mm as umm
-from uncertainty_mm import functional, measures
+from uncertainty_mm import functional
+from uncertainty_mm.metrics import functional as measures
 
 LATENT, WIDTH, BANK = 5, 6, 7
 

@@ -30,7 +30,8 @@ from cases import (
     weighted,
 )
 from support import HALF, TOLERANCE, all_close, close, gradient
-from uncertainty_mm import functional, measures
+from uncertainty_mm import functional
+from uncertainty_mm.metrics import functional as measures
 
 ROOT = Path(__file__).parents[1]
 
@@ -524,7 +525,7 @@ def test_gaussian_of_the_docs_has_the_members_of_the_contract():
 
 def test_import_is_silent_and_light():
     code = (
-        "import sys, uncertainty_mm, uncertainty_mm.data, uncertainty_mm.measures\n"
+        "import sys, uncertainty_mm, uncertainty_mm.data, uncertainty_mm.metrics.functional\n"
         "heavy = {'lightning', 'matplotlib', 'sklearn', 'torchmetrics', 'scipy'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )

@@ -17,9 +17,10 @@ from torchmetrics import MetricCollection
 from torchmetrics.functional.classification import binary_calibration_error
 
 from support import close
-from uncertainty_mm import measures, metrics
-from uncertainty_mm._binning import FINE_BINS
-from uncertainty_mm.measures import (
+from uncertainty_mm import metrics
+from uncertainty_mm.metrics import functional as measures
+from uncertainty_mm.metrics._binning import FINE_BINS
+from uncertainty_mm.metrics.functional import (
     auroc,
     brier_decomposition,
     calibration_error,

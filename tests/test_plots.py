@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from scipy.stats import binomtest, spearmanr
 from sklearn.manifold import TSNE
 
-from uncertainty_mm import measures, plots
+from uncertainty_mm.metrics import functional as measures, plots
 
 N, Q, M = 120, 4, 3
 NAMES = ["happy", "sad", "anger", "fear"]

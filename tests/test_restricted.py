@@ -17,7 +17,7 @@ import numpy.testing
 import pytest
 import torch
 
-from uncertainty_mm.data._restricted import load_pickle, load_torch
+from uncertainty_mm.data.convert._restricted import load_pickle, load_torch
 
 CONTENT = {
     "numbers": [1, -2.5, True, None, 2**70],

@@ -31,11 +31,13 @@ _KINDS = {
 }
 
 
-def checks_values(tensor: Tensor, validate_args: bool = False) -> bool:
-    """Whether values may be looked at: on the CPU, or on request, and never while tracing a graph."""
+def checks_values(tensor: Tensor, validate_args: bool | None = None) -> bool:
+    """Whether values may be looked at: None on the CPU only, False never, True everywhere; never while tracing."""
     if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         return False
-    return tensor.device.type == "cpu" or (validate_args and tensor.device.type != "meta")
+    if validate_args is None:
+        return tensor.device.type == "cpu"
+    return validate_args and tensor.device.type != "meta"
 
 
 def check_positive_int(name: str, value: object) -> None:
@@ -70,6 +72,11 @@ def check_positive(name: str, value: float) -> None:
 def check_flag(name: str, value: object) -> None:
     if not isinstance(value, bool):
         raise TypeError(f"Expected `{name}` to be True or False, but got {value!r}")
+
+
+def check_validate_args(value: object) -> None:
+    if value is not None and not isinstance(value, bool):
+        raise TypeError(f"Expected `validate_args` to be True, False or None, but got {value!r}")
 
 
 def check_seed(seed: object) -> None:
@@ -171,13 +178,30 @@ def check_range(
         raise ValueError(f"Expected `{name}` to be in [{low}, {high}], but got {example}")
 
 
-def check_labels(name: str, labels: Tensor) -> None:
-    """Raises unless all values are 0 or 1."""
+def check_labels(name: str, labels: Tensor, unknown: Tensor | None = None) -> None:
+    """Raises unless all values are 0 or 1, except where `unknown` is True."""
     if labels.dtype is torch.bool:
         return
     wrong = (labels != 0) & (labels != 1)
+    if unknown is not None:
+        wrong = wrong & ~unknown
     if wrong.any():
-        raise ValueError(f"Expected `{name}` to hold only 0 and 1, but got {labels[wrong][0]}")
+        value = labels[wrong][0].item()
+        hint = (
+            "; mark a label that is not known in `unknown` (True: leave out)"
+            if value == -1 or value != value
+            else ""
+        )
+        raise ValueError(f"Expected `{name}` to hold only 0 and 1, but got {value}{hint}")
+
+
+def check_unknown(
+    unknown: Tensor | None, dims: str, sizes: dict[str, int], device: torch.device
+) -> Tensor | None:
+    """Checks the mask of labels that are not known: bool, of the shape of the labels, on their device."""
+    if unknown is not None:
+        check_tensor("unknown", unknown, "bool", dims, sizes, device)
+    return unknown
 
 
 def any_dims(tensor: object) -> str:

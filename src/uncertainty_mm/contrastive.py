@@ -17,13 +17,13 @@ from uncertainty_mm._checks import (
     checks_values,
     load_all_or_nothing,
 )
-from uncertainty_mm._distributed import (
+from uncertainty_mm._supcon import supcon
+from uncertainty_mm.distributed import (
     gather_rows,
     largest_of_ranks,
     sum_over_ranks,
     world_size,
 )
-from uncertainty_mm._supcon import supcon
 from uncertainty_mm.gaussian import DiagonalGaussian, check_latent
 
 

@@ -17,7 +17,7 @@ from uncertainty_mm._checks import (
     checks_values,
     load_all_or_nothing,
 )
-from uncertainty_mm._distributed import world_size
+from uncertainty_mm.distributed import world_size
 
 # Correctness is summed in integers, in units of 2^-32: integer sums are exact in any order, so that the history is
 # deterministic on every device, ranks agree to the bit, and `.half()` leaves it alone.

@@ -20,8 +20,6 @@ from matplotlib.ticker import LogFormatter, MaxNLocator
 from sklearn.manifold import TSNE
 from torch import Tensor
 
-from uncertainty_mm import measures
-from uncertainty_mm._binning import check_predictions, equal_mass, equal_width, histogram
 from uncertainty_mm._checks import (
     check_finite,
     check_positive,
@@ -29,6 +27,8 @@ from uncertainty_mm._checks import (
     check_range,
     check_tensor,
 )
+from uncertainty_mm.metrics import functional as measures
+from uncertainty_mm.metrics._binning import check_predictions, equal_mass, equal_width, histogram
 
 __all__ = [
     "attention_map",
@@ -62,7 +62,7 @@ def reliability_diagram(
 
     Points are bins of equal width, at the mean probability and the share of positives of what they hold, with the 95 %
     interval of Wilson 1927. The bars above count the samples of the bins. The title has the expected calibration error
-    over the same bins (:func:`~uncertainty_mm.measures.calibration_error`).
+    over the same bins (:func:`~uncertainty_mm.metrics.functional.calibration_error`).
 
     Args:
         probs: (N, Q) probabilities in [0, 1].
@@ -146,7 +146,7 @@ def risk_coverage(
     """Mean error of the most certain samples, against the share of samples that they are.
 
     The grey lines are the best order of the same errors and a random one. See
-    :func:`~uncertainty_mm.measures.risk_coverage`.
+    :func:`~uncertainty_mm.metrics.functional.risk_coverage`.
 
     Args:
         errors: (N,) errors, 0 and 1 or graded.
@@ -279,7 +279,7 @@ def modality_attribution(
     Args:
         levels: (L,) levels of the corruption.
         shares: (L, M) shares in [0, 1], such as the mean over samples of
-            :func:`~uncertainty_mm.measures.modality_attribution`.
+            :func:`~uncertainty_mm.metrics.functional.modality_attribution`.
         modality_names: M names, for the legend.
         ax: Axes to draw into.
 

@@ -1,5 +1,14 @@
 """Data sets: what people have on disk, read into one form, and synthetic data whose uncertainty is known."""
 
+from uncertainty_mm.data.convert.label_table import (
+    M3ED_LABELS,
+    MOSEI_LABELS,
+    LabelTable,
+    read_label_csv,
+)
+from uncertainty_mm.data.convert.m3ed import read_m3ed
+from uncertainty_mm.data.convert.mmsa import read_mmsa
+from uncertainty_mm.data.convert.tailor import read_tailor
 from uncertainty_mm.data.dataset import (
     DatasetSummary,
     ModalitySummary,
@@ -7,14 +16,6 @@ from uncertainty_mm.data.dataset import (
     MultimodalDataset,
 )
 from uncertainty_mm.data.folder import read_folder, write_folder
-from uncertainty_mm.data.label_table import (
-    M3ED_LABELS,
-    MOSEI_LABELS,
-    LabelTable,
-    read_label_csv,
-)
-from uncertainty_mm.data.m3ed import read_m3ed
-from uncertainty_mm.data.mmsa import read_mmsa
 from uncertainty_mm.data.npz import SPLITS, read_npz, write_npz
 from uncertainty_mm.data.synthetic import (
     Posterior,
@@ -22,7 +23,6 @@ from uncertainty_mm.data.synthetic import (
     SyntheticModality,
     SyntheticSamples,
 )
-from uncertainty_mm.data.tailor import read_tailor
 
 __all__ = [
     "M3ED_LABELS",

@@ -12,15 +12,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from uncertainty_mm._binning import (
-    brier_of,
-    calibration_of,
-    check_binning,
-    check_predictions,
-    equal_mass,
-    equal_width,
-    histogram,
-)
 from uncertainty_mm._checks import (
     check_choice,
     check_finite,
@@ -29,6 +20,15 @@ from uncertainty_mm._checks import (
     check_range,
     check_tensor,
     finite_scores,
+)
+from uncertainty_mm.metrics._binning import (
+    brier_of,
+    calibration_of,
+    check_binning,
+    check_predictions,
+    equal_mass,
+    equal_width,
+    histogram,
 )
 
 __all__ = [

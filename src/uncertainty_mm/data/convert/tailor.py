@@ -8,7 +8,6 @@ from os import PathLike
 from typing import Any
 
 from uncertainty_mm._checks import check_choice
-from uncertainty_mm.data._restricted import load_torch
 from uncertainty_mm.data._sequences import (
     SPLIT_KEYS,
     Labels,
@@ -19,8 +18,9 @@ from uncertainty_mm.data._sequences import (
     integers,
     need,
 )
+from uncertainty_mm.data.convert._restricted import load_torch
+from uncertainty_mm.data.convert.label_table import canonical, order, tokens_to_labels
 from uncertainty_mm.data.dataset import MultimodalDataset
-from uncertainty_mm.data.label_table import canonical, order, tokens_to_labels
 
 _SPECIAL = {"<blank>", "<unk>", "<s>", "</s>"}
 _M3ED_AUDIO = (1024, 1582)  # wav2vec2-large, IS10

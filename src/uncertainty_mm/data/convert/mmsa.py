@@ -8,7 +8,6 @@ from os import PathLike, fspath
 import torch
 
 from uncertainty_mm._checks import check_choice, check_labels, check_tensor
-from uncertainty_mm.data._restricted import load_pickle, load_torch
 from uncertainty_mm.data._sequences import (
     SPLIT_KEYS,
     Labels,
@@ -18,8 +17,8 @@ from uncertainty_mm.data._sequences import (
     need,
     sample_ids,
 )
-from uncertainty_mm.data.dataset import MultimodalDataset
-from uncertainty_mm.data.label_table import (
+from uncertainty_mm.data.convert._restricted import load_pickle, load_torch
+from uncertainty_mm.data.convert.label_table import (
     MOSEI_LABELS,
     LabelTable,
     codes_in_order,
@@ -28,7 +27,8 @@ from uncertainty_mm.data.label_table import (
     read_label_csv,
     tokens_to_labels,
 )
-from uncertainty_mm.data.tailor import tailor_labels
+from uncertainty_mm.data.convert.tailor import tailor_labels
+from uncertainty_mm.data.dataset import MultimodalDataset
 
 
 def read_mmsa(

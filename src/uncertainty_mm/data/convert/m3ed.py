@@ -10,10 +10,10 @@ import torch
 from numpy.typing import NDArray
 
 from uncertainty_mm._checks import check_choice
-from uncertainty_mm.data._restricted import load_pickle
 from uncertainty_mm.data._sequences import beyond, finish, need, plain_array, report_invalid, shown
+from uncertainty_mm.data.convert._restricted import load_pickle
+from uncertainty_mm.data.convert.label_table import M3ED_LABELS
 from uncertainty_mm.data.dataset import MultimodalDataset
-from uncertainty_mm.data.label_table import M3ED_LABELS
 
 _UTTERANCES, _LABELS = 0, 2  # positions in the list of ten
 _MODALITIES = {"text": 3, "audio": 4, "vision": 5}

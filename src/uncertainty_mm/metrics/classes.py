@@ -1,4 +1,4 @@
-"""The measures of :mod:`uncertainty_mm.measures` that torchmetrics lacks, as `torchmetrics.Metric`.
+"""The measures of :mod:`uncertainty_mm.metrics.functional` that torchmetrics lacks, as `torchmetrics.Metric`.
 
 They accumulate over batches and over the processes of `torch.distributed`. They need torchmetrics:
 `pip install 'uncertainty-mm[metrics]'`.
@@ -13,7 +13,15 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from uncertainty_mm._binning import (
+from uncertainty_mm._checks import (
+    check_choice,
+    check_flag,
+    check_labels,
+    check_positive_int,
+    check_probability,
+    finite_scores,
+)
+from uncertainty_mm.metrics._binning import (
     FINE_BINS,
     brier_of,
     calibration_of,
@@ -24,15 +32,7 @@ from uncertainty_mm._binning import (
     histogram,
     merged,
 )
-from uncertainty_mm._checks import (
-    check_choice,
-    check_flag,
-    check_labels,
-    check_positive_int,
-    check_probability,
-    finite_scores,
-)
-from uncertainty_mm.measures import (
+from uncertainty_mm.metrics.functional import (
     BrierDecomposition,
     auroc,
     risk_coverage,
@@ -110,7 +110,7 @@ class _Binned(_Checked):
 
 
 class MultilabelCalibrationError(_Binned):
-    """Calibration error of every label, :func:`~uncertainty_mm.measures.calibration_error` over batches.
+    """Calibration error of every label, :func:`~uncertainty_mm.metrics.functional.calibration_error` over batches.
 
     `update(probs, labels)` takes what the function takes. The state is a histogram, of a size that does not depend on
     the number of samples. Bins of equal width are exact. For bins of equal mass it keeps 4096 fine bins, of equal width
@@ -160,7 +160,7 @@ class MultilabelCalibrationError(_Binned):
 
 
 class MultilabelBrierDecomposition(_Binned):
-    """Brier score and its parts, :func:`~uncertainty_mm.measures.brier_decomposition` over batches.
+    """Brier score and its parts, :func:`~uncertainty_mm.metrics.functional.brier_decomposition` over batches.
 
     `update(probs, labels)` takes what the function takes, and the state is that of :class:`MultilabelCalibrationError`.
     The identity of the parts is exact for both ways of binning. To log them: `log_dict(metric.compute()._asdict())`.
@@ -204,7 +204,7 @@ class MultilabelBrierDecomposition(_Binned):
 class SampleJaccard(_Checked):
     """Mean Jaccard index of a sample's label sets, the "accuracy" of the field.
 
-    See :func:`~uncertainty_mm.measures.sample_jaccard`; a sample whose sets are both empty counts 0.
+    See :func:`~uncertainty_mm.metrics.functional.sample_jaccard`; a sample whose sets are both empty counts 0.
 
     Args:
         threshold: A label is predicted where its probability is above this, in [0, 1].
@@ -280,7 +280,7 @@ class _Scores(_Checked):
 
 
 class AURC(_Scores):
-    """Area under the risk-coverage curve, :func:`~uncertainty_mm.measures.risk_coverage` over batches.
+    """Area under the risk-coverage curve, :func:`~uncertainty_mm.metrics.functional.risk_coverage` over batches.
 
     It keeps two numbers of every sample.
 
@@ -328,7 +328,7 @@ class AURC(_Scores):
 
 
 class DetectionAUROC(_Scores):
-    """How well an uncertainty detects errors (or corrupted input), :func:`~uncertainty_mm.measures.auroc` over batches.
+    """How well an uncertainty detects errors (or corrupted input), :func:`~uncertainty_mm.metrics.functional.auroc` over batches.
 
     It keeps two numbers of every sample. Unlike `torchmetrics.AUROC` it takes scores of any size as they are.
 
@@ -372,7 +372,7 @@ class DetectionAUROC(_Scores):
 
 
 class SpearmanCorrelation(_Scores):
-    """Rank correlation of an uncertainty with errors or a reference, :func:`~uncertainty_mm.measures.spearman`.
+    """Rank correlation of an uncertainty with errors or a reference, :func:`~uncertainty_mm.metrics.functional.spearman`.
 
     It keeps two numbers of every sample. Unlike `torchmetrics.SpearmanCorrCoef` it gives nan for constant input, and is
     right for any number of ties.

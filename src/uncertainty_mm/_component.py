@@ -1,0 +1,95 @@
+"""What all components share: settings that stay as they were made, and state that only the component changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Component(nn.Module):
+    """A module with fixed settings and with state that is saved and moved like buffers, but is none.
+
+    A setting is checked once, by the constructor, and read-only from then on: `loss.reduction = "maen"` raises.
+
+    State (the queue, a history, a fitted scale) is in `state_dict()`, follows `.to()`, `to_empty()`, `deepcopy` and
+    pickling, and loads whole or not at all. It is kept out of `buffers()`, because tools take buffers for statistics:
+    weight averaging would average class numbers and counts, and `DistributedDataParallel` would replace the state of
+    every rank by that of rank 0.
+    """
+
+    _settings: frozenset[str] = frozenset()
+    _states: tuple[str, ...] = ()
+
+    def _set(self, **settings: object) -> None:
+        """Stores checked settings, which are read-only afterwards."""
+        for name, value in settings.items():
+            object.__setattr__(self, name, value)
+        object.__setattr__(self, "_settings", self._settings | settings.keys())
+
+    def _keep(self, **states: Tensor) -> None:
+        """Registers state by name, with the values that it has now."""
+        for name, value in states.items():
+            object.__setattr__(self, name, value)
+        object.__setattr__(self, "_states", (*self._states, *states))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self._settings:
+            raise AttributeError(
+                f"`{name}` is a setting of {type(self).__name__}, given to its constructor, and cannot be changed"
+            )
+        super().__setattr__(name, value)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Component:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name in self._states:
+            object.__setattr__(self, name, fn(getattr(self, name)))
+        return self
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in self._states:
+            destination[prefix + name] = getattr(self, name)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        own = {prefix + name: getattr(self, name) for name in self._states}
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        # torch knows nothing of the state, so it takes its keys for unexpected ones
+        unexpected_keys[:] = [key for key in unexpected_keys if key not in own]
+        given = {key: state_dict[key] for key in own if key in state_dict}
+        problems = [
+            f"Expected `{key}` to have shape {tuple(own[key].shape)}, "
+            f"but got {tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__}"
+            for key, value in given.items()
+            if not isinstance(value, Tensor) or value.shape != own[key].shape
+        ]
+        absent = [key for key in own if key not in given]
+        missing_keys += absent if strict else []
+        error_msgs += problems
+        if problems or (absent and strict):
+            return  # parts of a state belong together
+        assign = bool(local_metadata.get("assign_to_params_buffers", False))
+        with torch.no_grad():
+            for name in self._states:
+                value, current = given.get(prefix + name), getattr(self, name)
+                if value is None:
+                    continue
+                if assign or current.is_meta:
+                    object.__setattr__(self, name, value.detach().clone())
+                else:
+                    current.copy_(value)
