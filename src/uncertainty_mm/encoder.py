@@ -1,0 +1,259 @@
+"""Sequences of one modality, read by a masked Transformer (section 3.2): :class:`SequenceEncoder`."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from uncertainty_mm._checks import (
+    check_choice,
+    check_dropout,
+    check_finite,
+    check_positive_int,
+    check_tensor,
+    check_validate_args,
+    checks_values,
+)
+from uncertainty_mm._component import Component
+
+
+class PackedSteps:
+    """Packs the steps of padded sequences (B, S, D) into one matrix (N, D), and back.
+
+    All but attention treats every step alone and need not compute what stands at padding. To count the steps, however,
+    the host would wait for an accelerator: there, as in a compiled or exported program, N is B * S, padding included.
+
+    Args:
+        padding: Bool tensor (B, S), True where a step is to be left out.
+
+    Example:
+        >>> steps = PackedSteps(torch.tensor([[False, True], [False, False]]))
+        >>> steps.pack(torch.arange(4.0).view(2, 2, 1)).flatten()
+        tensor([0., 2., 3.])
+    """
+
+    def __init__(self, padding: Tensor) -> None:
+        self.shape = padding.shape
+        rows = torch.arange(padding.numel(), device=padding.device)
+        counted = padding.is_cpu and not torch.compiler.is_compiling()
+        self.rows = rows[~padding.flatten()] if counted else rows
+        self.left_out = None if counted else padding.flatten().unsqueeze(1)
+
+    def pack(self, x: Tensor) -> Tensor:
+        """(B, S, D) -> (N, D), 0 where padding is packed too."""
+        x = x.flatten(0, 1).index_select(0, self.rows)
+        return x if self.left_out is None else x.masked_fill(self.left_out, 0)
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """(N, D) -> (B, S, D), 0 where nothing was packed."""
+        padded = x.new_zeros(math.prod(self.shape), x.shape[1])
+        padded = padded.index_copy_(0, self.rows, x)
+        return padded.view(*self.shape, x.shape[1])
+
+
+class EncoderLayer(nn.Module):
+    """A Transformer layer on packed steps that normalises before its sublayers.
+
+    Args:
+        dim: Width of a step.
+        num_heads: Attention heads, a divisor of `dim`.
+        dropout: Probability after each sublayer. Attention weights are not dropped, which would forbid the fused kernel.
+    """
+
+    def __init__(self, dim: int, num_heads: int, dropout: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm = nn.LayerNorm(dim)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.out = nn.Linear(dim, dim)
+        self.dropout = nn.Dropout(dropout)
+        self.feed_forward = nn.Sequential(
+            nn.LayerNorm(dim),
+            nn.Linear(dim, dim),  # as narrow as the released configuration has it
+            nn.GELU(),
+            nn.Linear(dim, dim),
+            nn.Dropout(dropout),
+        )
+
+    def forward(self, x: Tensor, steps: PackedSteps, mask: Tensor) -> Tensor:
+        """Lets every step attend to its sequence.
+
+        Args:
+            x: Packed steps (N, dim).
+            steps: What packed them.
+            mask: Bool tensor (B, 1, 1, S), True at the steps to attend to, at least one a sequence.
+
+        Returns:
+            Tensor (N, dim).
+        """
+        qkv = steps.unpack(self.qkv(self.norm(x))).unflatten(2, (3, self.num_heads, -1))
+        if x.is_cpu and qkv.dtype in (torch.float16, torch.bfloat16):
+            qkv = qkv.float()  # the backward pass of attention in half precision takes five times as long there
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # (B, num_heads, S, dim / num_heads)
+        with torch.autocast("cpu", enabled=False):
+            attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        attended = steps.pack(attended.transpose(1, 2).flatten(2)).to(x.dtype)
+        x = x + self.dropout(self.out(attended))
+        output: Tensor = x + self.feed_forward(x)
+        return output
+
+
+class SequenceEncoder(Component):
+    r"""Reads a sequence of any length: every step learns of the others, and padding of none.
+
+    Features are standardised (:meth:`standardize`), projected to `hidden_dim`, marked with learned positions, and pass
+    `num_layers` Transformer layers that normalise before their sublayers, and a last normalisation. With
+    `size="apart"` each sequence is first divided by its root mean square :math:`r`, and :math:`\log r` enters as one
+    more input to all of its steps: the normalisation inside the layers would otherwise hide how large, and with it how
+    noisy, a sequence is.
+
+    Source: Huang et al. 2025, arXiv 2502.13954, section 3.2 (linear layer, positions, Transformer); Vaswani et al. 2017,
+    arXiv 1706.03762; standardisation, the order of normalisation and the separate size are ours.
+
+    Args:
+        in_dim: Size of a step.
+        max_steps: Steps of the longest sequence.
+        hidden_dim: Width of the layers.
+        num_layers: Number of Transformer layers.
+        num_heads: Attention heads of a layer, a divisor of `hidden_dim`.
+        dropout: Dropout probability.
+        size: `"apart"`: the size of a sequence is an input of its own; `"within"`: it stays in the features.
+        validate_args: Whether to look at values: None on the CPU only, False never, True everywhere.
+
+    Attributes:
+        mean: Tensor (in_dim,), subtracted from the features; 0 before :meth:`standardize`. State, saved with the model.
+        std: Tensor (in_dim,), above 0, divides them; 1 before :meth:`standardize`. State.
+        positions: Parameter (max_steps, hidden_dim).
+
+    Raises:
+        ValueError: If an argument is out of range or unknown.
+        TypeError: If an argument has the wrong type.
+
+    Example:
+        >>> encoder = SequenceEncoder(in_dim=12, max_steps=50, hidden_dim=64)
+        >>> padding = torch.arange(50) >= torch.tensor([[30], [50]])  # True: leave out
+        >>> encoder(torch.randn(2, 50, 12), padding).shape
+        torch.Size([2, 50, 64])
+    """
+
+    mean: Tensor
+    std: Tensor
+    in_dim: int
+    max_steps: int
+    hidden_dim: int
+    validate_args: bool | None
+
+    def __init__(
+        self,
+        in_dim: int,
+        max_steps: int,
+        hidden_dim: int = 256,
+        *,
+        num_layers: int = 3,
+        num_heads: int = 8,
+        dropout: float = 0.1,
+        size: Literal["apart", "within"] = "apart",
+        validate_args: bool | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (("in_dim", in_dim), ("max_steps", max_steps), ("hidden_dim", hidden_dim)):
+            check_positive_int(name, value)
+        check_positive_int("num_layers", num_layers)
+        check_positive_int("num_heads", num_heads)
+        if hidden_dim % num_heads:
+            raise ValueError(
+                f"Expected `hidden_dim` to be a multiple of `num_heads` = {num_heads}, but got {hidden_dim}"
+            )
+        check_dropout(dropout)
+        check_choice("size", size, ("apart", "within"))
+        check_validate_args(validate_args)
+        self._set(
+            in_dim=in_dim, max_steps=max_steps, hidden_dim=hidden_dim, validate_args=validate_args
+        )
+        self._keep(mean=torch.zeros(in_dim), std=torch.ones(in_dim))
+        self.project = nn.Linear(in_dim, hidden_dim)
+        self.positions = nn.Parameter(torch.empty(max_steps, hidden_dim))
+        self.size = (
+            nn.Sequential(nn.Linear(1, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, hidden_dim))
+            if size == "apart"
+            else None
+        )
+        self.dropout = nn.Dropout(dropout)
+        self.layers = nn.ModuleList(
+            EncoderLayer(hidden_dim, num_heads, dropout) for _ in range(num_layers)
+        )
+        self.norm = nn.LayerNorm(hidden_dim)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws new positions and forgets the statistics; the layers inside have such a method of their own."""
+        # as large as the projected features: much smaller ones are hardly seen on small data sets
+        nn.init.normal_(self.positions, std=0.5)
+        self.mean.zero_()
+        self.std.fill_(1)
+
+    def standardize(self, mean: Tensor, std: Tensor) -> None:
+        """Sets the statistics by which features are standardised, those of the training data.
+
+        Args:
+            mean: Tensor (in_dim,), finite.
+            std: Tensor (in_dim,), at least 0; what is below 1e-3 counts as 1e-3, as a column that never varies.
+
+        Raises:
+            ValueError: If a shape is wrong, a value is not finite, or `std` is negative; nothing is changed then.
+            TypeError: If a dtype is wrong.
+        """
+        sizes = {"in_dim": self.in_dim}
+        for name, value in (("mean", mean), ("std", std)):
+            check_tensor(name, value, "floating", "in_dim", sizes)
+            check_finite(name, value)
+        if (std < 0).any():
+            raise ValueError(f"Expected `std` to be at least 0, but got {std.min().item()}")
+        self.mean.copy_(mean)
+        self.std.copy_(std.clamp_min(1e-3))
+
+    def forward(self, x: Tensor, padding: Tensor) -> Tensor:
+        """Encodes a batch of sequences.
+
+        Args:
+            x: Tensor (B, S, in_dim), S at most `max_steps`.
+            padding: Bool tensor (B, S), True where a step is to be left out. What stands there has no influence.
+
+        Returns:
+            Tensor (B, S, hidden_dim). What stands at padded steps means nothing, and is finite.
+
+        Raises:
+            ValueError: If shapes or devices disagree, a sequence is too long, or a step that counts is not finite.
+            TypeError: If a dtype is wrong.
+        """
+        sizes = {"in_dim": self.in_dim}
+        check_tensor("x", x, "floating", "B S in_dim", sizes)
+        check_tensor("padding", padding, "bool", "B S", sizes, x.device)
+        if x.shape[1] > self.max_steps:
+            raise ValueError(
+                f"Expected `x` to have at most `max_steps` = {self.max_steps} steps, but got {x.shape[1]}"
+            )
+        if checks_values(x, self.validate_args):
+            check_finite("x", x, padding.unsqueeze(2))
+        steps = PackedSteps(padding)
+        # A missing sequence attends to itself, which is harmless: nobody reads it.
+        mask = ~padding | padding.all(dim=1, keepdim=True)
+        sample = steps.rows // x.shape[1]
+        step = steps.rows - sample * x.shape[1]  # %, which ONNX lacks for sizes that vary
+        features = (steps.pack(x) - self.mean) / self.std
+        embedded = F.embedding(step, self.positions)
+        if self.size is not None:
+            wide = features.to(torch.promote_types(features.dtype, torch.float32))
+            square = steps.unpack(wide.square().mean(1, keepdim=True))
+            valid = (~padding).unsqueeze(2)
+            size = ((square * valid).sum(1) / valid.sum(1).clamp_min(1)).clamp_min(1e-6).sqrt()
+            features = (wide / size[sample]).to(features.dtype)
+            embedded = embedded + self.size(size.log().to(features.dtype))[sample]
+        x = self.dropout(self.project(features) + embedded)
+        for layer in self.layers:
+            x = layer(x, steps, mask[:, None, None])
+        return steps.unpack(self.norm(x))
