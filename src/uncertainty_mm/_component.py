@@ -93,3 +93,13 @@ class Component(nn.Module):
                     object.__setattr__(self, name, value.detach().clone())
                 else:
                     current.copy_(value)
+
+
+def states(module: nn.Module) -> dict[str, Tensor]:
+    """All state of a module and of the modules in it, by the names of `state_dict()`."""
+    return {
+        f"{prefix}.{name}" if prefix else name: getattr(each, name)
+        for prefix, each in module.named_modules()
+        if isinstance(each, Component)
+        for name in each._states
+    }

@@ -92,7 +92,9 @@ class EncoderLayer(nn.Module):
         """
         qkv = steps.unpack(self.qkv(self.norm(x))).unflatten(2, (3, self.num_heads, -1))
         if x.is_cpu and qkv.dtype in (torch.float16, torch.bfloat16):
-            qkv = qkv.float()  # the backward pass of attention in half precision takes five times as long there
+            qkv = (
+                qkv.float()
+            )  # the backward pass of attention in half precision takes five times as long there
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # (B, num_heads, S, dim / num_heads)
         with torch.autocast("cpu", enabled=False):
             attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
@@ -160,7 +162,11 @@ class SequenceEncoder(Component):
         validate_args: bool | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("in_dim", in_dim), ("max_steps", max_steps), ("hidden_dim", hidden_dim)):
+        for name, value in (
+            ("in_dim", in_dim),
+            ("max_steps", max_steps),
+            ("hidden_dim", hidden_dim),
+        ):
             check_positive_int(name, value)
         check_positive_int("num_layers", num_layers)
         check_positive_int("num_heads", num_heads)

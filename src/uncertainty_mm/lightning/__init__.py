@@ -1,0 +1,35 @@
+"""What a Lightning run needs around a model: data, training, calibration, whole checkpoints, predictions.
+
+Each piece serves anybody's `LightningModule`. They need the extra `examples`:
+`pip install 'uncertainty-mm[examples]'`.
+"""
+
+from uncertainty_mm.lightning.callbacks import DeterministicDropout, FiniteGuard, History
+from uncertainty_mm.lightning.checkpoints import (
+    MovableCheckpoint,
+    Patience,
+    UsageError,
+    WholeCheckpointIO,
+    read_checkpoint,
+)
+from uncertainty_mm.lightning.cli import run_command_line
+from uncertainty_mm.lightning.data import MultimodalDataModule
+from uncertainty_mm.lightning.module import MultilabelModule, masked_bce, masked_mean
+from uncertainty_mm.lightning.predictions import PredictionWriter
+
+__all__ = [
+    "DeterministicDropout",
+    "FiniteGuard",
+    "History",
+    "MovableCheckpoint",
+    "MultilabelModule",
+    "MultimodalDataModule",
+    "Patience",
+    "PredictionWriter",
+    "UsageError",
+    "WholeCheckpointIO",
+    "masked_bce",
+    "masked_mean",
+    "read_checkpoint",
+    "run_command_line",
+]

@@ -1,0 +1,536 @@
+"""A command line for models of parts, on Lightning's own: :func:`run_command_line`.
+
+It needs the extra `examples`: `pip install 'uncertainty-mm[examples]'`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import os
+import platform
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import lightning as L
+import numpy as np
+import torch
+import yaml
+from jsonargparse import ActionConfigFile
+from lightning.pytorch.callbacks import Callback, TQDMProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+import uncertainty_mm
+from uncertainty_mm._files import replacing
+from uncertainty_mm.calibration import best_threshold
+from uncertainty_mm.lightning.callbacks import DeterministicDropout, FiniteGuard, History
+from uncertainty_mm.lightning.checkpoints import (
+    MovableCheckpoint,
+    Patience,
+    UsageError,
+    WholeCheckpointIO,
+    read_checkpoint,
+)
+from uncertainty_mm.lightning.data import MultimodalDataModule
+from uncertainty_mm.lightning.module import MultilabelModule
+from uncertainty_mm.lightning.predictions import PredictionWriter
+from uncertainty_mm.metrics.functional import evaluate
+
+SUBCOMMANDS = ("fit", "validate", "test", "predict")
+_FOLDER = "UNCERTAINTY_MM_RUN_FOLDER"  # where the first process of a run tells it to the others
+_OF_ONE_CALL = (
+    "config",
+    "ckpt_path",
+    "output",
+    "weights_only",
+)  # options that config.yaml leaves out
+
+
+class Parser(LightningArgumentParser):
+    """Says in one line what is wrong with the options; --help lists them all."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Ends the program with exit code 2."""
+        raise UsageError(f"{' '.join(str(message).split())} (see --help)")
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Ends the program with exit code 2 and one line where an option or a file cannot be used, or a disk is full."""
+    try:
+        yield
+    except (UsageError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+@contextmanager
+def _as_usage_errors() -> Iterator[None]:
+    """What constructors and readers refuse is an error of who wrote the command."""
+    try:
+        yield
+    except (ValueError, TypeError, MisconfigurationException) as error:
+        raise UsageError(" ".join(str(error).split())) from error
+
+
+def options_of(part: Callable[..., Any], fixed: Sequence[str] = ()) -> set[str]:
+    """Names of the parameters of a part that its user may choose: those with a default that nobody else sets."""
+    parameters = inspect.signature(part).parameters.values()
+    named = {each.name for each in parameters if each.default is not each.empty}
+    return named - {"validate_args", "process_group", *fixed}
+
+
+class ModelCLI(LightningCLI):
+    """`LightningCLI` for a :class:`~uncertainty_mm.lightning.MultilabelModule` made of parts.
+
+    The parts of the model (`model_class.parts`) have their options under their own names, `--model.fusion.dropout`;
+    sizes come from the data; `--config` takes files, and names of files in `configs`; what is wrong with an option is
+    said in one line.
+    """
+
+    def __init__(
+        self, model_class: type[MultilabelModule], configs: Path, arguments: list[str]
+    ) -> None:
+        self.configs = configs
+        self.folder: Path | None = None
+        super().__init__(
+            model_class,
+            MultimodalDataModule,
+            save_config_callback=None,
+            seed_everything_default=0,
+            parser_class=Parser,
+            parser_kwargs={"description": inspect.getdoc(sys.modules[model_class.__module__])},
+            args=arguments,
+            run=arguments[:1] != [] and arguments[0] in SUBCOMMANDS,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,  # hyper-parameters are plain values
+            trainer_defaults={
+                "devices": 1,
+                "max_epochs": 30,
+                "gradient_clip_val": 1.0,
+                "logger": False,
+                "num_sanity_val_steps": 0,
+                "log_every_n_steps": 1_000_000,  # an epoch is enough, and the device never waits
+                "enable_model_summary": False,
+                "use_distributed_sampler": False,  # the data module divides the samples
+            },
+        )
+
+    def init_parser(self, **kwargs: Any) -> Parser:
+        """A parser whose `--config` also takes the names of the bundled files."""
+        configs = self.configs
+
+        class NamedConfig(ActionConfigFile):
+            @staticmethod
+            def apply_config(parser: Any, cfg: Any, dest: str, value: Any) -> None:
+                named = configs / f"{value}.yaml"
+                path = str(named) if named.is_file() else value
+                if not (Path(str(path)).is_file() or "\n" in str(path) or "{" in str(path)):
+                    raise TypeError(
+                        f"{value}: neither a file nor one of {', '.join(names_in(configs))}"
+                    )
+                ActionConfigFile.apply_config(parser, cfg, dest, path)
+
+        parser = self.parser_class(**kwargs)
+        parser.add_argument(
+            "-c",
+            "--config",
+            action=NamedConfig,
+            help=f"options from a file, or one of {', '.join(names_in(configs))}",
+        )
+        return parser
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds the options of trainer, model, parts and data."""
+        parser.add_lightning_class_args(L.Trainer, "trainer")
+        parser.set_defaults({f"trainer.{name}": x for name, x in self.trainer_defaults.items()})
+        model = self._model_class
+        sizes = ("modality_dims", "max_steps", "label_names", "num_train_samples")
+        parser.add_class_arguments(model, "model", skip={*model.parts}, fail_untyped=False)
+        parser.add_lightning_class_args(MultimodalDataModule, "data")
+        parser.link_arguments("seed_everything", "data.seed")
+        for name in sizes:
+            parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
+        for name, part in model.parts.items():
+            given = options_of(part, model.fixed.get(name, ()))
+            every = inspect.signature(part).parameters.keys()
+            parser.add_class_arguments(
+                part, f"model.{name}", skip=every - given, instantiate=False, fail_untyped=False
+            )
+            defaults = model.defaults.get(name, {})
+            parser.set_defaults(
+                {f"model.{name}.{key}": x for key, x in defaults.items() if key in given}
+            )
+            if (
+                "max_batch_size" in given
+            ):  # so that several processes need not ask each other at every step
+                parser.link_arguments("data.batch_size", f"model.{name}.max_batch_size")
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds the callbacks and the files of a run."""
+        parser.add_lightning_class_args(Patience, "early_stopping")
+        parser.set_defaults(
+            {
+                "early_stopping.monitor": "val/miF1",
+                "early_stopping.mode": "max",
+                "early_stopping.patience": 6,
+            }
+        )
+        parser.add_lightning_class_args(FiniteGuard, "finite_guard")
+        parser.add_argument(
+            "--output",
+            type=str | None,
+            help="what is written: the folder of a run, which must not exist (default: runs/DATA-TIME); "
+            "the file of `predict`, .csv or .npz (default: predictions.csv)",
+        )
+        if parser is self.parser:  # without a subcommand
+            parser.add_argument("--ckpt_path", type=str | None, help="resume from this checkpoint")
+
+    def _parse_ckpt_path(self) -> None:
+        """Options are not taken from a checkpoint: a resumed run reads them from its own config.yaml."""
+
+    @property
+    def options(self) -> Any:
+        """The options of the subcommand, or of the program without one."""
+        return self.config if self.subcommand is None else self.config[self.subcommand]
+
+    @property
+    def trains(self) -> bool:
+        """Whether this is a training run."""
+        return self.subcommand in (None, "fit")
+
+    def instantiate_classes(self) -> None:
+        """Makes data, model and trainer; the parts of the model get their options as plain dicts."""
+        self.given = self.config
+        self.config = self.given.clone()
+        options = self.options
+        for name in self._model_class.parts:
+            options.model[name] = options.model[name].as_dict()
+        checkpoint = options.ckpt_path
+        if not self.trains and checkpoint is None:
+            raise UsageError(f"{self.subcommand}: --ckpt_path must name a checkpoint")
+        if checkpoint is not None:
+            saved = read_checkpoint(checkpoint)["hyper_parameters"]
+            if not self.trains and options.data.label_names is None:
+                options.data.label_names = saved["label_names"]
+        with _as_usage_errors():
+            super().instantiate_classes()
+            if checkpoint is not None and self.trains:
+                self._check_resumable(Path(checkpoint))
+            elif checkpoint is not None:
+                self.model = self._model_class.load(checkpoint)
+                check_fits(self.datamodule, self.model.hparams)
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """The trainer with what a run needs."""
+        options = self.options
+        callbacks: list[Callback] = [DeterministicDropout()]
+        if self.trains and not options.trainer.fast_dev_run:
+            self.folder = self._claim_folder()
+            callbacks += [
+                History(self.folder / "metrics.csv"),
+                MovableCheckpoint(
+                    self.folder,
+                    "best",
+                    monitor="val/miF1",
+                    mode="max",
+                    enable_version_counter=False,
+                ),
+                MovableCheckpoint(
+                    self.folder, "last", save_on_train_epoch_end=True, enable_version_counter=False
+                ),
+            ]
+        if self.subcommand == "predict":
+            callbacks.append(
+                PredictionWriter(output_file(options), getattr(self._model_class, "axes", {}))
+            )
+        if options.trainer.enable_progress_bar is not False:
+            callbacks.append(TQDMProgressBar(refresh_rate=5))
+        config = {**self._get(self.config_init, "trainer"), **kwargs}
+        config["callbacks"] = [*(config["callbacks"] or []), *callbacks]
+        plugins = config["plugins"] or []
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        config["plugins"] = [*plugins, WholeCheckpointIO()]
+        extra = [self._get(self.config_init, key) for key in ("early_stopping", "finite_guard")]
+        return self._instantiate_trainer(config, extra)
+
+    def _claim_folder(self) -> Path:
+        """The folder of a run: that of the checkpoint to resume, or a new one that no other run has."""
+        options = self.options
+        if options.ckpt_path is not None:
+            folder = Path(options.ckpt_path).parent
+            if options.output is not None and Path(options.output).resolve() != folder.resolve():
+                raise UsageError(
+                    f"--output {options.output}: a run resumes where its checkpoint is, {folder}"
+                )
+            return folder
+        if int(os.environ.get("LOCAL_RANK", 0)):  # a further process of the run
+            return Path(options.output or os.environ.get(_FOLDER, "runs"))
+        name = Path("runs") / f"{self.datamodule.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        folder = Path(options.output) if options.output is not None else name
+        try:
+            for attempt in range(1000):
+                try:
+                    folder.mkdir(parents=True)
+                    break
+                except FileExistsError:
+                    if options.output is not None:
+                        raise UsageError(
+                            f"--output {folder}: exists already; a run never writes over another"
+                        ) from None
+                    folder = name.with_name(f"{name.name}-{attempt + 1}")
+        except OSError as error:
+            raise UsageError(f"{folder}: cannot write there ({error.strerror})") from error
+        os.environ[_FOLDER] = str(folder)
+        write_text(folder / "config.yaml", self._saved_options())
+        write_text(folder / "environment.json", json.dumps(environment(), indent=2) + "\n")
+        return folder
+
+    def _saved_options(self) -> str:
+        """All options as YAML, for `--config`."""
+        given = self.given if self.subcommand is None else self.given[self.subcommand]
+        text = self._parser(self.subcommand).dump(given, skip_none=False, skip_link_targets=True)
+        options = yaml.safe_load(text)
+        return yaml.safe_dump(
+            {key: x for key, x in options.items() if key not in _OF_ONE_CALL}, sort_keys=False
+        )
+
+    def _check_resumable(self, path: Path) -> None:
+        """Raises UsageError unless the checkpoint is of the same training and leaves something to do.
+
+        A run that was ended between its last epoch and metrics.json, its last file, has the evaluation left.
+        """
+        checkpoint = read_checkpoint(path)
+        saved, own = checkpoint["hyper_parameters"], dict(self.model.hparams)
+        for name in own:
+            if saved.get(name) != own[name]:
+                raise UsageError(
+                    f"{path}: cannot resume, `{name}` is {own[name]} now and was {saved.get(name)}"
+                )
+        if "epoch" not in checkpoint or "optimizer_states" not in checkpoint:
+            raise UsageError(f"{path}: cannot resume, it has no state of a training")
+        done, epochs = checkpoint["epoch"] + 1, self.options.trainer.max_epochs
+        complete = self.subcommand == "fit" or (path.parent / "metrics.json").exists()
+        if done > epochs or (done == epochs and complete):
+            raise UsageError(f"{path}: {done} epochs are done, trainer.max_epochs is {epochs}")
+
+    def train_and_test(self) -> dict[str, Any]:
+        """Trains, picks the checkpoint on the validation split, and evaluates it once on the test split."""
+        start, options = time.perf_counter(), self.options
+        data, trainer = self.datamodule, self.trainer
+        for split in ("train", "validation", "test"):
+            data.part(split)
+        if trainer.is_global_zero:
+            sizes = " + ".join(f"{len(part)} {split}" for split, part in data.parts.items())
+            print(f"{data.name}: {sizes}; for training\n{data.part('train').summary()}", flush=True)
+        trainer.fit(self.model, data, ckpt_path=options.ckpt_path)
+        trainer.strategy.barrier()
+        if not trainer.is_global_zero:
+            return {}
+        best = self.model
+        if self.folder is not None:
+            best = self._model_class.load(trainer.checkpoint_callback.best_model_path)
+        tester = L.Trainer(
+            accelerator=options.trainer.accelerator,
+            devices=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            fast_dev_run=options.trainer.fast_dev_run,
+            callbacks=[FiniteGuard()],
+        )
+        tester.validate(best, data, verbose=False)
+        results: dict[str, Any] = {
+            "data": data.name,
+            "seed": options.seed_everything,
+            "epochs": trainer.current_epoch,
+            "skipped_batches": self._callback(FiniteGuard).skipped,
+            "parameters": sum(parameter.numel() for parameter in best.parameters()),
+            "threshold": [round(value, 2) for value in best.threshold.tolist()],
+            **best.results,
+        }
+        tester.test(best, data, verbose=False)
+        results |= best.results
+        if data.bayes and not options.trainer.fast_dev_run:  # what no model can surpass
+            per_label = best.hparams["thresholds"] == "label"
+            validation = data.bayes["validation"], data.part("validation").labels
+            threshold = best_threshold(*validation, per_label=per_label)
+            results["Bayes"] = evaluate(data.bayes["test"], data.part("test").labels, threshold)
+        print_results(results)
+        if self.folder is not None:
+            self._write_results(results, best)
+        results["seconds"] = round(time.perf_counter() - start, 1)
+        print(
+            f"\ncalibration and threshold {results['threshold']} from validation, {results['epochs']} epochs, "
+            f"{results['seconds']:.0f} s, seed {results['seed']}"
+        )
+        if self.folder is not None:
+            # the last file: where it is, the run is complete
+            write_text(self.folder / "metrics.json", json.dumps(results, indent=2) + "\n")
+            print(
+                f"{self.folder}/: {', '.join(sorted(path.name for path in self.folder.iterdir()))}"
+            )
+        return results
+
+    def _write_results(self, results: dict[str, Any], best: MultilabelModule) -> None:
+        """The predictions of the test split, and a figure of the training."""
+        from uncertainty_mm import plots
+
+        assert self.folder is not None
+        test = self.datamodule.part("test")
+        answers = {key: x for key, x in best.answers.items() if key not in ("labels", "unknown")}
+        PredictionWriter(self.folder / "predictions.npz").write(answers, test, best.threshold)
+        figure = plots.training(
+            self._callback(History).rows,
+            answers["probs"],
+            best.answers["labels"],
+            best.answers["unknown"],
+        )
+        with replacing(self.folder / "training.png") as partial:
+            figure.savefig(partial, dpi=120)
+
+    def _callback(self, kind: type[Any]) -> Any:
+        return next(each for each in self.trainer.callbacks if isinstance(each, kind))
+
+    def after_validate(self) -> None:
+        """Prints the table."""
+        print_results(self.model.results)
+
+    def after_test(self) -> None:
+        """Prints the tables."""
+        print_results(self.model.results)
+
+    def after_predict(self) -> None:
+        """Says what was written."""
+        thresholds = [round(value, 2) for value in self.model.threshold.tolist()]
+        count = len(self.trainer.predict_dataloaders.dataset)
+        print(f"{count} samples, thresholds {thresholds}: {output_file(self.options)}")
+
+
+def output_file(options: Any) -> Path:
+    """The file of `predict`, of which nothing that is read is replaced."""
+    path = Path(options.output or "predictions.csv")
+    if path.is_dir() or not path.parent.is_dir():
+        raise UsageError(f"{path}: --output must be a file in a folder that exists")
+    for source in (options.data.path, options.ckpt_path):
+        if source is not None and path.resolve() == Path(source).resolve():
+            raise UsageError(f"{path}: --output would replace what is read")
+    return path
+
+
+def check_fits(data: MultimodalDataModule, hparams: Mapping[str, Any]) -> None:
+    """Raises UsageError unless a model of these sizes can read the data; the order of names counts."""
+    for what, wanted, received in (
+        ("modalities and feature sizes", hparams["modality_dims"], data.modality_dims),
+        ("labels", hparams["label_names"], data.label_names),
+    ):
+        if list(wanted) != list(received) or wanted != received:
+            raise UsageError(
+                f"{data.name}: {what} {received} are not those of the checkpoint, {wanted}"
+            )
+    for name, steps in hparams["max_steps"].items():
+        if data.max_steps[name] > steps:
+            raise UsageError(
+                f"{data.name}: modality `{name}` has {data.max_steps[name]} steps, the checkpoint knows {steps}"
+            )
+
+
+def names_in(configs: Path) -> list[str]:
+    """Names of the bundled files of options."""
+    return sorted(
+        str(path.relative_to(configs).with_suffix("")) for path in configs.rglob("*.yaml")
+    )
+
+
+def environment() -> dict[str, Any]:
+    """What a run stands on."""
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        **{each.__name__: each.__version__ for each in (uncertainty_mm, torch, np, L)},
+    }
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file in one piece or not at all."""
+    with replacing(path) as partial:
+        partial.write_text(text)
+
+
+def print_results(results: Mapping[str, Any]) -> None:
+    """The tables of a validation, a test or a run."""
+    rows = ("validation", "test", "uncalibrated", "Bayes")
+    print_table({row: results[row] for row in rows if row in results})
+    if "modalities" in results:
+        print(
+            "\ntest split, by the modalities that are there; uncertainty is the predictive entropy in nats"
+        )
+        print_table(results["modalities"], ("Acc", "miF1", "mAP", "Brier", "ECE", "uncertainty"))
+
+
+def print_table(
+    rows: Mapping[str, Mapping[str, float | None]], columns: Sequence[str] = ()
+) -> None:
+    """One line a row, one column a measure."""
+    columns = columns or list(next(iter(rows.values())))
+    width = max(map(len, rows))
+    widths = [max(8, len(column) + 2) for column in columns]
+    cells = [("", *columns)]
+    for row, measures in rows.items():
+        values = (measures[column] for column in columns)
+        cells.append((row, *("-" if x is None else f"{x:.3f}" for x in values)))
+    print()
+    for name, *values in cells:
+        print(
+            f"{name:>{width}}" + "".join(f"{x:>{w}}" for x, w in zip(values, widths, strict=True))
+        )
+
+
+def run_command_line(
+    model_class: type[MultilabelModule], configs: Path, arguments: Sequence[str] | None = None
+) -> ModelCLI:
+    """Runs a subcommand, or without one trains and tests.
+
+    A resumed run takes the options of its own config.yaml, and the built-in data the small model of the config
+    `small`; what is given beside them holds.
+
+    Args:
+        model_class: The model.
+        configs: Folder with files of options that `--config` knows by name.
+        arguments: The command line; None takes that of the program.
+    """
+    warnings.filterwarnings("ignore", module="lightning")  # advice on workers and devices
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    subcommand = [arguments.pop(0)] if arguments[:1] and arguments[0] in SUBCOMMANDS else []
+    with one_line_errors():
+        if subcommand in ([], ["fit"]):
+            arguments = [*_configs_before(arguments), *arguments]
+        cli = ModelCLI(model_class, configs, [*subcommand, *arguments])
+        if not subcommand:
+            cli.train_and_test()
+    return cli
+
+
+def _configs_before(arguments: Sequence[str]) -> list[str]:
+    """The file of options that a resumed run, or one on the built-in data, starts from."""
+    given = {}
+    for name, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        option, equals, value = name.partition("=")
+        given[option] = value if equals else following
+    if "--ckpt_path" in given:
+        saved = Path(given["--ckpt_path"]).with_name("config.yaml")
+        return ["--config", str(saved)] if saved.is_file() else []
+    chosen = {"-c", "--config", "--data", "--data.path", "-h", "--help"} & given.keys()
+    return [] if chosen else ["--config", "small"]

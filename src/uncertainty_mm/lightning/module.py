@@ -1,0 +1,317 @@
+"""Training, calibration and evaluation of a multi-label model: :class:`MultilabelModule`."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from itertools import product
+from typing import Any, ClassVar, Literal
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics import CatMetric
+
+from uncertainty_mm._component import Component, states
+from uncertainty_mm.calibration import PlattScaling, best_threshold
+from uncertainty_mm.data import MultimodalBatch
+from uncertainty_mm.lightning.checkpoints import UsageError, read_checkpoint
+from uncertainty_mm.metrics.functional import evaluate, predictive_entropy
+
+
+class MultilabelModule(Component, L.LightningModule):
+    """Training, calibration and evaluation of a multi-label model; a subclass brings the model.
+
+    A subclass defines `forward(features, padding_mask)`, which returns an object with `logits` (B, Q), and
+    `training_step`; :meth:`details` may add what explains a prediction. In every validation of a fit the logits are
+    calibrated and thresholds fitted, before the score `val/miF1` that picks the checkpoint; both are state, saved with
+    the model. Hyper-parameters are plain values, so a checkpoint loads without running code from it.
+
+    Args:
+        label_names: Names of the Q labels.
+        lr: Peak learning rate of Adam, reached after the warm-up and followed by a cosine decay to 0.
+        warmup: Share of the steps in which the learning rate rises.
+        weight_decay: Decoupled weight decay.
+        thresholds: One threshold for all labels (`"single"`), or one for each (`"label"`).
+        soft_labels: Share of the soft labels in what the classifiers are trained towards, in [0, 1].
+
+    Attributes:
+        parts: Class attribute: what makes the parts of the model, by name; on a command line each part has its own
+            options, :meth:`part` makes it.
+        defaults: Class attribute: options of parts that differ from the defaults of their classes, by part.
+        fixed: Class attribute: options of parts that the model itself sets, by part.
+        axes: Class attribute: axes of what :meth:`details` returns, for :class:`PredictionWriter`.
+        calibration: The :class:`~uncertainty_mm.PlattScaling` of the logits.
+        threshold: Tensor (1,) or (Q,), for calibrated probabilities.
+        raw_threshold: The same for probabilities that are not calibrated.
+        results: What the latest validation or test measured: rows of the tables.
+    """
+
+    parts: ClassVar[Mapping[str, Callable[..., nn.Module]]] = {}
+    defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    fixed: ClassVar[Mapping[str, Sequence[str]]] = {}
+    axes: ClassVar[Mapping[str, Sequence[str]]] = {}
+    threshold: Tensor
+    raw_threshold: Tensor
+    hparams: Any
+
+    def __init__(
+        self,
+        label_names: list[str],
+        *,
+        lr: float = 5e-4,
+        warmup: float = 0.1,
+        weight_decay: float = 0.0,
+        thresholds: Literal["single", "label"] = "single",
+        soft_labels: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        for name, value, ok, rule in (
+            ("lr", lr, lr > 0, "above 0"),
+            ("warmup", warmup, 0 <= warmup < 1, "in [0, 1)"),
+            ("weight_decay", weight_decay, weight_decay >= 0, "at least 0"),
+            ("soft_labels", soft_labels, 0 <= soft_labels <= 1, "in [0, 1]"),
+        ):
+            if not ok:
+                raise ValueError(f"Expected `{name}` to be {rule}, but got {value}")
+        self.calibration = PlattScaling(len(label_names))
+        size = 1 if thresholds == "single" else len(label_names)
+        self._keep(threshold=torch.full((size,), 0.5), raw_threshold=torch.full((size,), 0.5))
+        self.results: dict[str, Any] = {}
+        self._seen = {
+            key: CatMetric(nan_strategy="disable") for key in ("logits", "labels", "unknown")
+        }
+
+    def part(self, name: str, options: Mapping[str, Any], *sizes: Any) -> Any:
+        """A part of the model from its sizes and options; values are left to the :class:`FiniteGuard`."""
+        known = inspect.signature(self.parts[name]).parameters
+        defaults = {"validate_args": False, **self.defaults.get(name, {})}
+        given = {key: x for key, x in defaults.items() if key in known} | dict(options)
+        return self.parts[name](*sizes, **given)
+
+    def details(self, output: Any) -> dict[str, Tensor]:
+        """What explains a prediction, by name: (B, Q), (B, M) or (B, M, Q)."""
+        return {}
+
+    def on_fit_start(self) -> None:
+        """Checks what only the data can tell."""
+        data = getattr(self.trainer, "datamodule", None)
+        if (
+            self.hparams["soft_labels"]
+            and data is not None
+            and data.part("train").soft_labels is None
+        ):
+            raise UsageError("soft_labels: the training split has none")
+
+    def configure_optimizers(self) -> Any:
+        """Adam with linear warm-up and cosine decay (appendix A.1 of the LDDU paper)."""
+        optimizer = torch.optim.AdamW(
+            self.parameters(), lr=self.hparams["lr"], weight_decay=self.hparams["weight_decay"]
+        )
+        steps = int(self.trainer.estimated_stepping_batches)
+        warmup = max(1, int(self.hparams["warmup"] * steps))
+
+        def factor(step: int) -> float:
+            if step < warmup:
+                return (step + 1) / warmup
+            return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def targets(self, batch: MultimodalBatch) -> Tensor:
+        """What the classifiers are trained towards: the labels, or soft labels in [0, 1], or between the two."""
+        labels = batch.labels.float()
+        share = self.hparams["soft_labels"]
+        return labels if not share else labels.lerp(batch.soft_labels.clamp(0, 1), share)
+
+    def log_losses(self, losses: Mapping[str, Tensor], batch: MultimodalBatch) -> None:
+        """Logs the mean of every loss over an epoch."""
+        self.log_dict(
+            {f"loss/{name}": loss.detach() for name, loss in losses.items()},
+            on_step=False,
+            on_epoch=True,
+            prog_bar=True,
+            batch_size=len(batch.labels),
+        )
+
+    def validation_step(self, batch: MultimodalBatch, batch_idx: int) -> None:
+        """Collects the logits of a batch."""
+        logits = self(batch.features, batch.padding_mask).logits
+        self._collect(logits, batch)
+        loss = masked_bce(logits, batch.labels.float(), batch.unknown)
+        self.log("val/cls", loss, prog_bar=True, batch_size=len(logits), sync_dist=True)
+
+    def _collect(self, logits: Tensor, batch: MultimodalBatch) -> None:
+        unknown = torch.zeros_like(logits) if batch.unknown is None else batch.unknown
+        for key, value in (("logits", logits), ("labels", batch.labels), ("unknown", unknown)):
+            self._seen[key].to(value.device).update(value.float())
+
+    def _collected(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits, labels and unknown of all processes, which are then forgotten."""
+        logits, labels, unknown = (metric.compute() for metric in self._seen.values())
+        for metric in self._seen.values():
+            metric.reset()
+        return logits, labels, unknown > 0.5
+
+    def on_validation_epoch_end(self) -> None:
+        """Calibrates the logits and fits the thresholds, during a fit; then measures."""
+        logits, labels, unknown = self._collected()
+        if self.trainer.state.fn == "fit":
+            self.calibration.fit(logits, labels, unknown)
+            per_label = self.hparams["thresholds"] == "label"
+            for name, probs in (
+                ("threshold", self.calibration(logits).sigmoid()),
+                ("raw_threshold", logits.sigmoid()),
+            ):
+                getattr(self, name).copy_(
+                    best_threshold(probs, labels, unknown, per_label=per_label)
+                )
+        row = evaluate(self.calibration(logits).sigmoid(), labels, self.threshold, unknown)
+        self.results = {"validation": row}
+        self.log("val/miF1", row["miF1"] or 0.0, prog_bar=True)
+
+    def on_test_start(self) -> None:
+        """Chooses the subsets of modalities to test with: all of them, or the telling ones where they are many."""
+        names = list(self.hparams["modality_dims"])
+        self._subsets = dict.fromkeys(subsets(names))
+        self._answers: list[dict[str, Tensor]] = []
+
+    def test_step(self, batch: MultimodalBatch, batch_idx: int) -> None:
+        """Predicts a batch with every subset of its modalities."""
+        answer = self.predict_step(batch, batch_idx)
+        for kept in self._subsets:
+            padding = {
+                name: mask if name in kept else torch.ones_like(mask)
+                for name, mask in batch.padding_mask.items()
+            }
+            logits = self(batch.features, padding).logits
+            answer["subset." + "+".join(kept)] = self.calibration(logits).sigmoid()
+        unknown = torch.zeros_like(answer["probs"]) if batch.unknown is None else batch.unknown
+        answer |= {"labels": batch.labels, "unknown": unknown.bool()}
+        self._answers.append({key: value.cpu() for key, value in answer.items()})
+
+    def on_test_epoch_end(self) -> None:
+        """Measures: calibrated, not calibrated, and by the modalities that are there."""
+        answers = {
+            key: torch.cat([each[key] for each in self._answers]) for key in self._answers[0]
+        }
+        labels, unknown = answers["labels"], answers["unknown"]
+        threshold, raw_threshold = self.threshold.cpu(), self.raw_threshold.cpu()
+        rows = {}
+        for kept in self._subsets:
+            probs = answers.pop("subset." + "+".join(kept))
+            row = evaluate(probs, labels, threshold, unknown)
+            row["uncertainty"] = round(float(predictive_entropy(probs).mean()), 4)
+            rows[" + ".join(kept) or "none"] = row
+        self.answers = answers
+        self.results = {
+            "test": evaluate(answers["probs"], labels, threshold, unknown),
+            "uncalibrated": evaluate(answers["uncalibrated"], labels, raw_threshold, unknown),
+            "modalities": rows,
+        }
+        self.log_dict(
+            {f"test/{name}": x for name, x in self.results["test"].items() if x is not None}
+        )
+
+    def predict_step(self, batch: MultimodalBatch, batch_idx: int) -> dict[str, Tensor]:
+        """Probabilities, calibrated and not, and what explains them."""
+        output = self(batch.features, batch.padding_mask)
+        probs = self.calibration(output.logits).sigmoid()
+        return {
+            "probs": probs,
+            "uncalibrated": output.logits.sigmoid(),
+            "uncertainty": predictive_entropy(probs).to(probs.dtype),
+            **self.details(output),
+        }
+
+    @torch.no_grad()
+    def ask(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What the model says of one sample.
+
+        Args:
+            features: (S_m, D_m) by modality; a modality that the sample lacks is left out.
+
+        Returns:
+            `probs` and `predicted` (Q,), `uncertainty` (), and the details of the model, each without the axis B.
+
+        Raises:
+            ValueError: If a modality is not known, none is given, or a shape is wrong.
+        """
+        dims = self.hparams["modality_dims"]
+        unknown = sorted(set(features) - set(dims))
+        if unknown or not features:
+            raise ValueError(
+                f"Expected `features` to hold some of {list(dims)}, but got {sorted(features)}"
+            )
+        batch: dict[str, Tensor] = {}
+        for name, dim in dims.items():
+            x = torch.as_tensor(features.get(name, torch.zeros(1, dim)))
+            if x.dim() != 2 or x.shape[1] != dim:
+                raise ValueError(
+                    f"Expected `features[{name!r}]` to have shape (S, {dim}), but got {tuple(x.shape)}"
+                )
+            batch[name] = x.to(self.device, self.dtype).unsqueeze(0)
+        padding = {
+            name: torch.full(x.shape[:2], name not in features, device=x.device)
+            for name, x in batch.items()
+        }
+        self.eval()
+        answer = self.predict_step(
+            MultimodalBatch(batch, padding, torch.zeros(1, 0), torch.zeros(1).long()), 0
+        )
+        answer["predicted"] = answer["probs"] > self.threshold
+        return {key: value[0] for key, value in answer.items()}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Saves the state of this module also where a callback saves averaged weights in its place."""
+        checkpoint["state_dict"] |= states(self)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> MultilabelModule:
+        """The model of a checkpoint, on the CPU, ready to predict; runs no code from the file.
+
+        Raises:
+            UsageError: If the file is no checkpoint, is damaged, or is of another model or version.
+        """
+        read_checkpoint(path)
+        try:
+            module = cls.load_from_checkpoint(path, map_location="cpu", weights_only=True)
+        except (RuntimeError, TypeError, KeyError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise UsageError(f"{path}: of another model or version ({reason})") from error
+        return module.eval()
+
+
+def masked_bce(logits: Tensor, target: Tensor, unknown: Tensor | None = None) -> Tensor:
+    """Binary cross-entropy, mean over the labels that are known; 0 if none is.
+
+    Args:
+        logits: Tensor (B, Q).
+        target: Tensor (B, Q) in [0, 1].
+        unknown: Bool tensor (B, Q), True leaves the label out.
+    """
+    if unknown is not None:
+        target = target.masked_fill(unknown, 0)
+    loss = F.binary_cross_entropy_with_logits(logits.float(), target, reduction="none")
+    return masked_mean(loss, unknown)
+
+
+def masked_mean(x: Tensor, unknown: Tensor | None) -> Tensor:
+    """Mean of what is known, a scalar; 0 with zero gradient if nothing is."""
+    if unknown is None:
+        return x.mean()
+    return x.masked_fill(unknown, 0).sum() / (~unknown).sum().clamp_min(1)
+
+
+def subsets(names: Sequence[str]) -> list[tuple[str, ...]]:
+    """All subsets of up to four modalities, from all to none; of more: all, one left out, one alone, none."""
+    if len(names) <= 4:
+        chosen = product((True, False), repeat=len(names))
+        return [tuple(n for n, here in zip(names, each, strict=True) if here) for each in chosen]
+    left_out = [tuple(other for other in names if other != name) for name in names]
+    return [tuple(names), *left_out, *((name,) for name in names), ()]

@@ -1,0 +1,99 @@
+"""Predictions as a file: :class:`PredictionWriter`."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+from collections.abc import Mapping, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import BasePredictionWriter
+from torch import Tensor
+
+from uncertainty_mm._files import replacing
+from uncertainty_mm.data import MultimodalDataset
+
+
+class PredictionWriter(BasePredictionWriter):
+    """Writes what `predict_step` returns as .csv, one row a sample, or as .npz, one array an output.
+
+    Args:
+        path: The file to write, replaced in one piece.
+        axes: Axes of the outputs by name, of `"label"` and `"modality"`; the others have one column a label.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        axes: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
+        super().__init__("epoch")
+        self.path = Path(path)
+        self.axes = {"uncertainty": (), **(axes or {})}
+
+    def write_on_epoch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        predictions: Sequence[Any],
+        batch_indices: Sequence[Any],
+    ) -> None:
+        data = trainer.predict_dataloaders.dataset
+        outputs = {key: torch.cat([each[key] for each in predictions]) for key in predictions[0]}
+        self.write(outputs, data, pl_module.threshold)
+
+    def write(
+        self, outputs: Mapping[str, Tensor], data: MultimodalDataset, threshold: Tensor
+    ) -> None:
+        """Writes outputs (N, ...) for the samples of `data`."""
+        outputs = {key: x.detach().cpu() for key, x in outputs.items()}
+        outputs = {key: x.float() if x.is_floating_point() else x for key, x in outputs.items()}
+        save = self._arrays if self.path.suffix == ".npz" else self._rows
+        with replacing(self.path) as partial:
+            save(partial, outputs, data, threshold.cpu())
+
+    def _arrays(
+        self, path: Path, outputs: Mapping[str, Tensor], data: MultimodalDataset, threshold: Tensor
+    ) -> None:
+        arrays = {key: value.numpy() for key, value in outputs.items()}
+        arrays |= {
+            "threshold": threshold.numpy(),
+            "label_names": np.array(data.label_names),
+            "modalities": np.array(list(data.dims)),
+        }
+        if data.unknown is None or not data.unknown.all():
+            arrays["labels"] = data.labels.numpy()
+        if data.unknown is not None:
+            arrays["unknown"] = data.unknown.numpy()
+        if data.ids is not None:
+            arrays["ids"] = np.array(data.ids)
+        np.savez_compressed(path, **arrays)  # type: ignore[arg-type]
+
+    def _rows(
+        self, path: Path, outputs: Mapping[str, Tensor], data: MultimodalDataset, threshold: Tensor
+    ) -> None:
+        outputs = dict(outputs)
+        probs = outputs["probs"]
+        outputs = {
+            "uncertainty": outputs.pop("uncertainty"),
+            "probs": probs,
+            "predicted": probs > threshold,
+        } | outputs
+        names = {"label": data.label_names, "modality": list(data.dims)}
+        header, columns = ["sample"], []
+        for key, value in outputs.items():
+            axes = self.axes.get(key, ("label",))
+            header += [".".join((key, *each)) for each in product(*(names[axis] for axis in axes))]
+            columns.append(value.flatten(1) if value.dim() > 1 else value.unsqueeze(1))
+        with open(path, "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(header)
+            for sample, row in enumerate(torch.cat([x.double() for x in columns], dim=1).tolist()):
+                name = sample if data.ids is None else data.ids[sample]
+                writer.writerow([name, *("" if math.isnan(x) else f"{x:.6g}" for x in row)])
