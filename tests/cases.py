@@ -177,6 +177,8 @@ def plain_decoupler(module, z, missing):
         first, mean, raw = module.encoder[0], module.mean_head, module.log_var_head
         hidden = (z[:, m] @ first.weight[m].T + first.bias[m]).relu()
         mean, raw = (hidden @ x.weight[m].T + x.bias[m] for x in (mean, raw))
+        if module.normalize_mean:
+            mean = module.latent_dim**0.5 * F.normalize(mean, dim=-1)
         limit = torch.full_like(raw, 2 * math.log(1e4))  # `where` of two numbers would be float32
         limit = limit.masked_fill(raw < 0, -2 * math.log(module.min_std))
         std = module.min_std + torch.exp(0.5 * raw / (1 + (raw / limit) ** 2).sqrt())
@@ -212,7 +214,7 @@ def plain_mixture(fused, mean_logits, std_logits, uncertainty):
     return probs.logit(), mean_logits, std_logits, 1 - uncertainty, probs
 
 
-def plain_fusion(module, latent, uncertainty, missing):
+def plain_concat_fusion(module, latent, uncertainty, missing):
     left_out = missing[:, :, None, None]
     logits = (
         head(x.masked_fill(left_out, 0).transpose(1, 2).flatten(2)).squeeze(2)
@@ -228,10 +230,19 @@ def plain_product(latent, missing, prior_mean):
     return umm.DiagonalGaussian(mean, precision.rsqrt())
 
 
-def plain_product_fusion(module, latent, uncertainty, missing):
-    latent = plain_product(latent, missing, module.prior_mean)
-    logits = module.mean_head(latent.mean).squeeze(2), module.std_head(latent.std).squeeze(2)
+def plain_fusion(module, latent, uncertainty, missing):
+    mean, std = plain_product(latent, missing, module.prior_mean)
+    logits = module.mean_head(mean).squeeze(2), module.std_head(std.detach()).squeeze(2)
     return plain_mixture(module, *logits, uncertainty)
+
+
+def plain_chi2(_, latent, missing):
+    weight = (~missing)[:, :, None, None] / latent.std**2
+    total = weight.sum(1, keepdim=True).clamp_min(1e-9)
+    centre = (weight * latent.mean).sum(1, keepdim=True) / total
+    freedom = (~missing).sum(1).view(-1, 1) - 1
+    chi2 = (weight * (latent.mean - centre) ** 2).sum(1).mean(-1) / freedom.clamp_min(1)
+    return chi2.masked_fill(freedom < 1, 0)
 
 
 def plain_rank(scores, temperature, mask):
@@ -299,8 +310,16 @@ def expected_distance(probs, _):
     return functional.expected_distance(probs)
 
 
+def prediction_distance(probs, labels, unknown):
+    return functional.prediction_distance(probs, labels, unknown)
+
+
+def reduced_chi2(latent, missing):
+    return functional.reduced_chi2(*latent, missing)
+
+
 def properties_of(latent, missing):
-    product = latent.product(missing)
+    product = latent.inflated(1.0 + missing.to(latent.std.dtype)).product(missing)
     joint = latent.embedding(joint=True)
     return product, latent.variance, latent.log_var, latent.kl_to_standard_normal(), joint
 
@@ -367,10 +386,10 @@ MODULES = {
         ),
         lambda sizes: (draw_latent(sizes), draw_probs(sizes)[0], draw_missing(sizes)),
         plain_fusion,
-        "certainty",
+        "combine='product'",
         fuse,
     ),
-    "UncertaintyGatedFusion (product)": Case(
+    "UncertaintyGatedFusion (concat)": Case(
         lambda sizes, **kwargs: steady(
             umm.UncertaintyGatedFusion(
                 sizes.modalities,
@@ -378,13 +397,14 @@ MODULES = {
                 LATENT,
                 hidden_dim=9,
                 dropout=0,
-                combine="product",
+                combine="concat",
+                detach_std=False,
                 **kwargs,
             )
         ),
         lambda sizes: (draw_latent(sizes), draw_probs(sizes)[0], draw_missing(sizes)),
-        plain_product_fusion,
-        "combine='product'",
+        plain_concat_fusion,
+        "combine='concat'",
         fuse,
     ),
     "SoftRankOrdinalityLoss": Case(
@@ -437,9 +457,12 @@ FUNCTIONS = {
     ),
     "ordinality_divergence": _function(ordinality_divergence, draw_scores, plain_divergence),
     "prediction_distance": _function(
-        functional.prediction_distance,
-        draw_probs,
-        lambda _, probs, labels: torch.where(labels > 0, 1 - probs, probs),
+        prediction_distance,
+        lambda sizes: (*draw_probs(sizes), draw_labels(sizes) > 0),
+        lambda _, probs, labels, unknown: torch.where(labels > 0, 1 - probs, probs) * ~unknown,
+    ),
+    "reduced_chi2": _function(
+        reduced_chi2, lambda sizes: (draw_latent(sizes), draw_missing(sizes)), plain_chi2
     ),
     "soft_rank": _function(
         soft_rank, draw_scores, lambda _, scores, __, mask: plain_rank(scores, 0.5, mask)

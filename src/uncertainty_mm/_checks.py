@@ -170,6 +170,11 @@ def check_range(
     name: str, tensor: Tensor, low: float, high: float, left_out: Tensor | None = None
 ) -> None:
     """Raises unless all values are in [low, high]; NaN fails."""
+    if tensor.numel() == 0:
+        return
+    smallest, largest = tensor.detach().aminmax()  # one pass without a temporary; NaN propagates
+    if smallest >= low and largest <= high:
+        return
     outside = ~((tensor >= low) & (tensor <= high))
     if left_out is not None:
         outside = outside & ~left_out
@@ -221,8 +226,36 @@ def check_gaussian(mean: Tensor, std: Tensor) -> None:
     check_tensor("std", std, "floating", dims, sizes, mean.device)
     if checks_values(mean):
         check_finite("mean", mean)
-        check_finite("std", std)
-        check_range("std", std, 0, float("inf"))
+        check_std("std", std)
+
+
+def check_std(
+    name: str, std: Tensor, left_out: Tensor | None = None, infinite: bool = False
+) -> None:
+    """Raises unless all values are at least 0 and, unless `infinite` ones are welcome, finite."""
+    if not infinite:
+        check_finite(name, std, left_out)
+    check_range(name, std, 0, float("inf"), left_out)
+
+
+def check_gaussians(
+    mean: Tensor,
+    std: Tensor,
+    missing: Tensor | None,
+    sizes: dict[str, int],
+    validate_args: bool | None = None,
+    *,
+    prefix: str = "",
+    infinite: bool = False,
+) -> None:
+    """Checks Gaussians of shape (B, M, Q, K), their values except where a modality is missing."""
+    check_tensor(f"{prefix}mean", mean, "floating", "B M Q K", sizes)
+    check_tensor(f"{prefix}std", std, "floating", "B M Q K", sizes, mean.device)
+    check_missing(missing, sizes, mean.device)
+    if checks_values(mean, validate_args):
+        left_out = None if missing is None else missing[:, :, None, None]
+        check_finite(f"{prefix}mean", mean, left_out)
+        check_std(f"{prefix}std", std, left_out, infinite)
 
 
 def check_missing(

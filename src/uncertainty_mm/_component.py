@@ -48,6 +48,13 @@ class Component(nn.Module):
             object.__setattr__(self, name, fn(getattr(self, name)))
         return self
 
+    def reset_parameters(self) -> None:
+        """Gives all parameters and all state their initial values, as when the component was made."""
+        for part in self.modules():
+            reset = getattr(part, "reset_parameters", None)
+            if part is not self and callable(reset):
+                reset()
+
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
