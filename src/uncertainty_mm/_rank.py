@@ -10,8 +10,7 @@ from torch import Tensor
 
 
 def _neighbours(scores: Tensor, weights: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    r"""For ascending scores, the sums over all smaller and over all larger ones of
-    :math:`w_j \exp(-|s_i - s_j| / \tau)`.
+    r"""Sums of :math:`w_j \exp(-|s_i - s_j| / \tau)` over the smaller and over the larger ones of ascending scores.
 
     The sum over the last `reach` entries doubles its reach by adding the one that ends where it begins, faded by the
     distance between the two: log2(B) steps. All terms have the sign of their weight and every distance is one

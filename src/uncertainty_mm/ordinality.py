@@ -53,8 +53,8 @@ class SoftRankOrdinalityLoss(Component):
     - `"standardized"`: :math:`f(X) = Z(X) / \tau`.
     - `"rank"`: the soft rank of :math:`Z(X)` at temperature :math:`\tau`, scaled to [0, 1]; zero when both views rank
       alike, whatever their shapes, as :math:`\tau \to 0`. Takes :math:`O(B \log B)` time and :math:`O(B)` memory.
-    - `"pearson"`: no divergence, but :math:`1 - \operatorname{corr}(X, Y)`, Pearson's correlation over the batch: 0 to 2
-      for every pair, without a temperature. A score that is equal for all samples correlates with nothing: the pair
+    - `"pearson"`: no divergence, but :math:`1 - \operatorname{corr}(X, Y)`, Pearson's correlation over the batch; 0 to
+      2 for every pair, without a temperature. A score that is equal for all samples correlates with nothing: the pair
       then costs 1, with zero gradient.
 
     All but the first do not change under a positive affine map of a score. :math:`R` is history and receives no
