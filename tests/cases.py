@@ -142,6 +142,11 @@ def draw_scores(sizes):
     return torch.randn(sizes.batch), torch.randn(sizes.batch), torch.arange(sizes.batch) % 4 == 1
 
 
+def draw_views(sizes):
+    norm, distance, correctness = torch.rand(3, sizes.batch)
+    return 0.5 + norm, distance, correctness, torch.arange(sizes.batch) % 4 == 1
+
+
 def draw_probs(sizes):
     return torch.rand(sizes.batch, sizes.labels), draw_labels(sizes)
 
@@ -247,7 +252,9 @@ def plain_chi2(_, latent, missing):
 
 def plain_rank(scores, temperature, mask):
     kept = (~mask).double()
-    beats = ((scores.unsqueeze(1) - scores) / temperature).sigmoid() * kept
+    gaps = (scores.unsqueeze(1) - scores) / temperature
+    loses, wins = 0.5 * gaps.clamp_max(0).exp(), 1 - 0.5 * (-gaps.clamp_min(0)).exp()
+    beats = torch.where(gaps < 0, loses, wins) * kept
     return torch.where(mask, 1, 0.5 + beats.sum(1))
 
 
@@ -259,15 +266,15 @@ def plain_divergence(_, a, b, mask):
 
 
 def plain_ordinality(module, std_norm, distance, correctness, mask):
-    def rank(scores):
-        kept = scores[~mask]
-        if len(kept) < 2:
-            return scores * 0
-        scores = (scores - kept.mean()) / kept.std(correction=0)
-        return (plain_rank(scores, module.temperature, mask) - 1) / (len(kept) - 1)
-
-    s, d, r = rank(1 / std_norm), rank(1 - distance), rank(correctness.detach())
-    return plain_divergence(None, s, r, mask) + plain_divergence(None, d, r, mask)
+    scores = (1 / std_norm)[~mask], correctness.detach()[~mask]
+    if len(scores[0]) < 2:
+        return std_norm.sum() * 0
+    scores = [(x - x.mean()) / x.std(correction=0) for x in scores]
+    if module.mode == "pearson":
+        return 1 - (scores[0] * scores[1]).mean()
+    whole = torch.zeros_like(scores[0], dtype=torch.bool)
+    ranks = [(plain_rank(x, module.temperature, whole) - 1) / (len(x) - 1) for x in scores]
+    return plain_divergence(None, *ranks, whole)
 
 
 def plain_tracker(module, indices, correct):
@@ -285,6 +292,10 @@ def plain_tracker(module, indices, correct):
 def track(tracker, indices, correct):
     tracker.update(indices, correct)
     return tracker(indices), tracker.counts(indices), tracker.forgetting_events(indices)
+
+
+def ordered(loss, std_norm, distance, correctness, mask=None):
+    return loss(std_norm=std_norm, distance=distance, correctness=correctness, mask=mask)
 
 
 def fuse(fusion, latent, uncertainty, missing):
@@ -409,14 +420,17 @@ MODULES = {
     ),
     "SoftRankOrdinalityLoss": Case(
         lambda sizes, **kwargs: umm.SoftRankOrdinalityLoss(temperature=0.5, **kwargs),
-        lambda sizes: (
-            0.5 + torch.rand(sizes.batch),
-            torch.rand(sizes.batch),
-            torch.rand(sizes.batch),
-            torch.arange(sizes.batch) % 4 == 1,
-        ),
+        draw_views,
         plain_ordinality,
         "temperature=0.5",
+        ordered,
+    ),
+    "SoftRankOrdinalityLoss (pearson)": Case(
+        lambda sizes, **kwargs: umm.SoftRankOrdinalityLoss(mode="pearson", **kwargs),
+        draw_views,
+        plain_ordinality,
+        "mode='pearson'",
+        ordered,
     ),
     "PlattScaling": Case(
         lambda sizes, **kwargs: umm.PlattScaling(sizes.labels, **kwargs).fit(

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import rankdata
-from torch.autograd import gradcheck
+from torch.autograd import gradcheck, gradgradcheck
 from torch.profiler import ProfilerActivity, profile
 
 from support import (
@@ -788,12 +788,12 @@ def test_validate_args_is_passed_on(monkeypatch, name):
 
 
 def naive_soft_rank(scores, temperature=1.0):
-    def sigmoid(x):
-        return 1 / (1 + math.exp(-x)) if x > 0 else math.exp(x) / (1 + math.exp(x))
+    def laplace(x):
+        return 1 - math.exp(-x) / 2 if x > 0 else math.exp(x) / 2
 
     scores = scores.tolist()
     return [
-        1 + sum(sigmoid((a - b) / temperature) for j, b in enumerate(scores) if j != i)
+        1 + sum(laplace((a - b) / temperature) for j, b in enumerate(scores) if j != i)
         for i, a in enumerate(scores)
     ]
 
@@ -851,6 +851,34 @@ def test_soft_rank_is_permutation_equivariant(scores, seed):
 def test_soft_rank_passes_gradcheck():
     scores = torch.randn(5, dtype=torch.float64, requires_grad=True)
     assert gradcheck(functional.soft_rank, (scores,))
+    assert gradgradcheck(functional.soft_rank, (scores,))
+
+
+def test_soft_rank_gradient_of_ties_is_that_of_the_double_loop():
+    scores = torch.tensor([0.5, 0.25, 0.5, 0.5, -1.0], dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(5, dtype=torch.float64)
+    (actual,) = gradient(weights * functional.soft_rank(scores, 0.3), scores)
+    gaps = scores.detach().unsqueeze(1) - scores.detach()
+    density = (-gaps.abs() / 0.3).exp() / 0.6
+    close(actual, (density * (weights.unsqueeze(1) - weights)).sum(1))
+
+
+@pytest.mark.parametrize("spread", [1.0, 1e3, 1e6])
+def test_soft_rank_in_float32_keeps_its_digits_far_from_zero(spread):
+    scores = torch.cat([spread * torch.randn(50), spread + torch.randn(50)])
+    gaps = scores.double().unsqueeze(1) - scores.double()
+    beats = (-gaps.abs()).exp() / 2
+    expected = 0.5 + torch.where(gaps < 0, beats, 1 - beats).sum(1)
+    close(functional.soft_rank(scores), expected)
+
+
+def test_soft_rank_remembers_no_more_than_the_batch():
+    """And not the matrix of pairs, nor a number for every step of the sums."""
+    kept = []
+    scores = torch.randn(1000, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()), lambda x: x):
+        functional.soft_rank(scores, mask=torch.arange(1000) % 3 == 0)
+    assert sum(kept) <= 6 * 1000
 
 
 def test_soft_rank_of_nothing_is_empty():
@@ -872,7 +900,7 @@ def test_soft_rank_gradient_ignores_masked_scores(value):
     weights = torch.tensor([1.0, 0.0, 3.0], dtype=torch.float64)
     (actual,) = gradient(weights * functional.soft_rank(scores, mask=mask), scores)
     rest = scores.detach()[~mask]
-    slope = torch.sigmoid(rest[0] - rest[1]) * torch.sigmoid(rest[1] - rest[0])
+    slope = (-(rest[0] - rest[1]).abs()).exp() / 2
     close(actual, [float(-2 * slope), 0.0, float(2 * slope)])
 
 

@@ -22,11 +22,11 @@ from uncertainty_mm import (
     SoftRankOrdinalityLoss,
     UncertaintyGatedFusion,
     functional,
-    measures,
     metrics,
 )
 from uncertainty_mm.data import SyntheticMMER
 from uncertainty_mm.data._sequences import stack
+from uncertainty_mm.metrics import functional as measures
 
 DTYPES = (torch.float32, *HALF)
 ALL = torch.zeros(9, dtype=torch.bool)  # the mask that leaves nothing out
@@ -265,17 +265,18 @@ def test_divergence_of_nearly_equal_scores_keeps_its_digits():
     near(*functions, a, a + 1e-2 * torch.randn(9), dtype=torch.float32)
 
 
-@pytest.mark.parametrize("mode", ["rank", "standardized", "raw"])
+@pytest.mark.parametrize("mode", ["rank", "standardized", "raw", "pearson"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("size", [1e-6, 1e6])
 def test_ordinality_of_any_size_with_certain_distances(mode, dtype, size):
     norms = (size * torch.linspace(0.5, 1, 8)).to(dtype)
     distance = (torch.arange(8) % 2).to(dtype)  # 0 and 1 alone
     correctness = torch.arange(8).to(dtype) / 7
-    loss = SoftRankOrdinalityLoss(mode=mode)
+    loss = SoftRankOrdinalityLoss(mode=mode, pairs=("SR", "DR"))
 
     def view(norms, distance):
-        return loss(norms, distance, correctness.to(norms.dtype))
+        correct = correctness.to(norms.dtype)
+        return loss(std_norm=norms, distance=distance, correctness=correct)
 
     near(view, view, norms, distance, dtype=dtype)  # the same in float64
 

@@ -25,6 +25,7 @@ from sklearn.metrics import jaccard_score, roc_auc_score
 from torch.nn import functional as F
 from torchmetrics.functional.classification import binary_calibration_error
 
+from cases import ordered
 from support import close, poisoned, random_latent
 from uncertainty_mm import (
     CorrectnessTracker,
@@ -393,13 +394,14 @@ def test_product_is_equivariant_and_blind_to_the_order_of_modalities(seed, batch
         close(x, y[samples][:, labels])
 
 
-@given(seed=seeds, count=counts, mode=st.sampled_from(["rank", "standardized", "raw"]))
+@given(seed=seeds, count=counts, mode=st.sampled_from(["rank", "standardized", "raw", "pearson"]))
 def test_ordinality_is_blind_to_the_order_of_samples(seed, count, mode):
     seeded(seed)
     loss, mask = SoftRankOrdinalityLoss(mode=mode, pairs=("SR", "DR", "DS")), some(count)
     scores = [0.1 + torch.rand(count).double(), *torch.rand(2, count).double()]
     order = order_of(count)
-    close(loss(*(x[order] for x in scores), mask[order]), loss(*scores, mask))
+    moved = [x[order] for x in (*scores, mask)]
+    close(ordered(loss, *moved), ordered(loss, *scores, mask))
 
 
 @given(seed=seeds, count=counts)
@@ -553,7 +555,7 @@ def test_product_without_a_modality_is_that_of_the_others(seed, batch, index, wr
 @given(
     seed=seeds,
     count=counts,
-    mode=st.sampled_from(["rank", "standardized", "raw"]),
+    mode=st.sampled_from(["rank", "standardized", "raw", "pearson"]),
     wrong=st.sampled_from([NAN, -math.inf]),
 )
 def test_masked_samples_take_no_part_in_the_ordinality(seed, count, mode, wrong):
@@ -561,7 +563,7 @@ def test_masked_samples_take_no_part_in_the_ordinality(seed, count, mode, wrong)
     mask, loss = some(count), SoftRankOrdinalityLoss(mode=mode, pairs=("SR", "DR", "DS"))
     scores = [0.1 + torch.rand(count).double(), *torch.rand(2, count).double()]
     spoilt = [poisoned(x, mask, wrong) for x in scores]
-    close(loss(*spoilt, mask), loss(*(x[~mask] for x in scores)))
+    close(ordered(loss, *spoilt, mask), ordered(loss, *(x[~mask] for x in scores)))
     ranks = functional.soft_rank(spoilt[0], mask=mask)
     close(ranks[~mask], functional.soft_rank(scores[0][~mask]))
     divergence = functional.ordinality_divergence(spoilt[1], spoilt[2], mask=mask)
@@ -654,7 +656,7 @@ def test_divergence_is_symmetric_and_blind_to_shifts(seed, count, left, right):
     count=st.integers(2, 6),
     factor=st.floats(0.01, 100),
     shift=st.floats(0, 10),
-    mode=st.sampled_from(["rank", "standardized"]),
+    mode=st.sampled_from(["rank", "standardized", "pearson"]),
 )
 def test_ordinality_is_blind_to_positive_affine_maps_of_each_score(
     seed, count, factor, shift, mode
@@ -662,8 +664,9 @@ def test_ordinality_is_blind_to_positive_affine_maps_of_each_score(
     seeded(seed)
     loss = SoftRankOrdinalityLoss(mode=mode, pairs=("SR", "DR", "DS"))
     certainty, distance, correctness = 0.1 + 0.8 * torch.rand(3, count).double()
-    before = loss(1 / certainty, distance, correctness)
-    close(loss(1 / (factor * certainty + shift), 0.5 * distance, 0.2 + 0.5 * correctness), before)
+    before = ordered(loss, 1 / certainty, distance, correctness)
+    mapped = 1 / (factor * certainty + shift), 0.5 * distance, 0.2 + 0.5 * correctness
+    close(ordered(loss, *mapped), before)
 
 
 @given(probs=st.lists(st.floats(0, 1), min_size=1, max_size=6))

