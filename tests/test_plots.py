@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 from scipy.stats import binomtest, spearmanr
 from sklearn.manifold import TSNE
 
-from uncertainty_mm.metrics import functional as measures, plots
+from uncertainty_mm import plots
+from uncertainty_mm.metrics import functional as measures
 
 N, Q, M = 120, 4, 3
 NAMES = ["happy", "sad", "anger", "fear"]
@@ -100,8 +101,8 @@ def test_global_state_is_left_alone(call):
 @pytest.mark.parametrize("bins", [4, 10])
 def test_reliability_shows_bins_counts_and_intervals(bins):
     probs, labels = predictions()
-    axes = plots.reliability_diagram(probs, labels, NAMES, bins=bins)
-    errors = measures.calibration_error(probs, labels, bins=bins, average="none")
+    axes = plots.reliability_diagram(probs, labels, NAMES, n_bins=bins)
+    errors = measures.calibration_error(probs, labels, n_bins=bins, average="none")
     for q, ax in enumerate(axes):
         assert ax.get_title() == f"{NAMES[q]} (ECE {errors[q]:.3f})"
         [(line, _, [segments])] = ax.containers
@@ -129,10 +130,10 @@ def test_panels_of_new_figures_label_the_outer_ones_only():
 def test_risk_coverage_shows_the_curves():
     errors = torch.randint(2, (N,))
     named = {"a": torch.rand(N), "b": torch.randint(3, (N,))}
-    ax = plots.risk_coverage(errors, named)
+    ax = plots.risk_coverage(named, errors)
     a, b, best, random = ax.lines
     for (name, uncertainty), line in zip(named.items(), (a, b), strict=True):
-        curve = measures.risk_coverage(errors, uncertainty)
+        curve = measures.risk_coverage(uncertainty, errors)
         assert line.get_label() == f"{name} (AURC {curve.aurc:.3f})"
         np.testing.assert_array_equal(line.get_xdata(), curve.coverage)
         np.testing.assert_array_equal(line.get_ydata(), curve.risk)
@@ -280,18 +281,18 @@ BAD = {
         lambda: plots.reliability_diagram([[0.5]], [[1]], ["a", "b"]),
         "Expected `label_names` to hold 1 names",
     ),
-    "bins": (lambda: plots.reliability_diagram([[0.5]], [[1]], bins=0), "Expected `bins` to be"),
+    "bins": (lambda: plots.reliability_diagram([[0.5]], [[1]], n_bins=0), "Expected `n_bins` to"),
     "no sample": (
         lambda: plots.reliability_diagram(torch.zeros(0, 2), torch.zeros(0, 2)),
         "Expected `probs` to hold samples",
     ),
     "no error": (lambda: plots.risk_coverage([], []), "Expected `errors` to hold samples"),
-    "no uncertainty": (lambda: plots.risk_coverage([1], {}), "Expected `uncertainty` to name"),
+    "no uncertainty": (lambda: plots.risk_coverage({}, [1]), "Expected `uncertainty` to name"),
     "nan": (
-        lambda: plots.risk_coverage([0, 1], {"a": [1, float("nan")]}),
+        lambda: plots.risk_coverage({"a": [1, float("nan")]}, [0, 1]),
         "Expected `uncertainty` to be finite",
     ),
-    "length": (lambda: plots.risk_coverage([0, 1], [1]), "Expected `uncertainty` to have shape"),
+    "length": (lambda: plots.risk_coverage([1], [0, 1]), "Expected `errors` to have shape"),
     "size": (
         lambda: plots.uncertainty_against_noise([[1.0]], [[0.0]]),
         "Expected `std_norm` to be above 0",
@@ -303,6 +304,10 @@ BAD = {
     "share": (
         lambda: plots.modality_attribution([0], [[1.2]]),
         r"Expected `shares` to be in \[0, 1\]",
+    ),
+    "shares of other samples": (
+        lambda: plots.modality_attribution([0, 1], [[0.5, 0.5], [0.6, 0.51]]),
+        r"Expected `shares` to add up to at most 1 in every row, but got 1.11; take their mean",
     ),
     "levels": (
         lambda: plots.modality_attribution([0, 1], [[1.0]]),
@@ -338,4 +343,4 @@ def test_bad_input_is_refused(name):
 
 def test_what_is_no_number_is_refused():
     with pytest.raises(TypeError, match="Expected `errors` to hold numbers, but got list"):
-        plots.risk_coverage(["a"], [1])
+        plots.risk_coverage([1], ["a"])
