@@ -488,9 +488,13 @@ CASES = MODULES | FUNCTIONS
 
 # Always in float64 and of values that are looked at: neither differentiated, compiled nor exported.
 MEASURES = {
-    "auroc": _function(measures.auroc, lambda sizes: draw_scores(sizes)[:2]),
+    "auroc": _function(measures.auroc, lambda sizes: draw_scores(sizes)[::2]),
     "brier_decomposition": _function(measures.brier_decomposition, draw_probs),
     "calibration_error": _function(measures.calibration_error, draw_probs),
+    "evaluate": _function(
+        lambda *given: torch.tensor(list(measures.evaluate(*given, threshold=0.4).values())),
+        draw_probs,
+    ),
     "modality_attribution": _function(
         measures.modality_attribution,
         lambda sizes: (0.1 + torch.rand(sizes.batch, sizes.modalities), draw_missing(sizes)),

@@ -24,7 +24,7 @@ import torch
 
 import uncertainty_mm as umm
 from support import Bad
-from uncertainty_mm import DiagonalGaussian, functional, measures
+from uncertainty_mm import DiagonalGaussian, functional
 from uncertainty_mm.data import (
     LabelTable,
     MultimodalDataset,
@@ -38,9 +38,6 @@ from uncertainty_mm.data import (
     write_folder,
     write_npz,
 )
-
-metrics = pytest.importorskip("uncertainty_mm.metrics")
-plots = pytest.importorskip("uncertainty_mm.plots")
 
 NAN, INF = math.nan, math.inf
 B, M, Q, K, D = 3, 2, 3, 4, 5
@@ -713,343 +710,9 @@ FUNCTIONAL = [
     ),
 ]
 
-# ------------------------------------------------------------------------------ measures and metrics
-
 PROBS = torch.full((B, Q), 0.25)
 SCORES = torch.tensor([0.1, 0.5, 0.3])
 
-MEASURES = [
-    rejects(
-        "calibration: logits",
-        lambda _: measures.calibration_error(PROBS * 8, LABELS),
-        r"`probs` to be in \[0, 1\], but got 2.0",
-    ),
-    rejects(
-        "calibration: labels of another shape",
-        lambda _: measures.calibration_error(PROBS, LABELS.T[:2]),
-        "`labels` " + SHAPE.format("N=3, Q=3", "2, 3"),
-    ),
-    rejects(
-        "calibration: labels elsewhere",
-        lambda _: measures.calibration_error(PROBS, meta(B, Q)),
-        "`labels` to be on cpu, but got meta",
-    ),
-    rejects(
-        "calibration: bins 0",
-        lambda _: measures.calibration_error(PROBS, LABELS, bins=0),
-        f"`bins` {POSITIVE} 0",
-    ),
-    rejects(
-        "calibration: binning unknown",
-        lambda _: measures.calibration_error(PROBS, LABELS, binning="equal"),
-        r"`binning` to be one of \['mass', 'width'\], but got 'equal'",
-    ),
-    rejects(
-        "calibration: norm a number",
-        lambda _: measures.calibration_error(PROBS, LABELS, norm=1),
-        r"`norm` to be one of \['l1', 'l2', 'max'\], but got 1",
-    ),
-    rejects(
-        "brier: average unknown",
-        lambda _: measures.brier_decomposition(PROBS, LABELS, average="micro"),
-        r"`average` to be one of \['macro', 'none'\], but got 'micro'",
-    ),
-    rejects_type(
-        "brier: integer probabilities",
-        lambda _: measures.brier_decomposition(LABELS, LABELS),
-        r"`probs` to have a floating dtype \(.*\), but got torch.int64",
-    ),
-    rejects(
-        "risk: infinite",
-        lambda _: measures.risk_coverage(SCORES, SCORES / 0),
-        "`uncertainty` to be finite, but got 3 NaN .*",
-    ),
-    rejects(
-        "risk: lengths differ",
-        lambda _: measures.risk_coverage(SCORES, SCORES[:2]),
-        "`uncertainty` " + SHAPE.format("N=3", "2,"),
-    ),
-    rejects(
-        "risk: devices",
-        lambda _: measures.risk_coverage(SCORES, meta(3)),
-        "`uncertainty` to be on cpu, but got meta",
-    ),
-    rejects(
-        "auroc: matrix",
-        lambda _: measures.auroc(PROBS, SCORES),
-        "`positive` " + SHAPE.format("N", "3, 3"),
-    ),
-    rejects(
-        "auroc: devices",
-        lambda _: measures.auroc(SCORES, meta(3)),
-        "`negative` to be on cpu, but got meta",
-    ),
-    rejects_type(
-        "auroc: list",
-        lambda _: measures.auroc(SCORES, [0.5]),
-        f"`negative` to be a tensor, {TENSOR_LIST}",
-    ),
-    rejects(
-        "spearman: nan",
-        lambda _: measures.spearman(SCORES, SCORES * NAN),
-        "`y` to be finite, but got 3 NaN .*",
-    ),
-    rejects_type(
-        "spearman: complex",
-        lambda _: measures.spearman(SCORES + 0j, SCORES),
-        "`x` to have a number dtype, but got torch.complex64",
-    ),
-    rejects(
-        "jaccard: threshold 2",
-        lambda _: measures.sample_jaccard(PROBS, LABELS, threshold=2),
-        r"`threshold` to be a number in \[0, 1\], but got 2",
-    ),
-    rejects(
-        "jaccard: label 2",
-        lambda _: measures.sample_jaccard(PROBS, LABELS * 2),
-        "`labels` to hold only 0 and 1, but got 2",
-    ),
-    rejects(
-        "entropy: negative",
-        lambda _: measures.predictive_entropy(-PROBS),
-        r"`probs` to be in \[0, 1\], but got -0.25",
-    ),
-    rejects(
-        "entropy: vector",
-        lambda _: measures.predictive_entropy(SCORES),
-        "`probs` " + SHAPE.format("N, Q", "3,"),
-    ),
-    rejects(
-        "attribution: size 0",
-        lambda _: measures.modality_attribution(PROBS * 0),
-        "`sizes` to be above 0, but got 0.0",
-    ),
-    rejects(
-        "attribution: missing of another shape",
-        lambda _: measures.modality_attribution(PROBS, torch.zeros(B, 2).bool()),
-        "`missing` " + SHAPE.format("B=3, M=3", "3, 2"),
-    ),
-]
-
-
-def metrics_of_a_batch(folder=None):
-    """One of each, after a batch."""
-    made = {
-        "ece": metrics.MultilabelCalibrationError(Q, bins=4),
-        "mass": metrics.MultilabelCalibrationError(Q, bins=4, binning="mass"),
-        "brier": metrics.MultilabelBrierDecomposition(Q, bins=4),
-        "jaccard": metrics.SampleJaccard(threshold=0.2),
-        "aurc": metrics.AURC(),
-        "auroc": metrics.DetectionAUROC(),
-        "spearman": metrics.SpearmanCorrelation(),
-    }
-    for name, metric in made.items():
-        metric.update(*good_batch(name))
-    return made
-
-
-def good_batch(name):
-    return (
-        (PROBS, LABELS) if name in ("ece", "mass", "brier", "jaccard") else (SCORES, ints(0, 1, 0))
-    )
-
-
-METRICS = [
-    rejects(
-        "labels by 0", lambda _: metrics.MultilabelCalibrationError(0), f"`num_labels` {POSITIVE} 0"
-    ),
-    rejects_type(
-        "bins a fraction",
-        lambda _: metrics.MultilabelBrierDecomposition(Q, bins=1.5),
-        f"`bins` {POSITIVE} 1.5",
-    ),
-    rejects(
-        "norm unknown",
-        lambda _: metrics.MultilabelCalibrationError(Q, norm="l0"),
-        r"`norm` to be one of \['l1', 'l2', 'max'\], but got 'l0'",
-    ),
-    rejects(
-        "threshold nan",
-        lambda _: metrics.SampleJaccard(threshold=NAN),
-        r"`threshold` to be a number in \[0, 1\], but got nan",
-    ),
-    rejects_type(
-        "excess a word",
-        lambda _: metrics.AURC(excess="no"),
-        "`excess` to be True or False, but got 'no'",
-    ),
-    *(
-        case
-        for name in ("ece", "mass", "brier", "jaccard")
-        for case in (
-            rejects(
-                f"{name}: logits",
-                lambda m, name=name: m[name].update(PROBS * 8, LABELS),
-                r"`probs` to be in \[0, 1\], but got 2.0",
-            ),
-            rejects(
-                f"{name}: logits by calling",
-                lambda m, name=name: m[name](PROBS * 8, LABELS),
-                r"`probs` to be in \[0, 1\], but got 2.0",
-            ),
-            rejects(
-                f"{name}: label 2 by calling",
-                lambda m, name=name: m[name](PROBS, LABELS * 2),
-                "`labels` to hold only 0 and 1, but got 2",
-            ),
-        )
-    ),
-    rejects(
-        "ece: other labels",
-        lambda m: m["ece"](PROBS[:, :2], LABELS[:, :2]),
-        "`probs` " + SHAPE.format("N, Q=3", "3, 2"),
-    ),
-    rejects(
-        "aurc: nan by calling",
-        lambda m: m["aurc"](SCORES, SCORES * NAN),
-        "`uncertainty` to be finite, but got 3 NaN .*",
-    ),
-    rejects(
-        "aurc: lengths differ",
-        lambda m: m["aurc"].update(SCORES, SCORES[:2]),
-        "`uncertainty` " + SHAPE.format("N=3", "2,"),
-    ),
-    rejects(
-        "auroc: graded errors by calling",
-        lambda m: m["auroc"](SCORES, SCORES),
-        "`positive` to hold only 0 and 1, but got .*",
-    ),
-    rejects(
-        "auroc: wrong shape by calling",
-        lambda m: m["auroc"](SCORES, LABELS),
-        "`positive` " + SHAPE.format("N=3", "3, 3"),
-    ),
-    rejects(
-        "spearman: devices by calling",
-        lambda m: m["spearman"](SCORES, meta(3)),
-        "`y` to be on cpu, but got meta",
-    ),
-    rejects_type(
-        "spearman: list",
-        lambda m: m["spearman"].update([0.1], SCORES),
-        f"`x` to be a tensor, {TENSOR_LIST}",
-    ),
-]
-
-# --------------------------------------------------------------------------------------------- plots
-
-PLOTS = [
-    rejects(
-        "reliability: out of range",
-        lambda _: plots.reliability_diagram([[1.5]], [[1]]),
-        r"`probs` to be in \[0, 1\], but got 1.5",
-    ),
-    rejects(
-        "reliability: no sample",
-        lambda _: plots.reliability_diagram(torch.zeros(0, 2), torch.zeros(0, 2)),
-        r"`probs` to hold samples, but got shape \(0, 2\)",
-    ),
-    rejects(
-        "reliability: bins 0",
-        lambda _: plots.reliability_diagram([[0.5]], [[1]], bins=0),
-        f"`bins` {POSITIVE} 0",
-    ),
-    rejects(
-        "reliability: names of others",
-        lambda _: plots.reliability_diagram([[0.5]], [[1]], ["a", "b"]),
-        r"`label_names` to hold 1 names, but got \['a', 'b'\]",
-    ),
-    rejects(
-        "reliability: one name as a word",
-        lambda _: plots.reliability_diagram([[0.5]], [[1]], "a"),
-        "`label_names` to hold 1 names, but got 'a'",
-    ),
-    rejects_type(
-        "reliability: names a number",
-        lambda _: plots.reliability_diagram([[0.5]], [[1]], 1),
-        "`label_names` to hold names, but got 1",
-    ),
-    rejects(
-        "reliability: axes missing",
-        lambda _: plots.reliability_diagram([[0.5]], [[1]], ax=[]),
-        r"`ax` to hold 1 Axes, but got \[\]",
-    ),
-    rejects_type(
-        "words",
-        lambda _: plots.risk_coverage(["a"], [0.5]),
-        "`errors` to hold numbers, but got list",
-    ),
-    rejects(
-        "rows of different lengths",
-        lambda _: plots.attention_map([[0.5, 0.5], [1.0]]),
-        r"`weights` to be an array, but got \[\[0.5, 0.5\], \[1.0\]\]",
-    ),
-    rejects_type(
-        "complex numbers",
-        lambda _: plots.attention_map(torch.ones(2, 2) + 0j),
-        "`weights` to hold numbers, but got torch.complex64",
-    ),
-    rejects(
-        "risk: no uncertainty",
-        lambda _: plots.risk_coverage([0, 1], {}),
-        "`uncertainty` to name at least one uncertainty, but got none",
-    ),
-    rejects(
-        "risk: lengths differ",
-        lambda _: plots.risk_coverage([0, 1], {"a": [0.5]}),
-        "`uncertainty` " + SHAPE.format("N=2", "1,"),
-    ),
-    rejects_type(
-        "risk: axes a word",
-        lambda _: plots.risk_coverage([0, 1], [0.1, 0.2], ax="axes"),
-        "`ax` to be an Axes, but got 'axes'",
-    ),
-    rejects(
-        "noise: uncertainty 0",
-        lambda _: plots.uncertainty_against_noise([[1.0]], [[0.0]]),
-        "`std_norm` to be above 0, but got 0.0",
-    ),
-    rejects_type(
-        "noise: missing by number",
-        lambda _: plots.uncertainty_against_noise([[1.0]], [[1.0]], missing=[[0.0]]),
-        "`missing` to have a bool dtype, but got torch.float64",
-    ),
-    rejects(
-        "attribution: shares above 1",
-        lambda _: plots.modality_attribution([0.0], [[2.0]]),
-        r"`shares` to be in \[0, 1\], but got 2.0",
-    ),
-    rejects(
-        "attribution: infinite level",
-        lambda _: plots.modality_attribution([INF], [[1.0]]),
-        "`levels` to be finite, but got 1 NaN .*",
-    ),
-    rejects(
-        "t-SNE: two points",
-        lambda _: plots.latent_tsne(torch.ones(1, 1, 2, 3)),
-        "`embeddings` to show at least 3 points, but got 2",
-    ),
-    rejects(
-        "t-SNE: perplexity 0",
-        lambda _: plots.latent_tsne(torch.ones(4, 1, 1, 3), perplexity=0),
-        "`perplexity` to be a number above 0, but got 0",
-    ),
-    rejects_type(
-        "t-SNE: shown by number",
-        lambda _: plots.latent_tsne(torch.ones(4, 1, 1, 3), shown=torch.ones(4, 1, 1)),
-        "`shown` to have a bool dtype, but got torch.float32",
-    ),
-    rejects(
-        "attention: no step",
-        lambda _: plots.attention_map(torch.zeros(2, 0)),
-        r"`weights` to hold samples, but got shape \(2, 0\)",
-    ),
-    rejects(
-        "correlation: one label",
-        lambda _: plots.label_correlation([[1], [0]], [[0.5], [0.5]]),
-        r"`probs` to be at least \(2, 2\), but got \(2, 1\)",
-    ),
-]
 
 # ------------------------------------------------------------------------------------------ data sets
 
@@ -1809,10 +1472,6 @@ def module_state(module):
     return module.state_dict()
 
 
-def metric_states(made):
-    return {name: (metric.metric_state, metric.compute()) for name, metric in made.items()}
-
-
 def dataset_state(data):
     return (
         data.features,
@@ -1846,16 +1505,6 @@ COMPONENTS = {
     "functional": Component(
         FUNCTIONAL, state=lambda _: (ROWS, CLASSES), use=lambda _: supcon()(None)
     ),
-    "measures": Component(
-        MEASURES, state=lambda _: (PROBS, SCORES), use=lambda _: measures.spearman(SCORES, SCORES)
-    ),
-    "metrics": Component(
-        METRICS,
-        metrics_of_a_batch,
-        metric_states,
-        lambda made: [(m(*good_batch(name)), m.compute()) for name, m in made.items()],
-    ),
-    "plots": Component(PLOTS, use=lambda _: str(plots.attention_map([[1.0]]))),
     "MultimodalDataset": Component(
         DATASET, lambda _: dataset(), dataset_state, lambda d: tuple(d[-1])
     ),
@@ -1913,10 +1562,8 @@ def test_every_public_call_has_cases():
     beside |= {"UncertaintyGatedFusion", "FusedPrediction", "functional"}
     assert set(umm.__all__) - beside <= set(COMPONENTS)
     source = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
-    for module in (functional, measures, metrics, plots):
-        for name in module.__all__:
-            if not name[0].isupper() or module is metrics:
-                assert re.search(rf"\b{module.__name__.split('.')[-1]}\.{name}\(", source), name
+    for name in functional.__all__:
+        assert re.search(rf"\bfunctional\.{name}\(", source), name
     for name in data.__all__:
         if name.startswith(("read_", "write_")):
             assert re.search(rf"\b{name}\b\(?", source), name

@@ -37,7 +37,6 @@ from uncertainty_mm import (
     SoftRankOrdinalityLoss,
     UncertaintyGatedFusion,
     functional,
-    measures,
     metrics,
 )
 from uncertainty_mm.data import (
@@ -51,6 +50,7 @@ from uncertainty_mm.data import (
     write_folder,
     write_npz,
 )
+from uncertainty_mm.metrics import functional as measures
 
 MODALITIES, LABELS, LATENT = 3, 2, 4
 NAN = math.nan
@@ -436,7 +436,7 @@ def test_measures_are_equivariant_to_labels_and_blind_to_the_order_of_samples(se
     probs, labels = (torch.randint(6, (count, 3)) / 5).double(), torch.randint(2, (count, 3))
     samples, columns = order_of(count), order_of(3)
     moved = probs[samples][:, columns], labels[samples][:, columns]
-    settings = {"bins": 4, "binning": binning, "average": "none"}
+    settings = {"n_bins": 4, "binning": binning, "average": "none"}
     before = measures.calibration_error(probs, labels, **settings)
     after = measures.calibration_error(*moved, **settings)
     torch.testing.assert_close(after, before[columns], equal_nan=True)
@@ -700,20 +700,17 @@ def test_measures_of_order_are_blind_to_monotone_maps(seed, count):
     errors, uncertainty = torch.randint(2, (count,)), torch.randint(5, (count,)).double()
     changed = torch.exp(uncertainty) - 7
     for x, y in zip(
-        measures.risk_coverage(errors, changed),
-        measures.risk_coverage(errors, uncertainty),
+        measures.risk_coverage(changed, errors),
+        measures.risk_coverage(uncertainty, errors),
         strict=True,
     ):
         torch.testing.assert_close(x, y, equal_nan=True)
     x, y = measures.spearman(errors, uncertainty), measures.spearman(errors, changed)
     torch.testing.assert_close(x, y, equal_nan=True)
     torch.testing.assert_close(measures.spearman(errors, -changed), -x, equal_nan=True)
-    wrong = errors == 1
-    area = measures.auroc(uncertainty[wrong], uncertainty[~wrong])
-    torch.testing.assert_close(
-        measures.auroc(changed[wrong], changed[~wrong]), area, equal_nan=True
-    )
-    swapped = measures.auroc(uncertainty[~wrong], uncertainty[wrong])
+    area = measures.auroc(uncertainty, errors)
+    torch.testing.assert_close(measures.auroc(changed, errors), area, equal_nan=True)
+    swapped = measures.auroc(uncertainty, 1 - errors)
     torch.testing.assert_close(swapped, 1 - area, equal_nan=True)
 
 
@@ -847,7 +844,7 @@ def test_calibration_error_equals_torchmetrics(data, bins, norm):
     probs = torch.where(torch.isclose(probs, edges).any(1, keepdim=True), 0.5 / bins, probs)
     if len(probs):
         expected = binary_calibration_error(probs[:, 0], labels[:, 0], n_bins=bins, norm=norm)
-        actual = measures.calibration_error(probs, labels, bins=bins, norm=norm)
+        actual = measures.calibration_error(probs, labels, n_bins=bins, norm=norm)
         close(actual, expected, torch.float32)  # torchmetrics has edges in float32
 
 
@@ -858,7 +855,7 @@ scores = st.lists(st.tuples(st.integers(0, 1), st.one_of(ties, st.floats(-1e6, 1
 def test_measures_of_order_equal_scikit_learn_and_scipy(rows):
     wrong = torch.tensor([each for each, _ in rows], dtype=torch.long)
     uncertainty = torch.tensor([each for _, each in rows], dtype=torch.float64)
-    area = measures.auroc(uncertainty[wrong == 1], uncertainty[wrong == 0])
+    area = measures.auroc(uncertainty, wrong)
     if len(set(wrong.tolist())) == 2:
         close(area, roc_auc_score(wrong.numpy(), uncertainty.numpy()))
     else:
@@ -873,7 +870,7 @@ def test_measures_of_order_equal_scikit_learn_and_scipy(rows):
             functional.soft_rank(100 * (uncertainty / 1e4).round(), 0.5),
             rankdata((uncertainty / 1e4).round().numpy()),
         )
-        curve = measures.risk_coverage(wrong, uncertainty)
+        curve = measures.risk_coverage(uncertainty, wrong)
         close(curve.risk[-1], wrong.double().mean())
         assert 0 <= curve.eaurc <= curve.aurc
 
@@ -883,40 +880,26 @@ def test_metrics_over_ragged_batches_equal_the_measures(data, draw):
     probs, labels = data
     cuts = sorted(draw.draw(st.lists(st.integers(0, len(probs)), max_size=4)))
     edges = [0, *cuts, len(probs)]
-    made = {
-        metrics.MultilabelCalibrationError(probs.shape[1], bins=5): measures.calibration_error(
-            probs, labels, bins=5
-        ),
-        metrics.MultilabelBrierDecomposition(probs.shape[1]): torch.stack(
-            measures.brier_decomposition(probs, labels)
-        ),
-        metrics.SampleJaccard(threshold=0.3): measures.sample_jaccard(
-            probs, labels, threshold=0.3
-        ).mean(),
-    }
-    for metric, expected in made.items():
-        for start, end in pairwise(edges):
-            metric.update(probs[start:end], labels[start:end])
-        actual = metric.compute()
-        actual = actual if isinstance(actual, torch.Tensor) else torch.stack(actual)
-        torch.testing.assert_close(actual, expected, equal_nan=True)
     errors, uncertainty = labels[:, 0], probs[:, 0]
-    of_scores = {
-        metrics.AURC(): (errors, uncertainty, measures.risk_coverage(errors, uncertainty).aurc),
-        metrics.SpearmanCorrelation(): (
-            errors,
-            uncertainty,
-            measures.spearman(errors, uncertainty),
+    brier = measures.brier_decomposition(probs, labels)
+    jaccard = measures.sample_jaccard(probs, labels, threshold=0.3).mean()
+    ece = measures.calibration_error(probs, labels, n_bins=5)
+    made = (
+        (metrics.MultilabelCalibrationError(probs.shape[1], n_bins=5), (probs, labels), ece),
+        (metrics.MultilabelBrierDecomposition(probs.shape[1]), (probs, labels), brier._asdict()),
+        (metrics.SampleJaccard(threshold=0.3), (probs, labels), jaccard),
+        *(
+            (metric, (uncertainty, errors), expected)
+            for metric, expected in (
+                (metrics.AURC(), measures.risk_coverage(uncertainty, errors).aurc),
+                (metrics.SpearmanCorrelation(), measures.spearman(uncertainty, errors)),
+                (metrics.DetectionAUROC(), measures.auroc(uncertainty, errors)),
+            )
         ),
-        metrics.DetectionAUROC(): (
-            uncertainty,
-            errors,
-            measures.auroc(uncertainty[errors == 1], uncertainty[errors == 0]),
-        ),
-    }
-    for metric, (first, second, expected) in of_scores.items():
+    )
+    for metric, given_, expected in made:
         for start, end in pairwise(edges):
-            metric.update(first[start:end], second[start:end])
+            metric.update(*(x[start:end] for x in given_))
         torch.testing.assert_close(metric.compute(), expected, equal_nan=True)
 
 

@@ -298,15 +298,3 @@ def load_all_or_nothing(
         error_msgs += problems
         state_dict |= {key: own[key] for key in given}
     return fits
-
-
-def finite_scores(**scores: Tensor) -> list[Tensor]:
-    """The scores in float64, after checking that they are (N,) of finite numbers on one device."""
-    sizes: dict[str, int] = {}
-    device: torch.device | None = None
-    for name, score in scores.items():
-        device = check_tensor(name, score, "number", "N", sizes, device).device
-    doubles = {name: score.double().contiguous() for name, score in scores.items()}
-    for name, score in doubles.items():
-        check_finite(name, score)
-    return list(doubles.values())
