@@ -586,9 +586,9 @@ def test_data_without_a_modality_is_data_that_masks_it(seed, batch, name):
     seeded(seed)
     features, mask = sequences(batch)
     data = MultimodalDataset(features, mask, torch.ones(batch, 1), ["happy"])
-    one = data.only([other for other in DIMS if other != name]).__getitems__(range(batch))
+    one = data.only([other for other in DIMS if other != name]).batch(range(batch))
     model = attention().float()
-    both = data.__getitems__(range(batch))
+    both = data.batch(range(batch))
     absent = {other: x for other, x in both.features.items() if other != name}
     close(model(one.features, one.padding_mask), model(absent, both.padding_mask))
     assert not one.features[name].any()

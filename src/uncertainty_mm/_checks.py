@@ -183,8 +183,13 @@ def check_range(
         raise ValueError(f"Expected `{name}` to be in [{low}, {high}], but got {example}")
 
 
-def check_labels(name: str, labels: Tensor, unknown: Tensor | None = None) -> None:
-    """Raises unless all values are 0 or 1, except where `unknown` is True."""
+def check_labels(
+    name: str,
+    labels: Tensor,
+    unknown: Tensor | None = None,
+    hint: str = "mark a label that is not known in `unknown` (True: leave out)",
+) -> None:
+    """Raises unless all values are 0 or 1, except where `unknown` is True; -1 and NaN with a hint at it."""
     if labels.dtype is torch.bool:
         return
     wrong = (labels != 0) & (labels != 1)
@@ -192,11 +197,7 @@ def check_labels(name: str, labels: Tensor, unknown: Tensor | None = None) -> No
         wrong = wrong & ~unknown
     if wrong.any():
         value = labels[wrong][0].item()
-        hint = (
-            "; mark a label that is not known in `unknown` (True: leave out)"
-            if value == -1 or value != value
-            else ""
-        )
+        hint = f"; {hint}" if value == -1 or value != value else ""
         raise ValueError(f"Expected `{name}` to hold only 0 and 1, but got {value}{hint}")
 
 
