@@ -8,6 +8,7 @@ from uncertainty_mm.correctness import CorrectnessTracker
 from uncertainty_mm.fusion import FusedPrediction, UncertaintyGatedFusion
 from uncertainty_mm.gaussian import DiagonalGaussian, GaussianDecoupler
 from uncertainty_mm.ordinality import SoftRankOrdinalityLoss
+from uncertainty_mm.queue import EmbeddingQueue
 
 __version__ = "0.1.0"
 
@@ -15,6 +16,7 @@ __all__ = [
     "CorrectnessTracker",
     "DiagonalGaussian",
     "DistributionSupConLoss",
+    "EmbeddingQueue",
     "EmotionQueryAttention",
     "FusedPrediction",
     "GaussianDecoupler",
