@@ -59,13 +59,9 @@ class Model(nn.Module):
             dims, 4, label_dim=64, proj_dim=64, out_dim=32
         )
         self.first = nn.Linear(3 * 4 * 32, 4)
-        self.decoupler = umm.GaussianDecoupler(
-            3, 32, 16, dropout=0.0, normalize_mean=True
-        )
+        self.decoupler = umm.GaussianDecoupler(3, 32, 16, dropout=0.0)
         self.alone = nn.Linear(16, 1)
-        self.fusion = umm.UncertaintyGatedFusion(
-            3, 4, 16, dropout=0.0, combine="product"
-        )
+        self.fusion = umm.UncertaintyGatedFusion(3, 4, 16, dropout=0.0)
 
     def forward(self, features, masks):
         z = self.attention(features, masks)
