@@ -93,7 +93,9 @@ for epoch in range(6):
             history = tracker(rows)
             for m in range(3):
                 loss = loss + 0.3 * ordinality(
-                    std_norm[:, m], distance[:, m], history[:, m]
+                    std_norm=std_norm[:, m],
+                    distance=distance[:, m],
+                    correctness=history[:, m],
                 )
         tracker.update(rows, 1 - distance.detach())
         optimizer.zero_grad()
