@@ -519,8 +519,6 @@ def module_state(module):
     return module.state_dict()
 
 
-
-
 COMPONENTS = {
     "SoftRankOrdinalityLoss": Component(
         ORDINALITY,
