@@ -16,11 +16,13 @@ from torch.profiler import ProfilerActivity, profile
 from support import (
     HALF,
     TOLERANCE,
+    Bad,
     close,
     gradient,
     poisoned,
     random_latent,
     record_validate_args,
+    refused,
 )
 from uncertainty_mm import functional
 from uncertainty_mm._supcon import supcon
@@ -1163,3 +1165,149 @@ def test_rejects_a_tensor_on_another_device_than_the_first(function, name):
     arguments = ARGUMENTS[function] | {name: ARGUMENTS[function][name].to("meta")}
     with pytest.raises(ValueError, match=f"`{name}` to be on cpu, but got meta"):
         getattr(functional, function)(**arguments)
+
+
+# --------------------------------------------------------------------------------------- bad input
+
+
+def rejects(name, call, message, error=ValueError):
+    return Bad(name, call, error, f"^Expected {message}$")
+
+
+def rejects_type(name, call, message):
+    return rejects(name, call, message, TypeError)
+
+
+def ints(*values):
+    return torch.tensor(values)
+
+
+def filled(shape, value, place, wrong):
+    x = torch.full(shape, value)
+    x[place] = wrong
+    return x
+
+
+def meta(*shape, dtype=torch.float32):
+    return torch.zeros(*shape, dtype=dtype, device="meta")
+
+
+NAN, INF = math.nan, math.inf
+SHAPE = r"to have shape \({}\), but got \({}\)"
+ROWS, CLASSES = torch.eye(4), ints(0, 0, 1, 1)
+
+
+def supcon_call(embeddings=ROWS, classes=CLASSES, **options):
+    return lambda _: functional.supcon_loss(embeddings, classes, **options)
+
+
+FUNCTIONAL = [
+    rejects(
+        "supcon: vector", supcon_call(torch.ones(4)), "`embeddings` " + SHAPE.format("N, E", "4,")
+    ),
+    rejects(
+        "supcon: without features",
+        supcon_call(torch.ones(4, 0)),
+        r"`embeddings` to have at least one feature, but got shape \(4, 0\)",
+    ),
+    rejects(
+        "supcon: nan",
+        supcon_call(filled((4, 4), 1.0, (0, 0), NAN)),
+        "`embeddings` to be finite, but got 1 NaN .*",
+    ),
+    rejects_type(
+        "supcon: bool classes",
+        supcon_call(classes=CLASSES.bool()),
+        r"`classes` to have an integer dtype \(.*\), but got torch.bool",
+    ),
+    rejects_type(
+        "supcon: classes without sign",
+        supcon_call(classes=CLASSES.to(torch.uint32)),
+        r"`classes` to have an integer dtype \(.*\), but got torch.uint32",
+    ),
+    rejects(
+        "supcon: too few classes",
+        supcon_call(classes=CLASSES[:3]),
+        "`classes` " + SHAPE.format("N=4", "3,"),
+    ),
+    rejects(
+        "supcon: classes elsewhere",
+        supcon_call(classes=meta(4, dtype=torch.int64)),
+        "`classes` to be on cpu, but got meta",
+    ),
+    rejects_type(
+        "supcon: anchors by number",
+        supcon_call(anchor_mask=ints(0, 1, 1, 1)),
+        "`anchor_mask` to have a bool dtype, but got torch.int64",
+    ),
+    rejects(
+        "supcon: bank without classes",
+        supcon_call(bank=ROWS),
+        "`bank` and `bank_classes` together, but got `bank` without `bank_classes`",
+    ),
+    rejects(
+        "supcon: bank of another width",
+        supcon_call(bank=torch.ones(2, 3), bank_classes=ints(0, 1)),
+        "`bank` " + SHAPE.format("Q, E=4", "2, 3"),
+    ),
+    rejects(
+        "supcon: infinite bank",
+        supcon_call(bank=torch.full((1, 4), INF), bank_classes=ints(0)),
+        "`bank` to be finite, but got 4 NaN .*",
+    ),
+    rejects(
+        "supcon: temperature infinite",
+        supcon_call(temperature=INF),
+        "`temperature` to be a number above 0, but got inf",
+    ),
+    rejects(
+        "supcon: reduction unknown",
+        supcon_call(reduction="avg"),
+        r"`reduction` to be one of \['mean', 'none', 'sum'\], but got 'avg'",
+    ),
+    rejects(
+        "embedding: number",
+        lambda _: functional.distribution_embedding(torch.tensor(1.0), torch.tensor(1.0)),
+        r"`mean` to have shape \(\.\.\., K\), but got \(\)",
+    ),
+    rejects(
+        "embedding: negative std",
+        lambda _: functional.distribution_embedding(torch.ones(2), -torch.ones(2)),
+        r"`std` to be in \[0, inf\], but got -1.0",
+    ),
+    rejects(
+        "soft rank: matrix",
+        lambda _: functional.soft_rank(torch.ones(2, 2)),
+        "`scores` " + SHAPE.format("B", "2, 2"),
+    ),
+    rejects(
+        "soft rank: infinite",
+        lambda _: functional.soft_rank(torch.tensor([INF, 0.0])),
+        "`scores` to be finite, but got 1 NaN .*",
+    ),
+    rejects(
+        "soft rank: temperature 0",
+        lambda _: functional.soft_rank(torch.ones(2), 0.0),
+        "`temperature` to be a number above 0, but got 0.0",
+    ),
+    rejects(
+        "soft rank: mask of another batch",
+        lambda _: functional.soft_rank(torch.ones(2), mask=torch.zeros(3).bool()),
+        "`mask` " + SHAPE.format("B=2", "3,"),
+    ),
+    rejects(
+        "divergence: lengths differ",
+        lambda _: functional.ordinality_divergence(torch.ones(2), torch.ones(3)),
+        "`b` " + SHAPE.format("B=2", "3,"),
+    ),
+    rejects(
+        "divergence: devices",
+        lambda _: functional.ordinality_divergence(torch.ones(2), meta(2)),
+        "`b` to be on cpu, but got meta",
+    ),
+]
+
+
+@pytest.mark.parametrize("case", FUNCTIONAL, ids=lambda case: case.name)
+def test_bad_input_is_refused(case):
+    refused(case, None)

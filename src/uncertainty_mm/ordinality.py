@@ -175,11 +175,11 @@ class SoftRankOrdinalityLoss(Component):
             check_range("distance", distance, 0, 1, mask)
             check_range("correctness", correctness, 0, 1, mask)
         dtype = torch.promote_types(std_norm.dtype, torch.float32)
-        # What is left out is filled before any arithmetic: its derivative would be NaN times 0.
         rows = torch.stack([x.to(dtype) for x in (std_norm, distance, correctness.detach())], 1)
-        rows = rows.masked_fill(mask.unsqueeze(1), 1)
         if self.gather and world_size() > 1:
             rows, mask = _joined(rows, mask)
+        # What is left out is filled before any arithmetic: its derivative would be NaN times 0.
+        rows = rows.masked_fill(mask.unsqueeze(1), 1)
         std_norm, distance, correctness = rows.unbind(1)
         scores = {
             "S": std_norm.clamp_min(torch.finfo(dtype).tiny).reciprocal(),
@@ -220,9 +220,9 @@ def _joined(rows: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Rows and mask of all ranks; smaller batches are filled up with samples that are left out."""
     padding = largest_of_ranks(rows.shape[0], rows.device) - rows.shape[0]
     rows, left_out = gather_rows(
-        F.pad(rows, (0, 0, 0, padding), value=1.0), F.pad(mask.long(), (0, padding), value=1)
+        F.pad(rows, (0, 0, 0, padding)), F.pad(mask.long(), (0, padding), value=-1)
     )
-    return rows, left_out > 0
+    return rows, left_out != 0
 
 
 def _standardize(score: Tensor, kept: Tensor) -> Tensor:
