@@ -286,6 +286,7 @@ def test_tensors_of_a_training_step_are_drawn(name):
 def test_what_is_unknown_is_not_drawn(value):
     probs, labels = predictions()
     unknown = torch.rand(N, Q) < 0.3
+    plots.reliability_diagram(probs, labels, unknown=unknown | (torch.arange(Q) == 1))  # none known
     given = [x.double().masked_fill(unknown, value) for x in (probs, labels)]
     axes = plots.reliability_diagram(*given, NAMES, unknown=unknown)
     for q, ax in enumerate(axes):

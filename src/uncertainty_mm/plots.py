@@ -135,7 +135,7 @@ def _draw_counts(ax: Axes, count: npt.NDArray[Any]) -> None:
     bins = len(count)
     middle = (np.arange(bins) + 0.5) / bins
     ax.bar(middle, count, 0.9 / bins, color="0.8")
-    ax.set(xlim=(0, 1), ylim=(0, count.max()))
+    ax.set(xlim=(0, 1), ylim=(0, max(count.max(), 1)))  # no sample of a label may be known
     ax.set_axis_off()
     if bins <= 15:
         for x, number in zip(middle, count.astype(int), strict=True):
