@@ -86,10 +86,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from uncertainty_mm import *
-from uncertainty_mm import measures, metrics
+from uncertainty_mm import metrics
 from uncertainty_mm.data import *
 from uncertainty_mm.functional import *
-from uncertainty_mm.measures import *
+from uncertainty_mm.metrics.functional import *
 from uncertainty_mm.metrics import *
 torch.manual_seed(0)
 """

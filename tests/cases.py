@@ -142,6 +142,11 @@ def draw_scores(sizes):
     return torch.randn(sizes.batch), torch.randn(sizes.batch), torch.arange(sizes.batch) % 4 == 1
 
 
+def draw_views(sizes):
+    norm, distance, correctness = torch.rand(3, sizes.batch)
+    return 0.5 + norm, distance, correctness, torch.arange(sizes.batch) % 4 == 1
+
+
 def draw_probs(sizes):
     return torch.rand(sizes.batch, sizes.labels), draw_labels(sizes)
 
@@ -177,6 +182,8 @@ def plain_decoupler(module, z, missing):
         first, mean, raw = module.encoder[0], module.mean_head, module.log_var_head
         hidden = (z[:, m] @ first.weight[m].T + first.bias[m]).relu()
         mean, raw = (hidden @ x.weight[m].T + x.bias[m] for x in (mean, raw))
+        if module.normalize_mean:
+            mean = module.latent_dim**0.5 * F.normalize(mean, dim=-1)
         limit = torch.full_like(raw, 2 * math.log(1e4))  # `where` of two numbers would be float32
         limit = limit.masked_fill(raw < 0, -2 * math.log(module.min_std))
         std = module.min_std + torch.exp(0.5 * raw / (1 + (raw / limit) ** 2).sqrt())
@@ -212,7 +219,7 @@ def plain_mixture(fused, mean_logits, std_logits, uncertainty):
     return probs.logit(), mean_logits, std_logits, 1 - uncertainty, probs
 
 
-def plain_fusion(module, latent, uncertainty, missing):
+def plain_concat_fusion(module, latent, uncertainty, missing):
     left_out = missing[:, :, None, None]
     logits = (
         head(x.masked_fill(left_out, 0).transpose(1, 2).flatten(2)).squeeze(2)
@@ -228,15 +235,26 @@ def plain_product(latent, missing, prior_mean):
     return umm.DiagonalGaussian(mean, precision.rsqrt())
 
 
-def plain_product_fusion(module, latent, uncertainty, missing):
-    latent = plain_product(latent, missing, module.prior_mean)
-    logits = module.mean_head(latent.mean).squeeze(2), module.std_head(latent.std).squeeze(2)
+def plain_fusion(module, latent, uncertainty, missing):
+    mean, std = plain_product(latent, missing, module.prior_mean)
+    logits = module.mean_head(mean).squeeze(2), module.std_head(std.detach()).squeeze(2)
     return plain_mixture(module, *logits, uncertainty)
+
+
+def plain_chi2(_, latent, missing):
+    weight = (~missing)[:, :, None, None] / latent.std**2
+    total = weight.sum(1, keepdim=True).clamp_min(1e-9)
+    centre = (weight * latent.mean).sum(1, keepdim=True) / total
+    freedom = (~missing).sum(1).view(-1, 1) - 1
+    chi2 = (weight * (latent.mean - centre) ** 2).sum(1).mean(-1) / freedom.clamp_min(1)
+    return chi2.masked_fill(freedom < 1, 0)
 
 
 def plain_rank(scores, temperature, mask):
     kept = (~mask).double()
-    beats = ((scores.unsqueeze(1) - scores) / temperature).sigmoid() * kept
+    gaps = (scores.unsqueeze(1) - scores) / temperature
+    loses, wins = 0.5 * gaps.clamp_max(0).exp(), 1 - 0.5 * (-gaps.clamp_min(0)).exp()
+    beats = torch.where(gaps < 0, loses, wins) * kept
     return torch.where(mask, 1, 0.5 + beats.sum(1))
 
 
@@ -248,15 +266,15 @@ def plain_divergence(_, a, b, mask):
 
 
 def plain_ordinality(module, std_norm, distance, correctness, mask):
-    def rank(scores):
-        kept = scores[~mask]
-        if len(kept) < 2:
-            return scores * 0
-        scores = (scores - kept.mean()) / kept.std(correction=0)
-        return (plain_rank(scores, module.temperature, mask) - 1) / (len(kept) - 1)
-
-    s, d, r = rank(1 / std_norm), rank(1 - distance), rank(correctness.detach())
-    return plain_divergence(None, s, r, mask) + plain_divergence(None, d, r, mask)
+    scores = (1 / std_norm)[~mask], correctness.detach()[~mask]
+    if len(scores[0]) < 2:
+        return std_norm.sum() * 0
+    scores = [(x - x.mean()) / x.std(correction=0) for x in scores]
+    if module.mode == "pearson":
+        return 1 - (scores[0] * scores[1]).mean()
+    whole = torch.zeros_like(scores[0], dtype=torch.bool)
+    ranks = [(plain_rank(x, module.temperature, whole) - 1) / (len(x) - 1) for x in scores]
+    return plain_divergence(None, *ranks, whole)
 
 
 def plain_tracker(module, indices, correct):
@@ -274,6 +292,10 @@ def plain_tracker(module, indices, correct):
 def track(tracker, indices, correct):
     tracker.update(indices, correct)
     return tracker(indices), tracker.counts(indices), tracker.forgetting_events(indices)
+
+
+def ordered(loss, std_norm, distance, correctness, mask=None):
+    return loss(std_norm=std_norm, distance=distance, correctness=correctness, mask=mask)
 
 
 def fuse(fusion, latent, uncertainty, missing):
@@ -299,8 +321,16 @@ def expected_distance(probs, _):
     return functional.expected_distance(probs)
 
 
+def prediction_distance(probs, labels, unknown):
+    return functional.prediction_distance(probs, labels, unknown)
+
+
+def reduced_chi2(latent, missing):
+    return functional.reduced_chi2(*latent, missing)
+
+
 def properties_of(latent, missing):
-    product = latent.product(missing)
+    product = latent.inflated(1.0 + missing.to(latent.std.dtype)).product(missing)
     joint = latent.embedding(joint=True)
     return product, latent.variance, latent.log_var, latent.kl_to_standard_normal(), joint
 
@@ -367,10 +397,10 @@ MODULES = {
         ),
         lambda sizes: (draw_latent(sizes), draw_probs(sizes)[0], draw_missing(sizes)),
         plain_fusion,
-        "certainty",
+        "combine='product'",
         fuse,
     ),
-    "UncertaintyGatedFusion (product)": Case(
+    "UncertaintyGatedFusion (concat)": Case(
         lambda sizes, **kwargs: steady(
             umm.UncertaintyGatedFusion(
                 sizes.modalities,
@@ -378,25 +408,29 @@ MODULES = {
                 LATENT,
                 hidden_dim=9,
                 dropout=0,
-                combine="product",
+                combine="concat",
+                detach_std=False,
                 **kwargs,
             )
         ),
         lambda sizes: (draw_latent(sizes), draw_probs(sizes)[0], draw_missing(sizes)),
-        plain_product_fusion,
-        "combine='product'",
+        plain_concat_fusion,
+        "combine='concat'",
         fuse,
     ),
     "SoftRankOrdinalityLoss": Case(
         lambda sizes, **kwargs: umm.SoftRankOrdinalityLoss(temperature=0.5, **kwargs),
-        lambda sizes: (
-            0.5 + torch.rand(sizes.batch),
-            torch.rand(sizes.batch),
-            torch.rand(sizes.batch),
-            torch.arange(sizes.batch) % 4 == 1,
-        ),
+        draw_views,
         plain_ordinality,
         "temperature=0.5",
+        ordered,
+    ),
+    "SoftRankOrdinalityLoss (pearson)": Case(
+        lambda sizes, **kwargs: umm.SoftRankOrdinalityLoss(mode="pearson", **kwargs),
+        draw_views,
+        plain_ordinality,
+        "mode='pearson'",
+        ordered,
     ),
     "PlattScaling": Case(
         lambda sizes, **kwargs: umm.PlattScaling(sizes.labels, **kwargs).fit(
@@ -437,9 +471,12 @@ FUNCTIONS = {
     ),
     "ordinality_divergence": _function(ordinality_divergence, draw_scores, plain_divergence),
     "prediction_distance": _function(
-        functional.prediction_distance,
-        draw_probs,
-        lambda _, probs, labels: torch.where(labels > 0, 1 - probs, probs),
+        prediction_distance,
+        lambda sizes: (*draw_probs(sizes), draw_labels(sizes) > 0),
+        lambda _, probs, labels, unknown: torch.where(labels > 0, 1 - probs, probs) * ~unknown,
+    ),
+    "reduced_chi2": _function(
+        reduced_chi2, lambda sizes: (draw_latent(sizes), draw_missing(sizes)), plain_chi2
     ),
     "soft_rank": _function(
         soft_rank, draw_scores, lambda _, scores, __, mask: plain_rank(scores, 0.5, mask)
@@ -451,9 +488,13 @@ CASES = MODULES | FUNCTIONS
 
 # Always in float64 and of values that are looked at: neither differentiated, compiled nor exported.
 MEASURES = {
-    "auroc": _function(measures.auroc, lambda sizes: draw_scores(sizes)[:2]),
+    "auroc": _function(measures.auroc, lambda sizes: draw_scores(sizes)[::2]),
     "brier_decomposition": _function(measures.brier_decomposition, draw_probs),
     "calibration_error": _function(measures.calibration_error, draw_probs),
+    "evaluate": _function(
+        lambda *given: torch.tensor(list(measures.evaluate(*given, threshold=0.4).values())),
+        draw_probs,
+    ),
     "modality_attribution": _function(
         measures.modality_attribution,
         lambda sizes: (0.1 + torch.rand(sizes.batch, sizes.modalities), draw_missing(sizes)),

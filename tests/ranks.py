@@ -162,7 +162,7 @@ def evaluate(rank, shares, probs, labels, errors, uncertainty):
         (metrics.MultilabelCalibrationError(probs.shape[1], binning="mass"), (probs, labels)),
         (metrics.MultilabelBrierDecomposition(probs.shape[1]), (probs, labels)),
         (metrics.SampleJaccard(), (probs, labels)),
-        (metrics.AURC(), (errors, uncertainty)),
+        (metrics.AURC(), (uncertainty, errors)),
         (metrics.DetectionAUROC(), (uncertainty, errors)),
         (metrics.SpearmanCorrelation(), (uncertainty, errors)),
     ):

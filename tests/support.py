@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
+import pytest
 import torch
 
 from uncertainty_mm import DiagonalGaussian
@@ -63,6 +64,15 @@ def record_validate_args(monkeypatch):
         if name.startswith("uncertainty_mm.") and hasattr(module, "checks_values"):
             monkeypatch.setattr(module, "checks_values", lambda _, *given: passed.extend(given))
     return passed
+
+
+def refuses(module, call, error, message):
+    """Asserts that a call raises just this, worded as the library does, and leaves the module as it was."""
+    before = {name: x.clone() for name, x in module.state_dict().items()}
+    with pytest.raises(error, match=f"^Expected {message}$") as caught:
+        call()
+    assert type(caught.value) is error
+    assert all(torch.equal(x, before[name]) for name, x in module.state_dict().items())
 
 
 class Bad(NamedTuple):

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
-from support import HALF, close, gradient, poisoned, record_validate_args
+from support import HALF, close, gradient, poisoned, record_validate_args, refuses
 from uncertainty_mm import EmotionQueryAttention
 
 DIMS = {"voice": 3, "face": 5, "text": 2}
@@ -351,103 +352,146 @@ def test_scores_beyond_float16_are_safe_under_autocast(need_weights):
     assert all(g.isfinite().all() for g in gradient(output, *features.values()))
 
 
-# ------------------------------------------------------------------------------------- bad inputs
+# --------------------------------------------------------------------------------------- parameters
+
+
+def test_missing_reads_no_value_and_no_parameter():
+    module, features = build().to("meta"), random_features(torch.float32)  # of another dtype
+    features["text"][:] = math.nan
+    assert torch.equal(
+        module.missing(features, padding()), build().missing(random_features(), padding())
+    )
+
+
+def test_dtype_is_that_of_the_table_of_labels_as_its_forward_pass_returns_it():
+    module = build()  # as one that is sharded by itself, in mixed precision: its weight is no guide
+    module.label_embedding.register_forward_hook(lambda *call: call[-1].float())
+    module.attention.float()
+    assert module(random_features(torch.float32)).dtype == torch.float32
+
+
+# -------------------------------------------------------------------------------------- bad inputs
+
+POSITIVE = "to be a positive integer, but got"
 
 
 @pytest.mark.parametrize(
-    ("change", "error", "name"),
+    ("change", "error", "message"),
     [
-        ({"modality_dims": {}}, ValueError, "modality_dims"),
-        ({"modality_dims": ["voice"]}, TypeError, "modality_dims"),
-        ({"modality_dims": {3: 3}}, TypeError, "modality_dims"),
-        ({"modality_dims": {"": 3}}, ValueError, "modality_dims"),
-        ({"modality_dims": {"a.b": 3}}, ValueError, "modality_dims"),
-        ({"modality_dims": {"keys": 3}}, ValueError, "modality_dims"),
-        ({"modality_dims": {"voice": 0}}, ValueError, r"modality_dims\['voice'\]"),
-        ({"num_labels": 0}, ValueError, "num_labels"),
-        ({"num_labels": 2.0}, TypeError, "num_labels"),
-        ({"label_dim": 0}, ValueError, "label_dim"),
-        ({"proj_dim": -1}, ValueError, "proj_dim"),
-        ({"out_dim": 0}, ValueError, "out_dim"),
-        ({"dropout": 1.5}, ValueError, "dropout"),
-        ({"scale": math.nan}, ValueError, "scale"),
+        ({"modality_dims": {}}, ValueError, "to name at least one modality, but got none"),
+        ({"modality_dims": ["a"]}, TypeError, "to be a mapping from names to sizes, but got list"),
+        ({"modality_dims": {3: 3}}, TypeError, "to have str keys, but got 3"),
+        ({"modality_dims": {"": 3}}, ValueError, "to be usable .* but got ''"),
+        ({"modality_dims": {"a.b": 3}}, ValueError, "to be usable .* but got 'a.b'"),
+        ({"modality_dims": {"keys": 3}}, ValueError, "to be usable .* but got 'keys'"),
+        ({"modality_dims": {"a": 0}}, ValueError, f"{POSITIVE} 0"),
+        ({"num_labels": 0}, ValueError, f"{POSITIVE} 0"),
+        ({"num_labels": -1}, ValueError, f"{POSITIVE} -1"),
+        ({"num_labels": 2.0}, TypeError, rf"{POSITIVE} 2\.0"),
+        ({"num_labels": True}, TypeError, f"{POSITIVE} True"),
+        ({"label_dim": 0}, ValueError, f"{POSITIVE} 0"),
+        ({"proj_dim": -1}, ValueError, f"{POSITIVE} -1"),
+        ({"proj_dim": 2.5}, TypeError, rf"{POSITIVE} 2\.5"),
+        ({"out_dim": 0}, ValueError, f"{POSITIVE} 0"),
+        ({"dropout": 1}, ValueError, r"to be a number in \[0, 1\), but got 1"),
+        ({"dropout": 1.5}, ValueError, r"to be a number in \[0, 1\), but got 1\.5"),
+        ({"scale": 0.0}, ValueError, "to be a number above 0, but got 0.0"),
+        ({"scale": math.nan}, ValueError, "to be a number above 0, but got nan"),
+        ({"scale": math.inf}, ValueError, "to be a number above 0, but got inf"),
+        ({"validate_args": "yes"}, TypeError, "to be True, False or None, but got 'yes'"),
     ],
 )
-def test_constructor_rejects(change, error, name):
-    with pytest.raises(error, match=f"`{name}`"):
+def test_constructor_rejects(change, error, message):
+    [name] = change
+    with pytest.raises(error, match=rf"^Expected (the keys of )?`{name}(\['a'\])?` {message}$"):
         EmotionQueryAttention(**({"modality_dims": {"voice": 3}, "num_labels": 4} | change))
 
 
-@pytest.mark.parametrize(
-    ("features", "error", "name"),
-    [
-        ({}, ValueError, "features"),
-        ([torch.randn(3, 4, 3)], TypeError, "features"),
-        ({"smell": torch.randn(3, 4, 3)}, ValueError, "features"),
-        ({"voice": torch.randn(4, 3)}, ValueError, r"features\['voice'\]"),
-        ({"voice": torch.randn(3, 4, 5)}, ValueError, r"features\['voice'\]"),
-        (
-            {"voice": torch.randn(3, 4, 3), "face": torch.randn(2, 4, 5)},
-            ValueError,
-            r"features\['face'\]",
-        ),
-        (
-            {"voice": torch.randn(3, 4, 3), "text": torch.randn(3, 4, 2, device="meta")},
-            ValueError,
-            r"features\['text'\]",
-        ),
-        ({"voice": torch.randn(3, 4, 3).double()}, TypeError, r"features\['voice'\]"),
-        ({"voice": torch.ones(3, 4, 3, dtype=torch.long)}, TypeError, r"features\['voice'\]"),
-        ({"voice": [[[1.0, 2.0, 3.0]]]}, TypeError, r"features\['voice'\]"),
-        ({"voice": torch.full((3, 4, 3), math.nan)}, ValueError, r"features\['voice'\]"),
-        ({"voice": torch.full((3, 4, 3), math.inf)}, ValueError, r"features\['voice'\]"),
-        (
-            {"voice": torch.randn(3, 4, 3), "text": torch.full((3, 1, 2), math.nan)},
-            ValueError,
-            r"features\['text'\]",
-        ),
-    ],
-)
-def test_rejects_features(features, error, name):
-    with pytest.raises(error, match=f"`{name}`"):
-        build().float()(features)
-    with pytest.raises(error, match=f"`{name}`"):
-        build().float().missing(features)
+VOICE = torch.randn(3, 4, 3)
+ONLY = r"to hold only the modalities \['voice', 'face', 'text'\], but got"
+SHAPE = r"to have shape \({}\), but got \({}\)"
 
 
 @pytest.mark.parametrize(
-    ("mask", "error", "name"),
+    ("features", "error", "message"),
     [
-        ({"smell": torch.zeros(3, 4, dtype=torch.bool)}, ValueError, "padding_mask"),
-        (torch.zeros(3, 4, dtype=torch.bool), TypeError, "padding_mask"),
-        ({"voice": torch.zeros(3, 5, dtype=torch.bool)}, ValueError, r"padding_mask\['voice'\]"),
-        ({"voice": torch.zeros(3, dtype=torch.bool)}, ValueError, r"padding_mask\['voice'\]"),
-        ({"voice": torch.zeros(3, 4)}, TypeError, r"padding_mask\['voice'\]"),
-        ({"voice": torch.zeros(3, 4, dtype=torch.long)}, TypeError, r"padding_mask\['voice'\]"),
+        ({}, ValueError, "`features` to hold at least one modality, but got none: .*"),
+        (VOICE, TypeError, "`features` to be a mapping from .* to tensors, but got Tensor"),
+        ({"smell": VOICE, "b": VOICE}, ValueError, rf"`features` {ONLY} \['b', 'smell'\]"),
+        ({"voice": None}, TypeError, "voice to be a tensor, but got NoneType"),
+        ({"voice": VOICE[0]}, ValueError, "voice " + SHAPE.format("B, S, D=3", "4, 3")),
+        ({"voice": VOICE.mT}, ValueError, "voice " + SHAPE.format("B, S, D=3", "3, 3, 4")),
         (
-            {"voice": torch.zeros(3, 4, dtype=torch.bool, device="meta")},
+            {"voice": VOICE, "face": torch.ones(2, 4, 5)},
             ValueError,
-            r"padding_mask\['voice'\]",
+            "face " + SHAPE.format("B=3, S, D=5", "2, 4, 5"),
         ),
+        (
+            {"voice": VOICE, "text": torch.ones(3, 4, 2, device="meta")},
+            ValueError,
+            "text to be on cpu, but got meta",
+        ),
+        ({"voice": VOICE.long()}, TypeError, "voice to have a floating .* but got torch.int64"),
+        (
+            {"voice": VOICE.to(torch.float8_e4m3fn)},
+            TypeError,
+            "voice to have a floating .* but got torch.float8_e4m3fn",
+        ),
+        ({"voice": VOICE.to_sparse()}, TypeError, "voice to be a dense .* got torch.sparse_coo"),
     ],
 )
-def test_rejects_padding_mask(mask, error, name):
-    with pytest.raises(error, match=f"`{name}`"):
-        build().float()({"voice": torch.randn(3, 4, 3)}, mask)
-    with pytest.raises(error, match=f"`{name}`"):
-        build().float().missing({"voice": torch.randn(3, 4, 3)}, mask)
+def test_rejects_features(features, error, message):
+    message = re.sub("^(voice|face|text)", r"`features\\['\1'\\]`", message)
+    module = build().float()
+    refuses(module, lambda: module(features), error, message)
+    refuses(module, lambda: module.missing(features), error, message)
 
 
-@pytest.mark.parametrize("settings", [{}, {"validate_args": False}, {"validate_args": True}])
-def test_validate_args_is_passed_on(monkeypatch, settings):
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        (VOICE.double(), TypeError, "dtype of the module, torch.float32, but got torch.float64"),
+        (poisoned(VOICE, (0, 0, 0)), ValueError, "finite, but got 1 NaN or infinite values"),
+        (poisoned(VOICE, 0, math.inf), ValueError, "finite, but got 12 NaN or infinite values"),
+    ],
+)
+def test_forward_rejects_dtype_and_values(wrong, error, message):
+    module = build().float()
+    for features in ({"voice": wrong}, {"text": torch.ones(3, 1, 2), "voice": wrong}):
+        message_ = rf"`features\['voice'\]` to (be|have the) {message}"
+        refuses(module, lambda features=features: module(features), error, message_)
+
+
+@pytest.mark.parametrize(
+    ("mask", "error", "message"),
+    [
+        ({"smell": torch.zeros(3, 4).bool()}, ValueError, rf"`padding_mask` {ONLY} \['smell'\]"),
+        (torch.zeros(3, 4).bool(), TypeError, "`padding_mask` to be a mapping .* but got Tensor"),
+        ({"voice": torch.zeros(3, 5).bool()}, ValueError, SHAPE.format("B=3, S=4", "3, 5")),
+        ({"voice": torch.zeros(3).bool()}, ValueError, SHAPE.format("B=3, S=4", "3,")),
+        ({"voice": torch.zeros(3, 4)}, TypeError, "to have a bool dtype, but got torch.float32"),
+        ({"voice": torch.zeros(3, 4).int()}, TypeError, "to have a bool .* but got torch.int32"),
+        ({"voice": torch.zeros(3, 4).bool().to("meta")}, ValueError, "to be on cpu, but got meta"),
+    ],
+)
+def test_rejects_padding_mask(mask, error, message):
+    if isinstance(mask, dict) and "voice" in mask:
+        message = rf"`padding_mask\['voice'\]` {message}"
+    module = build().float()
+    refuses(module, lambda: module({"voice": VOICE}, mask), error, message)
+    refuses(module, lambda: module.missing({"voice": VOICE}, mask), error, message)
+
+
+def test_rejects_need_weights_that_is_a_word():
+    module, message = build(), "`need_weights` to be True or False, but got 'no'"
+    refuses(module, lambda: module(random_features(), need_weights="no"), TypeError, message)
+
+
+@pytest.mark.parametrize("validate_args", [None, False, True])
+def test_validate_args_is_passed_on(monkeypatch, validate_args):
     passed = record_validate_args(monkeypatch)
-    build(**settings)(random_features())
-    assert passed == [settings.get("validate_args", False)] * len(DIMS)
-
-
-def test_modalities_that_it_does_not_know_are_named():
-    with pytest.raises(ValueError, match=r"but got \['smell', 'taste'\]"):
-        build()(random_features() | {"taste": torch.ones(1), "smell": torch.ones(1)})
+    build(validate_args=validate_args)(random_features())
+    assert passed == [validate_args] * len(DIMS)
 
 
 def test_rejects_nan_in_steps_that_are_not_padded():

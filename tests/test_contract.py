@@ -220,12 +220,13 @@ def test_state_dict_resumes_mid_stream_to_the_bit(module_case, tmp_path):
 
 def test_state_dict_is_all_that_changes_in_a_run(module_case):
     module = module_case.build()
-    plain = {k: v for k, v in vars(module).items() if not k.startswith("_")}
+    derived = {"merged"}  # of the tracker: all of the history, once it is loaded
+    kept = module.state_dict().keys() | derived
+    plain = {k: v for k, v in vars(module).items() if not k.startswith("_") and k not in kept}
     before = pickle.dumps(plain)
     run_steps(module_case, module, range(3))
     assert pickle.dumps({k: vars(module)[k] for k in plain}) == before
-    derived = {"merged"}  # of the tracker: all of the history, once it is loaded
-    assert dict(module.named_buffers()).keys() - derived <= module.state_dict().keys()
+    assert dict(module.named_buffers()).keys() <= module.state_dict().keys()
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -458,11 +459,12 @@ FUNCTION_NAMES = [
     "expected_distance",
     "ordinality_divergence",
     "prediction_distance",
+    "reduced_chi2",
     "soft_rank",
     "supcon_loss",
 ]
 # Submodules that `import uncertainty_mm` leaves alone: for evaluation, some with more than torch.
-SUBMODULES = ["data", "measures", "metrics", "plots"]
+SUBMODULES = ["data", "metrics", "metrics.functional", "plots"]
 
 
 def names_of(submodule):
@@ -517,7 +519,7 @@ def test_every_name_of_a_submodule_has_a_docstring(submodule):
 
 def test_gaussian_of_the_docs_has_the_members_of_the_contract():
     members = {"mean", "std", "log_var", "variance", "rsample", "kl_to_standard_normal"}
-    members |= {"embedding", "to_distribution"}
+    members |= {"embedding", "to_distribution", "product", "inflated"}
     assert members <= set(
         dir(uncertainty_mm.DiagonalGaussian(torch.zeros(LATENT), torch.ones(LATENT)))
     )
@@ -532,20 +534,3 @@ def test_import_is_silent_and_light():
     command = [sys.executable, "-W", "error", "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "[]", "")
-
-
-@pytest.mark.parametrize(
-    "name", ["EmotionQueryAttention", "GaussianDecoupler", "UncertaintyGatedFusion"]
-)
-def test_dtype_and_device_other_than_the_module_s_are_refused(name):
-    case = CASES[name]
-    module, arguments = case.build(), case.inputs(0)
-    for change, error in ((torch.Tensor.double, TypeError), (lambda x: x.to("meta"), ValueError)):
-
-        def changed(x, change=change):
-            return change(x) if x.is_floating_point() else x
-
-        with pytest.raises(error, match="Expected `"):
-            module(*pytree.tree_map(changed, arguments))
-    with pytest.raises(TypeError, match="Expected `"):  # a device without autocast
-        module.to("meta")(*case.inputs(0, device="meta", dtype=torch.float64))

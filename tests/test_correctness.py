@@ -1,12 +1,17 @@
 """CorrectnessTracker (3.4.2), against a dict of lists."""
 
+import copy
 import math
+import pickle
 from itertools import pairwise
 
 import pytest
 import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.checkpoint import checkpoint
 
-from support import close, record_validate_args
+from support import close, poisoned, record_validate_args
 from uncertainty_mm import CorrectnessTracker
 
 SAMPLES, LABELS = 6, 3
@@ -167,10 +172,9 @@ def test_reset_gives_the_state_of_a_new_tracker():
     tracker.update(EVERY, torch.ones(SAMPLES, dtype=torch.bool))
     tracker.synchronize()
     tracker.reset()
-    for (name, buffer), fresh in zip(
-        tracker.named_buffers(), CorrectnessTracker(SAMPLES).buffers(), strict=True
-    ):
-        assert torch.equal(buffer, fresh), name
+    fresh = CorrectnessTracker(SAMPLES)
+    for name in ("history", "last", "merged"):
+        assert torch.equal(getattr(tracker, name), getattr(fresh, name)), name
 
 
 def test_reset_forgets_the_last_prediction_too():
@@ -286,6 +290,242 @@ def test_repr_names_labels_only_where_there_are_some():
     )
 
 
+def test_a_loaded_history_is_common_to_all_ranks_even_if_it_is_the_same():
+    tracker = CorrectnessTracker(3)
+    tracker.update(indices(0, 2), torch.tensor([True, False]))
+    tracker.load_state_dict(tracker.state_dict())
+    assert tracker.merged.equal(tracker.history)
+
+
+def test_a_history_that_does_not_fit_leaves_all_as_it_was():
+    tracker = CorrectnessTracker(3)
+    tracker.update(indices(0, 2), torch.tensor([True, False]))
+    with pytest.raises(RuntimeError, match="history"):
+        tracker.load_state_dict(CorrectnessTracker(4).state_dict())
+    assert (tracker.merged == 0).all()
+
+
+def test_tracker_of_the_meta_device_takes_a_state_by_assignment():
+    with torch.device("meta"):
+        tracker = CorrectnessTracker(SAMPLES)
+    other = CorrectnessTracker(SAMPLES)
+    other.update(indices(0, 1), torch.tensor([True, False]))
+    tracker.load_state_dict(other.state_dict(), assign=True)
+    tracker.to("cpu")
+    tracker.update(indices(0, 1), torch.tensor([False, False]))
+    tracker.synchronize()
+    assert tracker.forgetting_events(indices(0, 1)).tolist() == [1, 0]
+    assert tracker.merged.equal(tracker.history)
+
+
+def test_tracker_of_the_meta_device_is_as_new_after_reset_parameters():
+    with torch.device("meta"):
+        tracker = CorrectnessTracker(SAMPLES)
+    tracker.to_empty(device="cpu")
+    for state in (tracker.history, tracker.merged, tracker.last):
+        state.fill_(7)
+    tracker.reset_parameters()
+    fresh = CorrectnessTracker(SAMPLES)
+    for name in ("history", "last", "merged"):
+        assert torch.equal(getattr(tracker, name), getattr(fresh, name)), name
+
+
+def test_averaging_of_weights_averages_no_history():
+    tracker = CorrectnessTracker(SAMPLES)
+    average = AveragedModel(
+        nn.Sequential(nn.Linear(2, 2), tracker),
+        multi_avg_fn=get_ema_multi_avg_fn(0.9),
+        use_buffers=True,
+    )
+    for step in range(4):
+        tracker.update(indices(0, 1), torch.tensor([True, step % 2 == 0]))
+        average.update_parameters(nn.Sequential(nn.Linear(2, 2), tracker))
+    averaged = average.module[1]
+    assert averaged.history.dtype == torch.int64
+    assert (averaged.history == 0).all()  # as it was when it was copied
+    assert (averaged.last == -1).all()
+    assert not list(tracker.buffers())
+
+
+def test_settings_are_read_only():
+    with pytest.raises(AttributeError, match="`prior` is a setting"):
+        CorrectnessTracker(SAMPLES).prior = 2
+
+
+# ------------------------------------------------------------------------- what is not known or finite
+
+
+def test_unknown_labels_are_left_out_as_masked_ones():
+    tracker, expected = CorrectnessTracker(SAMPLES, LABELS), CorrectnessTracker(SAMPLES, LABELS)
+    correct, mask, unknown = torch.rand(5, LABELS), *(torch.rand(2, 5, LABELS) < 0.4)
+    where = indices(0, 3, 0, 1, 3)
+    tracker.update(where, poisoned(correct, unknown), mask, unknown)
+    expected.update(where, correct, mask | unknown)
+    assert tracker.history.equal(expected.history)
+    assert tracker.last.equal(expected.last)
+
+
+def test_unknown_is_for_histories_by_label():
+    with pytest.raises(ValueError, match="`unknown` only with `num_labels`"):
+        CorrectnessTracker(3).update(indices(0), torch.ones(1), unknown=torch.zeros(1).bool())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_what_is_not_finite_enters_nothing_where_values_are_not_looked_at(value, dtype):
+    tracker, expected = (CorrectnessTracker(SAMPLES, validate_args=x) for x in (False, None))
+    correct = torch.tensor([1.0, value, 0.25], dtype=dtype)
+    tracker.update(indices(0, 0, 2), correct)
+    expected.update(indices(0, 2), correct[[0, 2]])
+    assert tracker.history.equal(expected.history)
+    assert tracker.last.equal(expected.last)
+
+
+def test_finite_outcomes_out_of_range_are_clamped_where_values_are_not_looked_at():
+    tracker = CorrectnessTracker(SAMPLES, validate_args=False)
+    tracker.update(indices(0, 1), torch.tensor([1e30, -1e30]))
+    close(tracker(indices(0, 1)), [1.0, 0.0])
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_indices_may_have_any_integer_dtype(dtype):
+    tracker = CorrectnessTracker(200)
+    where = torch.tensor([3, 100, 3], dtype=dtype)
+    tracker.update(where, torch.tensor([True, False, False]))
+    close(tracker(where), [0.5, 0.0, 0.5])
+
+
+# ------------------------------------------------------------------------------- gradient checkpointing
+
+
+def step_of(tracker, order):
+    """A differentiable step that reads and updates as `order` says, and what it read in the first pass."""
+    seen = []
+
+    def step(z):
+        for what in order:
+            if what == "update":
+                tracker.update(indices(0, 1, 0), torch.tensor([True, True, False]))
+            else:
+                share = tracker(indices(0, 1, 0))
+                seen.append(share)
+                z = (z * (1 + share)).sin()
+        return z.sum()
+
+    return step, seen
+
+
+ORDERS = ["read", "update"], ["update", "read"], ["read", "update", "update", "read"]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("order", ORDERS)
+def test_checkpointed_step_counts_once_and_has_the_gradient_of_the_first_pass(order, reentrant):
+    plain, saved = CorrectnessTracker(SAMPLES), CorrectnessTracker(SAMPLES)
+    if reentrant and order.count("read") > 1:
+        pytest.skip("refused, see below")
+    for _ in range(3):
+        grads = []
+        for tracker in (plain, saved):
+            step, seen = step_of(tracker, order)
+            z = torch.tensor([0.1, 0.2, 0.3], requires_grad=True)
+            if tracker is saved:
+                checkpoint(step, z, use_reentrant=reentrant).backward()
+                assert len(seen) == 2 * order.count("read")  # it was repeated
+            else:
+                step(z).backward()
+            grads.append(z.grad)
+        assert torch.equal(*grads)
+        assert saved.history.equal(plain.history)
+        assert saved.last.equal(plain.last)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_readings_of_a_checkpointed_function_outlast_updates_outside_of_it(reentrant):
+    tracker = CorrectnessTracker(SAMPLES)
+    step, seen = step_of(tracker, ["read"])
+    z = torch.ones(3, requires_grad=True)
+    update = step_of(tracker, ["update"])[0]
+    update(z)
+    loss = checkpoint(step, z, use_reentrant=reentrant)
+    update(z)
+    tracker(indices(0, 1, 0))  # outside, and of another value
+    loss.backward()
+    assert torch.equal(*seen)
+    assert tracker.counts(indices(0, 1)).tolist() == [4, 2]
+
+
+def test_several_checkpointed_functions_are_repeated_each_as_it_was():
+    plain, saved = CorrectnessTracker(SAMPLES), CorrectnessTracker(SAMPLES)
+    grads = []
+    for tracker in (plain, saved):
+        z = torch.ones(3, requires_grad=True)
+        total = 0
+        for shift in range(3):
+
+            def step(z, tracker=tracker, where=(EVERY[:3] + shift)):
+                share = tracker(where)
+                tracker.update(where, torch.tensor([True, False, True]))
+                return (z * share).sin().sum()
+
+            total = total + (
+                checkpoint(step, z, use_reentrant=False) if tracker is saved else step(z)
+            )
+        total.backward()
+        grads.append(z.grad)
+    assert torch.equal(*grads)
+    assert saved.history.equal(plain.history)
+
+
+def test_ambiguous_repetition_is_refused():
+    """Two functions that read the same samples, one before and one after an update."""
+    tracker = CorrectnessTracker(SAMPLES)
+    step, _ = step_of(tracker, ["read"])
+    z = torch.ones(3, requires_grad=True)
+    before = checkpoint(step, z, use_reentrant=False)
+    step_of(tracker, ["update"])[0](z)
+    after = checkpoint(step, z, use_reentrant=False)
+    with pytest.raises(RuntimeError, match="before and after an update of the same indices"):
+        (before + after).backward()
+
+
+def test_repetition_with_other_indices_is_refused():
+    tracker, batches = CorrectnessTracker(SAMPLES), iter([indices(0), indices(1)])
+
+    def step(z):
+        tracker.update(next(batches), torch.tensor([True]))
+        return z.sin().sum()
+
+    loss = checkpoint(step, torch.ones(3, requires_grad=True), use_reentrant=True)
+    with pytest.raises(RuntimeError, match="call the tracker outside of the checkpointed function"):
+        loss.backward()
+    assert tracker.counts(EVERY).tolist() == [1, 0, 0, 0, 0, 0]
+
+
+def test_compiled_step_inside_of_a_checkpointed_function_is_refused():
+    torch.compiler.reset()
+    tracker = CorrectnessTracker(SAMPLES)
+    step = torch.compile(step_of(tracker, ["update"])[0], backend="eager", fullgraph=True)
+
+    def through(z):
+        step(z)
+        return z.sin().sum()
+
+    loss = checkpoint(through, torch.ones(3, requires_grad=True), use_reentrant=False)
+    with pytest.raises(RuntimeError, match="cannot be repeated"):
+        loss.backward()
+    assert tracker.counts(indices(0, 1)).tolist() == [2, 1]
+
+
+def test_copies_in_the_middle_of_a_checkpointed_step():
+    tracker = CorrectnessTracker(SAMPLES)
+    step, _ = step_of(tracker, ["read", "update"])
+    loss = checkpoint(step, torch.ones(3, requires_grad=True), use_reentrant=False)
+    for twin in (copy.deepcopy(tracker), pickle.loads(pickle.dumps(tracker))):
+        assert twin.history.equal(tracker.history)
+    loss.backward()
+
+
 # --------------------------------------------------------------------------------------- bad inputs
 
 
@@ -370,4 +610,4 @@ def test_validate_args_is_passed_on(monkeypatch, settings):
     tracker = CorrectnessTracker(SAMPLES, **settings)
     tracker.update(indices(0, 1), torch.tensor([True, False]))
     tracker(indices(0))
-    assert passed == [settings.get("validate_args", False)] * 3  # indices and correct, indices
+    assert passed == [settings.get("validate_args")] * 3  # indices and correct, indices

@@ -58,7 +58,7 @@ def check_same(actual, expected):
 def test_a_batch_is_the_samples_of_its_indices():
     data = make(ids=[f"s{i}" for i in range(20)])
     indices = [3, 0, 19, 3]
-    batch = data.__getitems__(indices)
+    batch = data.batch(indices)
     assert batch.indices.tolist() == indices
     for row, index in enumerate(indices):
         sample = data[index]
@@ -80,7 +80,7 @@ def test_a_batch_is_float32_and_masked_steps_are_0():
     poisoned = data.features["a"].half().masked_fill(mask, float("nan"))
     features = data.features | {"a": poisoned}
     data = MultimodalDataset(features, data.padding_mask, data.labels, data.label_names)
-    batch = data.__getitems__(range(20))
+    batch = data.batch(range(20))
     assert batch.features["a"].dtype == torch.float32
     assert torch.equal(batch.features["a"], poisoned.float().nan_to_num())
     assert poisoned.isnan().any()  # the data themselves are left alone
@@ -293,7 +293,9 @@ def put(index, value):
         ({"lengths.b": None}, "missing `lengths.b`"),
         ({"features.a": None, "features.b": None}, "no array `features.<modality>`"),
         (bad("labels", put((2, 1), 2)), "label `second` must be 0 or 1, got 2"),
-        (bad("labels", lambda x: x.astype(float) * np.nan), "label `first` must be 0 or 1"),
+        (bad("labels", lambda x: x.astype(float) - 1), "label `first` must be 0 or 1, got -1.0; one that is not known"),
+        ({"unknown": np.zeros((60, 2))}, "`unknown` must be bool of the shape of `labels`"),
+        ({"groups": np.full(60, 0.5)}, "`groups` must hold 60 integers"),
         (bad("labels", lambda x: x[:, 0]), "`labels` must have shape"),
         ({"label_names": np.array(["x"])}, "1 names for 2 columns"),
         ({"label_names": np.array(["x", "x"])}, "repeats a name"),
@@ -311,8 +313,10 @@ def put(index, value):
         ({"soft_labels": np.zeros((60, 3))}, "`soft_labels` must hold numbers of shape (60, 2)"),
         ({"label_shares": np.full((60, 2), "a")}, "`label_shares` must hold numbers"),
         ({"label_shares": np.full((60, 2), -1.0)}, "`label_shares` must be at least 0"),
+        ({"split": np.repeat("tset", 60)}, "`split` must hold 0 (train), 1 (validation), 2 (test), or these names"),
+        ({"split": None}, "missing `split`"),
     ],
-)
+)  # fmt: skip
 def test_broken_npz(tmp_path, changes, message):
     path = save(tmp_path / "data.npz", **changes)
     with pytest.raises(ValueError) as error:  # noqa: PT011 (the message is compared below)

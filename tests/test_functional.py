@@ -1,5 +1,6 @@
 """functional: the mathematics, against loops written from the equations."""
 
+import itertools
 import math
 import re
 
@@ -9,10 +10,18 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import rankdata
-from torch.autograd import gradcheck
+from torch.autograd import gradcheck, gradgradcheck
 from torch.profiler import ProfilerActivity, profile
 
-from support import HALF, close, gradient, poisoned
+from support import (
+    HALF,
+    TOLERANCE,
+    close,
+    gradient,
+    poisoned,
+    random_latent,
+    record_validate_args,
+)
 from uncertainty_mm import functional
 from uncertainty_mm._supcon import supcon
 
@@ -584,21 +593,53 @@ def test_prediction_distance_passes_gradcheck():
     assert gradcheck(lambda p: functional.prediction_distance(p, labels), (probs,))
 
 
+@pytest.mark.parametrize("wrong", [-1.0, math.nan, 7.0])
+def test_unknown_labels_have_no_distance_and_no_influence(wrong):
+    probs = torch.rand(4, 5, dtype=torch.float64, requires_grad=True)
+    labels, unknown = torch.randint(2, (4, 5)).double(), torch.rand(4, 5) < 0.4
+    unknown[0] = True
+    expected = functional.prediction_distance(probs, labels).masked_fill(unknown, 0)
+    spoilt = labels.masked_fill(unknown, wrong)
+    distance = functional.prediction_distance(probs, spoilt, unknown, validate_args=True)
+    assert torch.equal(distance, expected)
+    assert torch.equal(*gradient(distance, probs), *gradient(expected, probs))
+    nowhere = poisoned(
+        probs, unknown
+    ).requires_grad_()  # an entry that does not count is not looked at
+    again = functional.prediction_distance(nowhere, spoilt, unknown)
+    assert torch.equal(again, expected)
+    assert not gradient(again, nowhere)[0][unknown].any()
+
+
+def test_labels_are_1_above_a_half_where_values_are_not_looked_at():
+    probs = torch.full((1, 5), 0.25)
+    labels = torch.tensor([[0.9, 0.1, 0.5, math.nan, -1.0]])
+    distance = functional.prediction_distance(probs, labels, validate_args=False)
+    assert distance.tolist() == [[0.75, 0.25, 0.25, 0.25, 0.25]]
+
+
+PROBS, ABSENT = torch.full((2, 3), 0.5), torch.zeros(2, 3)
+
+
 @pytest.mark.parametrize(
-    ("probs", "labels", "error", "name"),
+    ("probs", "labels", "unknown", "error", "message"),
     [
-        (torch.zeros(2, 3, dtype=torch.long), torch.zeros(2, 3), TypeError, "probs"),
-        (torch.full((2, 3), 1.5), torch.zeros(2, 3), ValueError, "probs"),
-        (torch.full((2, 3), -0.5), torch.zeros(2, 3), ValueError, "probs"),
-        (torch.full((2, 3), math.nan), torch.zeros(2, 3), ValueError, "probs"),
-        (torch.rand(2, 3), torch.full((2, 3), 2), ValueError, "labels"),
-        (torch.rand(2, 3), torch.full((2, 3), 0.5), ValueError, "labels"),
-        (torch.rand(2, 3), torch.zeros(2, 4), ValueError, "labels"),
+        (PROBS.long(), ABSENT, None, TypeError, "`probs` to have a floating .* got torch.int64"),
+        (3 * PROBS, ABSENT, None, ValueError, r"`probs` to be in \[0, 1\], but got 1.5"),
+        (-PROBS, ABSENT, None, ValueError, r"`probs` to be in \[0, 1\], but got -0.5"),
+        (PROBS * math.nan, ABSENT, None, ValueError, r"`probs` to be in \[0, 1\], but got nan"),
+        (PROBS, ABSENT + 2, None, ValueError, "`labels` to hold only 0 and 1, but got 2.0"),
+        (PROBS, ABSENT + 0.5, None, ValueError, "`labels` to hold only 0 and 1, but got 0.5"),
+        (PROBS, ABSENT.long() - 1, None, ValueError, "`labels` to hold .* got -1; .*`unknown`.*"),
+        (PROBS, ABSENT[0], None, ValueError, r"`labels` to have shape .*, but got \(3,\)"),
+        (PROBS, ABSENT[:, :2], None, ValueError, r"`labels` to have shape .*, but got \(2, 2\)"),
+        (PROBS, ABSENT, ABSENT, TypeError, "`unknown` to have a bool .* got torch.float32"),
+        (PROBS, ABSENT, ABSENT[0] > 0, ValueError, r"`unknown` to have shape .*got \(3,\)"),
     ],
 )
-def test_prediction_distance_rejects(probs, labels, error, name):
-    with pytest.raises(error, match=f"`{name}`"):
-        functional.prediction_distance(probs, labels)
+def test_prediction_distance_rejects(probs, labels, unknown, error, message):
+    with pytest.raises(error, match=f"^Expected {message}$"):
+        functional.prediction_distance(probs, labels, unknown)
 
 
 def test_expected_distance_is_the_mean_distance_over_the_predicted_labels():
@@ -613,24 +654,146 @@ def test_expected_distance_passes_gradcheck():
 
 
 @pytest.mark.parametrize(
-    ("value", "error"),
-    [(-0.5, ValueError), (1.5, ValueError), (math.nan, ValueError), (1, TypeError)],
+    ("probs", "error", "message"),
+    [
+        (-PROBS, ValueError, r"to be in \[0, 1\], but got -0.5"),
+        (3 * PROBS, ValueError, r"to be in \[0, 1\], but got 1.5"),
+        (PROBS * math.nan, ValueError, r"to be in \[0, 1\], but got nan"),
+        (PROBS.int(), TypeError, "to have a floating dtype .*, but got torch.int32"),
+        (PROBS.to_sparse(), TypeError, "to be a dense tensor, but got torch.sparse_coo"),
+    ],
 )
-def test_expected_distance_rejects_what_is_no_probability(value, error):
-    with pytest.raises(error, match="`probs`"):
-        functional.expected_distance(torch.full((2, 3), value))
+def test_expected_distance_rejects_what_is_no_probability(probs, error, message):
+    with pytest.raises(error, match=f"^Expected `probs` {message}$"):
+        functional.expected_distance(probs)
+
+
+# ---------------------------------------------------------------------------------- reduced_chi2
+
+
+def naive_chi2(mean, std, missing):
+    """One (sample, label, dimension) at a time."""
+    batch, modalities, labels, dims = mean.shape
+    rows = torch.zeros(batch, labels, dtype=torch.float64)
+    for b, q in itertools.product(range(batch), range(labels)):
+        there = [m for m in range(modalities) if not missing[b, m]]
+        for k in range(dims if len(there) > 1 else 0):
+            pairs = [(mean[b, m, q, k].item(), std[b, m, q, k].item()) for m in there]
+            centre = sum(x / s**2 for x, s in pairs) / sum(1 / s**2 for _, s in pairs)
+            chi2 = sum((x - centre) ** 2 / s**2 for x, s in pairs)
+            rows[b, q] += chi2 / (len(there) - 1) / dims
+    return rows
+
+
+def of_one(means, stds, dtype=torch.float64):
+    """Gaussians of one sample, label and dimension, a modality each."""
+    return [torch.tensor(x, dtype=dtype).view(1, -1, 1, 1).requires_grad_() for x in (means, stds)]
+
+
+@given(seed=st.integers(0, 2**16))
+def test_reduced_chi2_is_that_of_the_loops(seed):
+    torch.manual_seed(seed)
+    mean, std = random_latent(3, 4, 2, 5)
+    missing = torch.rand(3, 4) < 0.4
+    close(functional.reduced_chi2(mean, std, missing), naive_chi2(mean, std, missing))
+    spoilt = [poisoned(x, missing) for x in (mean, std)]
+    close(functional.reduced_chi2(*spoilt, missing), naive_chi2(mean, std, missing))
+    unsure = std.masked_fill(missing[:, :, None, None], math.inf)
+    close(functional.reduced_chi2(mean, unsure), naive_chi2(mean, std, missing))
+    close(functional.reduced_chi2(mean + 1e6, std, missing), naive_chi2(mean, std, missing))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_reduced_chi2_of_known_values(dtype):
+    for means, stds, expected in [
+        ((3.0, -3.0), (1.0, 1.0), 18.0),
+        ((0.1, 0.1, 0.1), (1e-4, 1.0, 0.3), 0.0),
+        ((0.1, 0.1, 0.1), (0.0, 0.0, 0.3), 0.0),
+        ((5.0, 1.0), (0.0, 2.0), 4.0),  # the sure one is right
+        ((5.0, 1.0), (math.inf, 2.0), 0.0),
+        ((5.0,), (1.0,), 0.0),
+    ]:
+        mean, std = of_one(means, stds, dtype)
+        chi2 = functional.reduced_chi2(mean, std)
+        assert chi2.dtype == (dtype if dtype == torch.float64 else torch.float32)
+        close(chi2, [[expected]], dtype)
+        assert expected > 0 or chi2.item() == 0  # exactly
+        assert all(grad.isfinite().all() for grad in gradient(chi2, mean, std))
+
+
+def test_reduced_chi2_of_consistent_measurements_is_1_on_average():
+    std = 0.1 + torch.rand(2000, 4, 1, 8, dtype=torch.float64)
+    mean, missing = 3 + std * torch.randn_like(std), torch.rand(2000, 4) < 0.3
+    chi2 = functional.reduced_chi2(mean, std, missing)[(~missing).sum(1) > 1]
+    assert chi2.mean().item() == pytest.approx(1, abs=0.03)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_reduced_chi2_is_finite_with_its_gradient_at_the_extremes(dtype):
+    huge = torch.finfo(dtype).max / 4
+    for means, stds in [
+        ((1.0, -1.0), (0.0, 0.0)),
+        ((1.0, -1.0), (1e-7, 1e-7)),
+        ((huge, -huge), (1.0, 1.0)),
+        ((1.0, -1.0), (huge, huge)),
+    ]:
+        leaves = of_one(means, stds, dtype)
+        chi2 = functional.reduced_chi2(*leaves)
+        assert chi2.isfinite().all()
+        grads = gradient(chi2, *leaves)
+        assert dtype == torch.float16 or all(grad.isfinite().all() for grad in grads)
+    leaves = of_one((math.nan, math.nan), (math.nan, math.nan), dtype)
+    chi2 = functional.reduced_chi2(*leaves, torch.tensor([[True, True]]))
+    assert chi2.item() == 0
+    assert not any(grad.any() for grad in gradient(chi2, *leaves))
+
+
+def test_reduced_chi2_passes_gradcheck():
+    latent = random_latent(3, 4, 2, 2, requires_grad=True)
+    missing = torch.tensor([[False] * 4, [True, False, True, False], [True, True, True, False]])
+    assert gradcheck(lambda *x: functional.reduced_chi2(*x, missing), tuple(latent))
+
+
+FOUR = torch.ones(2, 3, 4, 5)
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "missing", "error", "message"),
+    [
+        (FOUR[0], FOUR, None, ValueError, r"`mean` to have shape \(B, M, Q, K\), but got .*"),
+        (FOUR, FOUR[:1], None, ValueError, "`std` to have shape .*"),
+        (FOUR, -FOUR, None, ValueError, r"`std` to be in \[0, inf\], but got -1.0"),
+        (FOUR, FOUR * math.nan, None, ValueError, r"`std` to be in \[0, inf\], but got nan"),
+        (FOUR * math.inf, FOUR, None, ValueError, "`mean` to be finite, but got 120 NaN .*"),
+        (FOUR, FOUR, torch.zeros(2, 3), TypeError, "`missing` to have a bool dtype, .*"),
+        (FOUR, FOUR, torch.zeros(2, 2).bool(), ValueError, "`missing` to have shape .*"),
+    ],
+)
+def test_reduced_chi2_rejects(mean, std, missing, error, message):
+    with pytest.raises(error, match=f"^Expected {message}$"):
+        functional.reduced_chi2(mean, std, missing)
+
+
+@pytest.mark.parametrize("name", ["prediction_distance", "expected_distance", "reduced_chi2"])
+def test_validate_args_is_passed_on(monkeypatch, name):
+    passed = record_validate_args(monkeypatch)
+    for validate_args in (None, False, True):
+        getattr(functional, name)(**ARGUMENTS[name], validate_args=validate_args)
+    assert passed == [None, False, True]
+    with pytest.raises(TypeError, match="`validate_args` to be True, False or None, but got 1"):
+        getattr(functional, name)(**ARGUMENTS[name], validate_args=1)
 
 
 # ---------------------------------------------------------------------------------------- soft_rank
 
 
 def naive_soft_rank(scores, temperature=1.0):
-    def sigmoid(x):
-        return 1 / (1 + math.exp(-x)) if x > 0 else math.exp(x) / (1 + math.exp(x))
+    def laplace(x):
+        return 1 - math.exp(-x) / 2 if x > 0 else math.exp(x) / 2
 
     scores = scores.tolist()
     return [
-        1 + sum(sigmoid((a - b) / temperature) for j, b in enumerate(scores) if j != i)
+        1 + sum(laplace((a - b) / temperature) for j, b in enumerate(scores) if j != i)
         for i, a in enumerate(scores)
     ]
 
@@ -688,6 +851,34 @@ def test_soft_rank_is_permutation_equivariant(scores, seed):
 def test_soft_rank_passes_gradcheck():
     scores = torch.randn(5, dtype=torch.float64, requires_grad=True)
     assert gradcheck(functional.soft_rank, (scores,))
+    assert gradgradcheck(functional.soft_rank, (scores,))
+
+
+def test_soft_rank_gradient_of_ties_is_that_of_the_double_loop():
+    scores = torch.tensor([0.5, 0.25, 0.5, 0.5, -1.0], dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(5, dtype=torch.float64)
+    (actual,) = gradient(weights * functional.soft_rank(scores, 0.3), scores)
+    gaps = scores.detach().unsqueeze(1) - scores.detach()
+    density = (-gaps.abs() / 0.3).exp() / 0.6
+    close(actual, (density * (weights.unsqueeze(1) - weights)).sum(1))
+
+
+@pytest.mark.parametrize("spread", [1.0, 1e3, 1e6])
+def test_soft_rank_in_float32_keeps_its_digits_far_from_zero(spread):
+    scores = torch.cat([spread * torch.randn(50), spread + torch.randn(50)])
+    gaps = scores.double().unsqueeze(1) - scores.double()
+    beats = (-gaps.abs()).exp() / 2
+    expected = 0.5 + torch.where(gaps < 0, beats, 1 - beats).sum(1)
+    close(functional.soft_rank(scores), expected)
+
+
+def test_soft_rank_remembers_no_more_than_the_batch():
+    """And not the matrix of pairs, nor a number for every step of the sums."""
+    kept = []
+    scores = torch.randn(1000, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()), lambda x: x):
+        functional.soft_rank(scores, mask=torch.arange(1000) % 3 == 0)
+    assert sum(kept) <= 6 * 1000
 
 
 def test_soft_rank_of_nothing_is_empty():
@@ -709,7 +900,7 @@ def test_soft_rank_gradient_ignores_masked_scores(value):
     weights = torch.tensor([1.0, 0.0, 3.0], dtype=torch.float64)
     (actual,) = gradient(weights * functional.soft_rank(scores, mask=mask), scores)
     rest = scores.detach()[~mask]
-    slope = torch.sigmoid(rest[0] - rest[1]) * torch.sigmoid(rest[1] - rest[0])
+    slope = (-(rest[0] - rest[1]).abs()).exp() / 2
     close(actual, [float(-2 * slope), 0.0, float(2 * slope)])
 
 
@@ -866,8 +1057,13 @@ ARGUMENTS = {
         "bank_classes": torch.tensor([0, 1]),
     },
     "distribution_embedding": {"mean": torch.ones(2, 3), "std": torch.ones(2, 3)},
-    "prediction_distance": {"probs": torch.ones(2, 3), "labels": torch.ones(2, 3)},
+    "prediction_distance": {
+        "probs": torch.ones(2, 3),
+        "labels": torch.ones(2, 3),
+        "unknown": torch.ones(2, 3).bool(),
+    },
     "expected_distance": {"probs": torch.ones(2, 3)},
+    "reduced_chi2": {"mean": FOUR, "std": FOUR, "missing": torch.ones(2, 3).bool()},
     "soft_rank": {"scores": torch.ones(2), "mask": torch.tensor([True, False])},
     "ordinality_divergence": {
         "a": torch.ones(2),

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
-from support import HALF, close, gradient, poisoned, random_latent, record_validate_args
+from support import HALF, close, gradient, poisoned, random_latent, record_validate_args, refuses
 from uncertainty_mm import DiagonalGaussian, FusedPrediction, UncertaintyGatedFusion
+from uncertainty_mm.functional import expected_distance
 
 BATCH, MODALITIES, LABELS, LATENT, HIDDEN = 4, 3, 5, 2, 8
 MISSING = torch.tensor([[False] * 3, [True, False, False], [False, True, True], [True] * 3])
@@ -21,6 +22,10 @@ MISSING = torch.tensor([[False] * 3, [True, False, False], [False, True, True], 
 def build(**kwargs):
     settings = {"hidden_dim": HIDDEN, "dropout": 0.0} | kwargs
     return UncertaintyGatedFusion(MODALITIES, LABELS, LATENT, **settings).double()
+
+
+def build_paper(**kwargs):
+    return build(combine="concat", detach_std=False, **kwargs)
 
 
 def random_batch(dtype=torch.float64, requires_grad=False):
@@ -74,7 +79,7 @@ def test_prediction_is_four_tensors_of_samples_and_labels():
 
 
 def test_heads_classify_the_concatenated_modalities():
-    fusion, (latent, uncertainty) = build(), random_batch()
+    fusion, (latent, uncertainty) = build_paper(), random_batch()
     out = fusion(latent, uncertainty)
     close(out.mean_logits, naive_head(fusion.mean_head, latent.mean).detach())
     close(out.std_logits, naive_head(fusion.std_head, latent.std).detach())
@@ -82,7 +87,7 @@ def test_heads_classify_the_concatenated_modalities():
 
 @pytest.mark.parametrize("mean_weight", ["certainty", "uncertainty"])
 def test_probs_are_the_mixture(mean_weight):
-    fusion, (latent, uncertainty) = build(mean_weight=mean_weight), random_batch()
+    fusion, (latent, uncertainty) = build_paper(mean_weight=mean_weight), random_batch()
     out = fusion(latent, uncertainty)
     weight = uncertainty if mean_weight == "uncertainty" else 1 - uncertainty
     mean_probs = torch.sigmoid(naive_head(fusion.mean_head, latent.mean))
@@ -168,7 +173,7 @@ def test_permutation_of_samples_and_labels_permutes_the_output(seed):
 @pytest.fixture
 def product_fusion():
     """A fusion by product, whose prior has learned something."""
-    fusion = build(combine="product")
+    fusion = build()
     torch.nn.init.normal_(fusion.prior_mean)
     return fusion
 
@@ -189,7 +194,7 @@ def test_heads_classify_the_product_of_the_modalities(product_fusion):
 
 @pytest.mark.parametrize("combine", ["concat", "product"])
 def test_detached_standard_deviations_are_read_but_not_shaped(combine):
-    shaping, reading = build(combine=combine), build(combine=combine, detach_std=True)
+    shaping, reading = (build(combine=combine, detach_std=x) for x in (False, True))
     reading.load_state_dict(shaping.state_dict())
     latent, uncertainty = random_batch(requires_grad=True)
 
@@ -210,14 +215,14 @@ def test_detached_standard_deviations_are_read_but_not_shaped(combine):
 
 
 def test_prior_is_standard_at_first_and_learned_for_each_label():
-    prior_mean = build(combine="product").prior_mean
+    prior_mean = build().prior_mean
     assert prior_mean.shape == (LABELS, LATENT)
     assert prior_mean.requires_grad
     assert (prior_mean == 0).all()
 
 
 def test_product_needs_no_parameters_for_another_modality():
-    one, many = (UncertaintyGatedFusion(m, LABELS, LATENT, combine="product") for m in (1, 20))
+    one, many = (UncertaintyGatedFusion(m, LABELS, LATENT) for m in (1, 20))
     shapes = [{n: p.shape for n, p in module.named_parameters()} for module in (one, many)]
     assert shapes[0] == shapes[1]
 
@@ -258,8 +263,9 @@ def test_missing_modality_does_not_influence_the_product_nor_its_gradients(produ
 # ---------------------------------------------------------------------------------------- gradients
 
 
-def test_passes_gradcheck():
-    fusion = build()
+@pytest.mark.parametrize("combine", ["concat", "product"])
+def test_passes_gradcheck(combine):
+    fusion = build(combine=combine, detach_std=False)
     latent = random_latent(2, MODALITIES, LABELS, LATENT, requires_grad=True)
     uncertainty = torch.rand(2, LABELS, dtype=torch.float64, requires_grad=True)
 
@@ -310,7 +316,7 @@ def test_slope_in_the_uncertainty_is_bounded(mean_logit, std_logit, slope):
 def without_modality(fusion, modality):
     """The same heads for one modality less: its columns of the first layer are taken out."""
     smaller = UncertaintyGatedFusion(
-        MODALITIES - 1, LABELS, LATENT, hidden_dim=HIDDEN, dropout=0.0
+        MODALITIES - 1, LABELS, LATENT, hidden_dim=HIDDEN, dropout=0.0, combine="concat"
     ).double()
     columns = [i for i in range(MODALITIES * LATENT) if i // LATENT != modality]
     state = fusion.state_dict()
@@ -322,7 +328,7 @@ def without_modality(fusion, modality):
 
 @pytest.mark.parametrize("modality", range(MODALITIES))
 def test_missing_modality_equals_a_model_without_it(modality):
-    fusion, (latent, uncertainty) = build(), random_batch()
+    fusion, (latent, uncertainty) = build_paper(), random_batch()
     missing = torch.zeros(BATCH, MODALITIES, dtype=torch.bool)
     missing[:, modality] = True
     kept = [m for m in range(MODALITIES) if m != modality]
@@ -334,7 +340,7 @@ def test_missing_modality_equals_a_model_without_it(modality):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 5.0])
 def test_missing_modality_does_not_influence_the_output(value):
-    fusion, (latent, uncertainty) = build(), random_batch()
+    fusion, (latent, uncertainty) = build_paper(), random_batch()
     dirty = DiagonalGaussian(*(poisoned(x, MISSING, value) for x in latent))
     zeros = [poisoned(x, MISSING, 0.0) for x in latent]
     out = fusion(dirty, uncertainty, MISSING)
@@ -344,7 +350,7 @@ def test_missing_modality_does_not_influence_the_output(value):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_missing_modality_does_not_influence_gradients(value):
-    fusion, (latent, uncertainty) = build(), random_batch()
+    fusion, (latent, uncertainty) = build_paper(), random_batch()
 
     def gradients(value):
         dirty = [poisoned(x, MISSING, value).requires_grad_() for x in latent]
@@ -356,7 +362,7 @@ def test_missing_modality_does_not_influence_gradients(value):
 
 
 def test_missing_modality_gets_no_gradient():
-    fusion, (latent, uncertainty) = build(), random_batch(requires_grad=True)
+    fusion, (latent, uncertainty) = build_paper(), random_batch(requires_grad=True)
     for grad in gradient(fusion(latent, uncertainty, MISSING).logits, *latent):
         assert (grad[MISSING] == 0).all()
         assert (grad[~MISSING] != 0).any()
@@ -367,7 +373,7 @@ def test_missing_modality_gets_no_gradient():
 
 @pytest.mark.parametrize("dtype", HALF)
 def test_half_precision_is_near_float64(dtype):
-    fusion, (latent, uncertainty) = build().to(dtype), random_batch(dtype)
+    fusion, (latent, uncertainty) = build_paper().to(dtype), random_batch(dtype)
     out = fusion(latent, uncertainty)
     assert out.logits.dtype == torch.float32
     fusion.double()
@@ -406,7 +412,7 @@ def test_mixture_is_safe_in_half_precision(dtype, weight):
 
 
 def test_dropout_is_on_in_training_only():
-    fusion, (latent, uncertainty) = build(dropout=0.5), random_batch()
+    fusion, (latent, uncertainty) = build_paper(dropout=0.5), random_batch()
     assert not torch.equal(fusion(latent, uncertainty).logits, fusion(latent, uncertainty).logits)
     fusion.eval()
     close(
@@ -414,119 +420,139 @@ def test_dropout_is_on_in_training_only():
     )
 
 
-# --------------------------------------------------------------------------------------- bad inputs
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "name"),
-    [
-        ({"num_modalities": 0}, ValueError, "num_modalities"),
-        ({"num_labels": 0}, ValueError, "num_labels"),
-        ({"latent_dim": 1.5}, TypeError, "latent_dim"),
-        ({"hidden_dim": 0}, ValueError, "hidden_dim"),
-        ({"dropout": 2.0}, ValueError, "dropout"),
-        ({"mean_weight": "trust"}, ValueError, "mean_weight"),
-        ({"combine": "sum"}, ValueError, "combine"),
-        ({"detach_std": 1}, TypeError, "detach_std"),
-    ],
-)
-def test_constructor_rejects(change, error, name):
-    settings = {"num_modalities": 2, "num_labels": 3, "latent_dim": 4}
-    with pytest.raises(error, match=f"`{name}`"):
-        UncertaintyGatedFusion(**(settings | change))
-
-
 def test_defaults_are_those_of_the_contract():
     fusion = UncertaintyGatedFusion(2, 3, 4)
-    for head in (fusion.mean_head, fusion.std_head):
-        assert head[0].weight.shape == (128, 2 * 4)
+    assert (fusion.mean_weight, fusion.combine, fusion.detach_std) == ("certainty", "product", True)
+    for head, width in (
+        (fusion.mean_head, 4),
+        (UncertaintyGatedFusion(2, 3, 4, combine="concat").std_head, 2 * 4),
+    ):
+        assert head[0].weight.shape == (128, width)
         assert [layer.p for layer in head if isinstance(layer, torch.nn.Dropout)] == [0.1]
 
 
-@pytest.mark.parametrize(
-    ("uncertainty", "error"),
-    [
-        (torch.rand(BATCH + 1), ValueError),
-        (torch.rand(BATCH, LABELS + 1), ValueError),
-        (torch.rand(BATCH, MODALITIES, LABELS), ValueError),
-        (torch.ones(BATCH, dtype=torch.long), TypeError),
-        (torch.full((BATCH,), 1.5), ValueError),
-        (torch.full((BATCH,), -0.5), ValueError),
-        (torch.full((BATCH, LABELS), math.nan), ValueError),
-        (torch.rand(BATCH, device="meta"), ValueError),
-        ([0.5] * BATCH, TypeError),
-    ],
-)
-def test_rejects_uncertainty(uncertainty, error):
-    latent, _ = random_batch(torch.float32)
-    with pytest.raises(error, match="`uncertainty`"):
-        build().float()(latent, uncertainty)
+@pytest.mark.parametrize(("scale", "largest"), [(1, 0.5), (2, 1.0)])
+def test_expected_distance_reaches_the_standard_deviations_with_half_the_weight(scale, largest):
+    probs = torch.linspace(0, 1, 101, dtype=torch.float64).expand(LABELS, -1).T
+    latent = random_latent(101, MODALITIES, LABELS, LATENT)
+    out = build()(latent, scale * expected_distance(probs))
+    assert (1 - out.mean_weight).max().item() == largest
+
+
+# --------------------------------------------------------------------------------------- bad inputs
+
+POSITIVE = "to be a positive integer, but got"
+SHAPE = r"to have shape \({}\), but got \({}\)"
 
 
 @pytest.mark.parametrize(
-    ("mean_shape", "std_shape"),
+    ("change", "error", "message"),
     [
-        ((BATCH, MODALITIES, LABELS, LATENT + 1), (BATCH, MODALITIES, LABELS, LATENT + 1)),
-        ((BATCH, MODALITIES + 1, LABELS, LATENT), (BATCH, MODALITIES + 1, LABELS, LATENT)),
-        ((BATCH, MODALITIES, LABELS + 1, LATENT), (BATCH, MODALITIES, LABELS + 1, LATENT)),
-        ((BATCH, MODALITIES, LABELS, LATENT), (BATCH, MODALITIES, LABELS)),
-        ((BATCH, MODALITIES, LABELS, LATENT), (BATCH + 1, MODALITIES, LABELS, LATENT)),
+        ({"num_modalities": 0}, ValueError, f"{POSITIVE} 0"),
+        ({"num_labels": 0}, ValueError, f"{POSITIVE} 0"),
+        ({"latent_dim": 1.5}, TypeError, f"{POSITIVE} 1.5"),
+        ({"latent_dim": -3}, ValueError, f"{POSITIVE} -3"),
+        ({"hidden_dim": 0}, ValueError, f"{POSITIVE} 0"),
+        ({"dropout": 2.0}, ValueError, r"to be a number in \[0, 1\), but got 2.0"),
+        ({"dropout": math.nan}, ValueError, r"to be a number in \[0, 1\), but got nan"),
+        (
+            {"mean_weight": "mean"},
+            ValueError,
+            r"to be one of \['certainty', 'uncertainty'\], but got 'mean'",
+        ),
+        ({"combine": "sum"}, ValueError, r"to be one of \['concat', 'product'\], but got 'sum'"),
+        ({"combine": ["concat"]}, ValueError, r"to be one of .*, but got \['concat'\]"),
+        ({"detach_std": 1}, TypeError, "to be True or False, but got 1"),
+        ({"validate_args": "yes"}, TypeError, "to be True, False or None, but got 'yes'"),
     ],
 )
-def test_rejects_shapes_of_latent(mean_shape, std_shape):
-    latent = DiagonalGaussian(torch.randn(mean_shape), torch.rand(std_shape))
-    with pytest.raises(ValueError, match="`latent"):
-        build().float()(latent, torch.rand(BATCH))
+def test_constructor_rejects(change, error, message):
+    [name] = change
+    settings = {"num_modalities": 2, "num_labels": 3, "latent_dim": 4}
+    with pytest.raises(error, match=f"^Expected `{name}` {message}$"):
+        UncertaintyGatedFusion(**(settings | change))
 
 
-def test_rejects_nan_in_latent():
+@pytest.mark.parametrize(
+    ("uncertainty", "error", "message"),
+    [
+        (torch.rand(BATCH + 1), ValueError, SHAPE.format("B=4", "5,")),
+        (torch.rand(BATCH, LABELS + 1), ValueError, SHAPE.format("B=4, Q=5", "4, 6")),
+        (torch.rand(BATCH, 3, LABELS), ValueError, SHAPE.format("B=4, Q=5", "4, 3, 5")),
+        (torch.tensor(0.5), ValueError, SHAPE.format("B=4, Q=5", "")),
+        (torch.ones(BATCH, dtype=torch.long), TypeError, "to have a floating .* torch.int64"),
+        (torch.ones(BATCH).bool(), TypeError, "to have a floating .*, but got torch.bool"),
+        (torch.full((BATCH,), 1.5), ValueError, r"to be in \[0, 1\], but got 1.5"),
+        (torch.full((BATCH, LABELS), -0.5), ValueError, r"to be in \[0, 1\], but got -0.5"),
+        (torch.full((BATCH, LABELS), math.nan), ValueError, r"to be in \[0, 1\], but got nan"),
+        (torch.rand(BATCH, device="meta"), ValueError, "to be on cpu, but got meta"),
+        ([0.5] * BATCH, TypeError, "to be a tensor, but got list"),
+        (0.5, TypeError, "to be a tensor, but got float"),
+    ],
+)
+def test_rejects_uncertainty(uncertainty, error, message):
+    module, (latent, _) = build().float(), random_batch(torch.float32)
+    refuses(module, lambda: module(latent, uncertainty), error, f"`uncertainty` {message}")
+
+
+ONES = torch.ones(BATCH, MODALITIES, LABELS, LATENT)
+B_M_Q_K = "B, M=3, Q=5, K=2"
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "error", "message"),
+    [
+        (torch.ones(4, 3, 5, 3), ONES, ValueError, "mean` " + SHAPE.format(B_M_Q_K, "4, 3, 5, 3")),
+        (torch.ones(4, 4, 5, 2), ONES, ValueError, "mean` " + SHAPE.format(B_M_Q_K, "4, 4, 5, 2")),
+        (torch.ones(4, 3, 6, 2), ONES, ValueError, "mean` " + SHAPE.format(B_M_Q_K, "4, 3, 6, 2")),
+        (ONES, ONES[..., 0], ValueError, "std` " + SHAPE.format("B=4, M=3, Q=5, K=2", "4, 3, 5")),
+        (ONES, ONES[:3], ValueError, "std` " + SHAPE.format("B=4, M=3, Q=5, K=2", "3, 3, 5, 2")),
+        (ONES * math.nan, ONES, ValueError, "mean` to be finite, but got 120 NaN .*"),
+        (ONES * math.inf, ONES, ValueError, "mean` to be finite, but got 120 NaN .*"),
+        (ONES, -0.5 * ONES, ValueError, r"std` to be in \[0, inf\], but got -0.5"),
+        (ONES, ONES * math.nan, ValueError, r"std` to be (finite|in \[0, inf\]), but got .*"),
+        (ONES, ONES.to("meta"), ValueError, "std` to be on cpu, but got meta"),
+    ],
+)
+@pytest.mark.parametrize("make", [build, build_paper])
+def test_rejects_latent(make, mean, std, error, message):
+    module, latent = make().float(), DiagonalGaussian(mean, std)
+    message = rf"`latent\.{message}"
+    refuses(module, lambda: module(latent, torch.rand(BATCH)), error, message)
+
+
+def test_infinite_std_is_missing_in_a_product_and_refused_in_a_row():
     latent, uncertainty = random_batch()
-    latent.mean[0, 0, 0, 0] = math.nan
-    with pytest.raises(ValueError, match=r"`latent\.mean`"):
-        build()(latent, uncertainty)
-
-
-@pytest.mark.parametrize("value", [-0.5, math.nan])
-def test_rejects_what_is_no_std(value):
-    latent, uncertainty = random_batch()
-    latent.std[0, 0, 0, 0] = value
-    with pytest.raises(ValueError, match=r"`latent\.std`"):
-        build()(latent, uncertainty)
+    unsure = latent._replace(std=latent.std.masked_fill(MISSING[:, :, None, None], math.inf))
+    fusion, row = build(), build_paper()
+    for x, y in zip(fusion(unsure, uncertainty), fusion(latent, uncertainty, MISSING), strict=True):
+        assert torch.equal(x, y)
+    message = r"`latent\.std` to be finite, but got 60 NaN or infinite values"
+    refuses(row, lambda: row(unsure, uncertainty), ValueError, message)
 
 
 @pytest.mark.parametrize("parts", [{}, {"mean": torch.ones(1)}, {"std": torch.ones(1)}])
 def test_rejects_what_is_no_gaussian(parts):
-    for latent in (SimpleNamespace(**parts), torch.ones(BATCH, MODALITIES, LABELS, LATENT)):
-        with pytest.raises(TypeError, match="`latent` to be a DiagonalGaussian"):
-            build()(latent, torch.rand(BATCH))
-
-
-def test_rejects_std_on_another_device_than_the_mean():
-    latent, uncertainty = random_batch()
-    with pytest.raises(ValueError, match=r"`latent\.std` to be on cpu, but got meta"):
-        build()(DiagonalGaussian(latent.mean, latent.std.to("meta")), uncertainty)
-
-
-def test_rejects_latent_of_another_dtype():
-    latent, uncertainty = random_batch(torch.float32)
-    with pytest.raises(TypeError, match="`latent` to have the dtype of the module"):
-        build()(latent, uncertainty)
-
-
-@pytest.mark.parametrize("settings", [{}, {"validate_args": False}, {"validate_args": True}])
-def test_validate_args_is_passed_on(monkeypatch, settings):
-    passed = record_validate_args(monkeypatch)
-    build(**settings)(*random_batch())
-    assert passed == [settings.get("validate_args", False)] * 2  # of latent and uncertainty
+    module = build()
+    for latent in (SimpleNamespace(**parts), ONES):
+        message = f"`latent` to be a DiagonalGaussian, but got {type(latent).__name__}"
+        refuses(module, lambda x=latent: module(x, torch.rand(BATCH)), TypeError, message)
 
 
 @pytest.mark.parametrize(
-    ("missing", "error"),
+    ("missing", "error", "message"),
     [
-        (torch.zeros(BATCH, MODALITIES), TypeError),
-        (torch.zeros(BATCH, MODALITIES + 1, dtype=torch.bool), ValueError),
+        (torch.zeros(BATCH, MODALITIES), TypeError, "to have a bool .* but got torch.float32"),
+        (torch.zeros(BATCH, 4).bool(), ValueError, SHAPE.format("B=4, M=3", "4, 4")),
     ],
 )
-def test_rejects_missing(missing, error):
-    with pytest.raises(error, match="`missing`"):
-        build()(*random_batch(), missing)
+def test_rejects_missing(missing, error, message):
+    module = build()
+    refuses(module, lambda: module(*random_batch(), missing), error, f"`missing` {message}")
+
+
+@pytest.mark.parametrize("validate_args", [None, False, True])
+def test_validate_args_is_passed_on(monkeypatch, validate_args):
+    passed = record_validate_args(monkeypatch)
+    build(validate_args=validate_args)(*random_batch())
+    assert passed == [validate_args] * 2  # of latent and uncertainty

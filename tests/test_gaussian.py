@@ -10,7 +10,7 @@ from torch import nn
 from torch.autograd import gradcheck
 from torch.distributions import Independent, Normal, kl_divergence
 
-from support import HALF, close, gradient, poisoned, random_latent, record_validate_args
+from support import HALF, close, gradient, poisoned, random_latent, record_validate_args, refuses
 from uncertainty_mm import DiagonalGaussian, GaussianDecoupler
 
 BATCH, MODALITIES, LABELS, IN, LATENT = 4, 3, 5, 6, 7
@@ -271,23 +271,200 @@ def test_product_passes_gradcheck():
     assert gradcheck(product, (*latent, prior_mean))
 
 
-def test_product_rejects_other_shapes():
-    latent = random_latent(4, 3, 2, 5)
-    with pytest.raises(ValueError, match="`mean`"):
-        DiagonalGaussian(*(x[0] for x in latent)).product()
-    for std in (latent.std[:3], latent.std[:, :2], latent.std[..., :2]):
-        with pytest.raises(ValueError, match="`std`"):
-            DiagonalGaussian(latent.mean, std).product()
-    with pytest.raises(ValueError, match="`std` to be on cpu"):
-        DiagonalGaussian(latent.mean, latent.std.to("meta")).product()
-    with pytest.raises(TypeError, match="`mean`"):
-        DiagonalGaussian(latent.mean.long(), latent.std).product()
-    with pytest.raises(TypeError, match="`std`"):
-        DiagonalGaussian(latent.mean, latent.std.long()).product()
-    with pytest.raises(ValueError, match="`missing`"):
-        latent.product(MISSING[:, :2])
-    with pytest.raises(ValueError, match="`missing`"):
-        latent.product(MISSING[:3])
+@pytest.mark.parametrize("dtype", [*HALF, torch.float32, torch.float64])
+@pytest.mark.parametrize("prior_mean", [None, 0.25])
+def test_std_of_0_decides_the_product(dtype, prior_mean):
+    if prior_mean is not None:
+        prior_mean = torch.tensor(prior_mean, dtype=dtype)
+    for stds, mean in [
+        ((0.0, 1.0, 0.5), 3.0),
+        ((1e-3, 0.0, 0.0), 1.5),
+        ((0.0, 0.0, math.inf), 4.0),
+    ]:
+        latent = one_label([3.0, 5.0, -2.0], stds, dtype)
+        leaves = [x.requires_grad_() for x in latent]
+        fused = latent.product(prior_mean=prior_mean)
+        close(fused.mean, [[[mean]]])
+        assert fused.std.item() == 0
+        mean_grad, std_grad = gradient(fused.mean + fused.std, *leaves)
+        assert std_grad.isfinite().all()
+        weights = [s == 0 for s in stds]
+        close(mean_grad.flatten(), [w / sum(weights) for w in weights])
+
+
+def test_std_of_0_of_a_missing_modality_decides_nothing():
+    latent, missing = one_label([3.0, 5.0], [0.0, 1.0]), torch.tensor([[True, False]])
+    close(latent.product(missing).mean, [[[2.5]]])
+
+
+@given(seed=st.integers(0, 2**16))
+def test_infinite_std_is_the_missing_mask(seed):
+    torch.manual_seed(seed)
+    latent, missing = random_latent(4, 3, 2, 5), torch.rand(4, 3) < 0.5
+    prior_mean = torch.randn(2, 5).double()
+    leaves = [x.requires_grad_() for x in latent]
+    unsure = latent._replace(std=latent.std.masked_fill(missing[:, :, None, None], math.inf))
+    factor = torch.ones(4, 3).double().masked_fill(missing, math.inf)
+    results = []
+    for fused in (
+        latent.product(missing, prior_mean),
+        unsure.product(None, prior_mean),
+        latent.inflated(factor).product(None, prior_mean),
+    ):
+        results.append([*fused, *gradient(fused.mean + fused.std, *leaves)])
+    for other in results[1:]:
+        assert all(map(torch.equal, other, results[0]))
+
+
+def test_product_does_not_see_conflict_and_counts_copies():
+    agree, differ = one_label([3.0, 3.0], [1.0, 1.0]), one_label([3.0, -3.0], [1.0, 1.0])
+    assert torch.equal(agree.product().std, differ.product().std)
+    close(one_label([3.0] * 8, [1.0] * 8).product().std ** -2, [[[9.0]]])  # 8 and the prior
+
+
+# ------------------------------------------------------------------------------------------ inflated
+
+
+@pytest.mark.parametrize("dtype", [*HALF, torch.float32, torch.float64])
+def test_inflated_multiplies_the_variance(dtype):
+    latent, factor = random_latent(2, 3, 4, 5, dtype=dtype), 1 + 9 * torch.rand(2, 3)
+    wider = latent.inflated(factor)
+    assert wider.mean is latent.mean
+    assert wider.std.dtype == dtype
+    close(wider.variance, latent.variance * factor[:, :, None, None].double(), dtype)
+
+
+@pytest.mark.parametrize("dtype", [*HALF, torch.float32, torch.float64])
+@pytest.mark.parametrize("of_factor", [torch.float16, torch.float32, torch.float64])
+def test_factor_of_1_changes_no_bit(dtype, of_factor):
+    latent = random_latent(2, 3, 4, 5, dtype=dtype)
+    assert torch.equal(latent.inflated(torch.ones(2, 3, dtype=of_factor)).std, latent.std)
+
+
+def test_gradients_of_inflated_are_finite():
+    std = torch.tensor([0.0, 1.0, math.inf] * 3).view(1, 9, 1, 1).requires_grad_()
+    factor = torch.tensor([1.0] * 3 + [4.0] * 3 + [math.inf] * 3).view(1, 9).requires_grad_()
+    wider = DiagonalGaussian(torch.ones_like(std), std).inflated(factor)
+    assert wider.std.flatten().tolist() == [0, 1, math.inf, 0, 2] + [math.inf] * 4
+    std_grad, factor_grad = gradient(wider.std, std, factor)
+    assert std_grad.flatten().tolist() == [1, 1, 0, 2, 2, 0, 0, 0, 0]
+    assert factor_grad.flatten().tolist() == [0, 0.5, 0, 0, 0.25, 0, 0, 0, 0]
+
+
+def test_inflated_passes_gradcheck():
+    factor = (0.5 + torch.rand(2, 3, dtype=torch.float64)).requires_grad_()
+    mean, std = random_latent(2, 3, 2, 2, requires_grad=True)
+    assert gradcheck(lambda s, f: DiagonalGaussian(mean, s).inflated(f).std, (std, factor))
+
+
+# ------------------------------------------------------------------------------------- what is refused
+
+SHAPE = r"to have shape \({}\), but got \({}\)"
+FOUR, PRIOR = (
+    (2, 3, 4, 5),
+    r"`prior_mean` to be broadcastable to \(B, Q, K\) = \(2, 4, 5\), but got",
+)
+
+
+def standing(shape=FOUR, mean=0.5, std=0.5):
+    return DiagonalGaussian(torch.full(shape, mean), torch.full(shape, std))
+
+
+def other(**parts):
+    return standing()._replace(**parts)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        DiagonalGaussian.kl_to_standard_normal,
+        DiagonalGaussian.rsample,
+        DiagonalGaussian.to_distribution,
+        DiagonalGaussian.embedding,
+        DiagonalGaussian.product,
+    ],
+)
+@pytest.mark.parametrize(
+    ("latent", "error", "message"),
+    [
+        (other(std=torch.ones(3)), ValueError, "`std` " + SHAPE.format(".*=5", "3,")),
+        (
+            other(std=torch.ones(2, 3, 4, 6)),
+            ValueError,
+            "`std` " + SHAPE.format(".*", "2, 3, 4, 6"),
+        ),
+        (other(std=standing().std.to("meta")), ValueError, "`std` to be on cpu, but got meta"),
+        (other(std=standing().std.long()), TypeError, "`std` to have a floating .* torch.int64"),
+        (other(mean=standing().mean.int()), TypeError, "`mean` to have a floating .* torch.int32"),
+        (DiagonalGaussian([1.0], [1.0]), TypeError, "`mean` to be a tensor, but got list"),
+        (DiagonalGaussian(*torch.ones(2)), ValueError, r"`mean` to have shape .*, but got \(\)"),
+        (standing(std=-1.0), ValueError, r"`std` to be in \[0, inf\], but got -1.0"),
+        (standing(mean=math.nan), ValueError, "`mean` to be finite, but got 120 NaN .*"),
+        (standing(mean=math.inf), ValueError, "`mean` to be finite, but got 120 NaN .*"),
+        (standing(std=math.nan), ValueError, r"`std` to be (finite|in \[0, inf\]), but got .*"),
+    ],
+)
+def test_gaussian_refuses(call, latent, error, message):
+    refuses(nn.Identity(), lambda: call(latent), error, message)
+
+
+@pytest.mark.parametrize("call", ["kl_to_standard_normal", "rsample", "to_distribution"])
+def test_infinite_std_is_refused_where_it_means_nothing(call):
+    message = "`std` to be finite, but got 120 NaN or infinite values"
+    refuses(nn.Identity(), getattr(standing(std=math.inf), call), ValueError, message)
+
+
+@pytest.mark.parametrize(
+    ("latent", "arguments", "error", "message"),
+    [
+        (standing((2, 4, 5)), {}, ValueError, "`mean` " + SHAPE.format("B, M, Q, K", "2, 4, 5")),
+        (
+            standing(),
+            {"missing": torch.zeros(2, 3)},
+            TypeError,
+            "`missing` to have a bool dtype, but got torch.float32",
+        ),
+        (
+            standing(),
+            {"missing": torch.zeros(3, 3).bool()},
+            ValueError,
+            "`missing` " + SHAPE.format("B=2, M=3", "3, 3"),
+        ),
+        (standing(), {"prior_mean": torch.ones(4, 6)}, ValueError, rf"{PRIOR} \(4, 6\)"),
+        (standing(), {"prior_mean": torch.ones(1, *FOUR)}, ValueError, rf"{PRIOR} \(1, 2, .*\)"),
+        (standing(), {"prior_mean": [0.0]}, TypeError, "`prior_mean` to be a tensor, but got list"),
+        (
+            standing(),
+            {"prior_mean": torch.full((5,), math.nan)},
+            ValueError,
+            "`prior_mean` to be finite, but got 5 NaN .*",
+        ),
+        (
+            standing(),
+            {"prior_mean": torch.ones(5, device="meta")},
+            ValueError,
+            "`prior_mean` to be on cpu, but got meta",
+        ),
+    ],
+)
+def test_product_refuses(latent, arguments, error, message):
+    refuses(nn.Identity(), lambda: latent.product(**arguments), error, message)
+
+
+@pytest.mark.parametrize(
+    ("factor", "error", "message"),
+    [
+        (torch.ones(2, 4), ValueError, SHAPE.format("B=2, M=3", "2, 4")),
+        (torch.ones(2), ValueError, SHAPE.format("B=2, M=3", "2,")),
+        (torch.ones(2, 3).int(), TypeError, "to have a floating dtype .* but got torch.int32"),
+        (torch.ones(2, 3, device="meta"), ValueError, "to be on cpu, but got meta"),
+        (2.0, TypeError, "to be a tensor, but got float"),
+        (torch.zeros(2, 3), ValueError, "to be above 0, but got 0.0"),
+        (torch.full((2, 3), math.nan), ValueError, "to be above 0, but got nan"),
+    ],
+)
+def test_inflated_refuses(factor, error, message):
+    refuses(nn.Identity(), lambda: standing().inflated(factor), error, f"`factor` {message}")
 
 
 # -------------------------------------------------------------------------------- GaussianDecoupler
@@ -305,7 +482,7 @@ def test_defaults_are_those_of_the_contract():
     assert module.encoder[0].weight.shape == (2, 128, 3)
     assert [layer.p for layer in module.encoder if isinstance(layer, nn.Dropout)] == [0.1]
     assert module.min_std == 1e-4
-    assert not module.normalize_mean
+    assert module.normalize_mean
 
 
 @pytest.mark.parametrize("hidden_dims", [(8,), (8, 5), (8, 5, 3)])
@@ -320,7 +497,10 @@ def test_hidden_dims_set_the_depth(hidden_dims):
 
 
 def test_without_hidden_layers_the_mean_is_linear():
-    module, (a, b) = build(hidden_dims=()), torch.randn(2, 1, MODALITIES, 2, IN).double()
+    module, (a, b) = (
+        build(hidden_dims=(), normalize_mean=False),
+        torch.randn(2, 1, MODALITIES, 2, IN).double(),
+    )
     middle = (module(a).mean + module(b).mean) / 2
     close(module((a + b) / 2).mean, middle.detach())
 
@@ -352,7 +532,7 @@ def test_no_cell_depends_on_another():
 
 def test_initialisation_has_the_scale_of_torch_layers():
     # A batched weight of shape (M, in, out) misleads the fan computation of torch.nn.init.
-    module = GaussianDecoupler(3, 256, 64, hidden_dims=(128,), dropout=0.0)
+    module = GaussianDecoupler(3, 256, 64, hidden_dims=(128,), dropout=0.0, normalize_mean=False)
     twin = nn.Sequential(nn.Linear(256, 128), nn.ReLU(), nn.Linear(128, 64))
     z = torch.randn(64, 3, 2, 256)
     ratio = (module(z).mean.std() / twin(z).std()).item()
@@ -438,8 +618,9 @@ def test_normalized_mean_has_the_length_of_root_k():
     mean, std = module(z, MISSING)
     close(mean[~MISSING].square().sum(-1), torch.full((6, LABELS), LATENT))
     assert (mean[MISSING] == 0).all()
-    module.normalize_mean = False
-    plain = module(z, MISSING)
+    other = build(normalize_mean=False)
+    other.load_state_dict(module.state_dict())
+    plain = other(z, MISSING)
     close(torch.cosine_similarity(mean, plain.mean, dim=-1)[~MISSING], torch.ones(6, LABELS))
     assert torch.equal(std, plain.std)
 
@@ -515,65 +696,74 @@ def test_half_precision_is_finite_and_near_float64(dtype, scale):
 
 # --------------------------------------------------------------------------------------- bad inputs
 
+POSITIVE = "to be a positive integer, but got"
+
 
 @pytest.mark.parametrize(
-    ("change", "error", "name"),
+    ("change", "error", "message"),
     [
-        ({"num_modalities": 0}, ValueError, "num_modalities"),
-        ({"num_modalities": "3"}, TypeError, "num_modalities"),
-        ({"in_dim": 0}, ValueError, "in_dim"),
-        ({"latent_dim": 0}, ValueError, "latent_dim"),
-        ({"hidden_dims": (8, 0)}, ValueError, r"hidden_dims\[1\]"),
-        ({"hidden_dims": 8}, TypeError, "hidden_dims"),
-        ({"dropout": -0.1}, ValueError, "dropout"),
-        ({"min_std": 0.0}, ValueError, "min_std"),
-        ({"min_std": -1.0}, ValueError, "min_std"),
-        ({"min_std": "small"}, TypeError, "min_std"),
-        ({"normalize_mean": "yes"}, TypeError, "normalize_mean"),
+        ({"num_modalities": 0}, ValueError, f"{POSITIVE} 0"),
+        ({"num_modalities": "3"}, TypeError, f"{POSITIVE} '3'"),
+        ({"in_dim": 0}, ValueError, f"{POSITIVE} 0"),
+        ({"latent_dim": 0}, ValueError, f"{POSITIVE} 0"),
+        ({"latent_dim": None}, TypeError, f"{POSITIVE} None"),
+        ({"hidden_dims": (8, 0)}, ValueError, f"{POSITIVE} 0"),
+        ({"hidden_dims": "12"}, TypeError, f"{POSITIVE} '1'"),
+        ({"hidden_dims": 8}, TypeError, "to be a sequence, but got 8"),
+        ({"dropout": -0.1}, ValueError, r"to be a number in \[0, 1\), but got -0.1"),
+        ({"min_std": 0.0}, ValueError, r"to be a number in \(0, 1\), but got 0.0"),
+        ({"min_std": -1.0}, ValueError, r"to be a number in \(0, 1\), but got -1.0"),
+        ({"min_std": 1}, ValueError, r"to be a number in \(0, 1\), but got 1"),
+        ({"min_std": math.nan}, ValueError, r"to be a number in \(0, 1\), but got nan"),
+        ({"min_std": "small"}, TypeError, r"to be a number in \(0, 1\), but got 'small'"),
+        ({"normalize_mean": 1}, TypeError, "to be True or False, but got 1"),
+        ({"validate_args": "yes"}, TypeError, "to be True, False or None, but got 'yes'"),
     ],
 )
-def test_constructor_rejects(change, error, name):
-    with pytest.raises(error, match=f"`{name}`"):
+def test_constructor_rejects(change, error, message):
+    [name] = change
+    with pytest.raises(error, match=rf"^Expected `{name}(\[\d\])?` {message}$"):
         GaussianDecoupler(**({"num_modalities": 2, "in_dim": 3} | change))
 
 
-def test_range_of_min_std_is_told():
-    with pytest.raises(ValueError, match=r"`min_std` to be a number in \(0, 1\), but got 1"):
-        GaussianDecoupler(2, 3, min_std=1)
+Z = torch.ones(BATCH, MODALITIES, LABELS, IN)
+B_M_Q_IN = "B, M=3, Q, in_dim=6"
 
 
 @pytest.mark.parametrize(
-    ("z", "error"),
+    ("z", "error", "message"),
     [
-        (torch.randn(BATCH, LABELS, IN), ValueError),
-        (torch.randn(BATCH, MODALITIES + 1, LABELS, IN), ValueError),
-        (torch.randn(BATCH, MODALITIES, LABELS, IN + 1), ValueError),
-        (torch.ones(BATCH, MODALITIES, LABELS, IN, dtype=torch.long), TypeError),
-        (torch.full((BATCH, MODALITIES, LABELS, IN), math.nan), ValueError),
-        (torch.full((BATCH, MODALITIES, LABELS, IN), math.inf), ValueError),
-        (torch.ones(BATCH, MODALITIES, LABELS, IN, dtype=torch.float64), TypeError),
+        (Z[:, 0], ValueError, SHAPE.format(B_M_Q_IN, "4, 5, 6")),
+        (Z[:, :1], ValueError, SHAPE.format(B_M_Q_IN, "4, 1, 5, 6")),
+        (Z[..., :5], ValueError, SHAPE.format(B_M_Q_IN, "4, 3, 5, 5")),
+        (Z.long(), TypeError, "to have a floating dtype .*, but got torch.int64"),
+        (Z * math.nan, ValueError, "to be finite, but got 360 NaN or infinite values"),
+        (poisoned(Z, (0, 0, 0, 0), math.inf), ValueError, "to be finite, but got 1 NaN .*"),
+        (Z.double(), TypeError, "to have the dtype of the module, torch.float32, but got .*64"),
+        (Z.half(), TypeError, "to have the dtype of the module, torch.float32, but got .*16"),
+        (Z.to("meta"), ValueError, "to be on cpu, where the module is, but got meta"),
     ],
 )
-def test_rejects_z(z, error):
-    with pytest.raises(error, match="`z`"):
-        build().float()(z)
+def test_rejects_z(z, error, message):
+    module = build().float()
+    refuses(module, lambda: module(z), error, f"`z` {message}")
 
 
 @pytest.mark.parametrize(
-    ("missing", "error"),
+    ("missing", "error", "message"),
     [
-        (torch.zeros(BATCH, MODALITIES), TypeError),
-        (torch.zeros(BATCH, MODALITIES, dtype=torch.long), TypeError),
-        (torch.zeros(BATCH, MODALITIES + 1, dtype=torch.bool), ValueError),
-        (torch.zeros(MODALITIES, dtype=torch.bool), ValueError),
-        (torch.zeros(BATCH, MODALITIES, dtype=torch.bool, device="meta"), ValueError),
+        (torch.zeros(BATCH, MODALITIES), TypeError, "to have a bool .* but got torch.float32"),
+        (torch.zeros(BATCH, MODALITIES).long(), TypeError, "to have a bool .* got torch.int64"),
+        (MISSING.mT, ValueError, SHAPE.format("B=4, M=3", "3, 4")),
+        (MISSING[0], ValueError, SHAPE.format("B=4, M=3", "3,")),
+        (MISSING.to("meta"), ValueError, "to be on cpu, but got meta"),
     ],
 )
-def test_rejects_missing(missing, error):
-    with pytest.raises(error, match="`missing`"):
-        build()(random_input(), missing)
-    with pytest.raises(error, match="`missing`"):
-        random_latent(BATCH, MODALITIES, LABELS, LATENT).product(missing)
+def test_rejects_missing(missing, error, message):
+    module = build()
+    refuses(module, lambda: module(random_input(), missing), error, f"`missing` {message}")
+    latent = random_latent(BATCH, MODALITIES, LABELS, LATENT)
+    refuses(module, lambda: latent.product(missing), error, f"`missing` {message}")
 
 
 def test_rejects_values_that_are_not_missing():
@@ -583,11 +773,11 @@ def test_rejects_values_that_are_not_missing():
         build()(z, MISSING)
 
 
-@pytest.mark.parametrize("settings", [{}, {"validate_args": False}, {"validate_args": True}])
-def test_validate_args_is_passed_on(monkeypatch, settings):
+@pytest.mark.parametrize("validate_args", [None, False, True])
+def test_validate_args_is_passed_on(monkeypatch, validate_args):
     passed = record_validate_args(monkeypatch)
-    build(**settings)(random_input())
-    assert passed == [settings.get("validate_args", False)]
+    build(validate_args=validate_args)(random_input())
+    assert passed == [validate_args]
 
 
 def test_variance_does_not_leave_the_range_of_half_precision():

@@ -22,11 +22,11 @@ from uncertainty_mm import (
     SoftRankOrdinalityLoss,
     UncertaintyGatedFusion,
     functional,
-    measures,
     metrics,
 )
 from uncertainty_mm.data import SyntheticMMER
 from uncertainty_mm.data._sequences import stack
+from uncertainty_mm.metrics import functional as measures
 
 DTYPES = (torch.float32, *HALF)
 ALL = torch.zeros(9, dtype=torch.bool)  # the mask that leaves nothing out
@@ -265,17 +265,18 @@ def test_divergence_of_nearly_equal_scores_keeps_its_digits():
     near(*functions, a, a + 1e-2 * torch.randn(9), dtype=torch.float32)
 
 
-@pytest.mark.parametrize("mode", ["rank", "standardized", "raw"])
+@pytest.mark.parametrize("mode", ["rank", "standardized", "raw", "pearson"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("size", [1e-6, 1e6])
 def test_ordinality_of_any_size_with_certain_distances(mode, dtype, size):
     norms = (size * torch.linspace(0.5, 1, 8)).to(dtype)
     distance = (torch.arange(8) % 2).to(dtype)  # 0 and 1 alone
     correctness = torch.arange(8).to(dtype) / 7
-    loss = SoftRankOrdinalityLoss(mode=mode)
+    loss = SoftRankOrdinalityLoss(mode=mode, pairs=("SR", "DR"))
 
     def view(norms, distance):
-        return loss(norms, distance, correctness.to(norms.dtype))
+        correct = correctness.to(norms.dtype)
+        return loss(std_norm=norms, distance=distance, correctness=correct)
 
     near(view, view, norms, distance, dtype=dtype)  # the same in float64
 
@@ -315,12 +316,12 @@ def test_share_in_a_default_dtype_of_half_precision(dtype):
 
 @pytest.mark.parametrize("binning", ["width", "mass"])
 def test_histogram_counts_beyond_float32(binning):
-    metric = metrics.MultilabelBrierDecomposition(1, bins=4, binning=binning)
+    metric = metrics.MultilabelBrierDecomposition(1, n_bins=4, binning=binning)
     probs, labels = torch.tensor([[0.0], [1.0], [0.25], [1.0]]), torch.tensor([[0], [1], [0], [0]])
     metric.update(probs, labels)
     metric.sums = metric.sums * 10**9
     parts = metric.compute()
-    assert parts.brier.item() == pytest.approx((1 + 1 / 16) / 4, rel=1e-12)
+    assert parts["brier"].item() == pytest.approx((1 + 1 / 16) / 4, rel=1e-12)
     metric.update(probs, labels)
     assert metric.sums[0].sum().item() == 4 * 10**9 + 4
 
@@ -335,8 +336,8 @@ def test_jaccard_of_a_billion_samples():
 
 
 def test_auroc_of_more_pairs_than_int32_counts():
-    scores = torch.arange(100_000)
-    assert measures.auroc(scores, scores).item() == pytest.approx(0.5, rel=1e-12)
+    scores, errors = torch.arange(100_000).repeat(2), torch.arange(200_000) < 100_000
+    assert measures.auroc(scores, errors).item() == pytest.approx(0.5, rel=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

@@ -13,9 +13,12 @@ from matplotlib.figure import Figure
 from scipy.stats import binomtest, spearmanr
 from sklearn.manifold import TSNE
 
-from uncertainty_mm.metrics import functional as measures, plots
+from support import Bad
+from uncertainty_mm import plots
+from uncertainty_mm.metrics import functional as measures
 
 N, Q, M = 120, 4, 3
+NAN = float("nan")
 NAMES = ["happy", "sad", "anger", "fear"]
 MODALITIES = ["text", "vision", "audio"]
 
@@ -100,8 +103,8 @@ def test_global_state_is_left_alone(call):
 @pytest.mark.parametrize("bins", [4, 10])
 def test_reliability_shows_bins_counts_and_intervals(bins):
     probs, labels = predictions()
-    axes = plots.reliability_diagram(probs, labels, NAMES, bins=bins)
-    errors = measures.calibration_error(probs, labels, bins=bins, average="none")
+    axes = plots.reliability_diagram(probs, labels, NAMES, n_bins=bins)
+    errors = measures.calibration_error(probs, labels, n_bins=bins, average="none")
     for q, ax in enumerate(axes):
         assert ax.get_title() == f"{NAMES[q]} (ECE {errors[q]:.3f})"
         [(line, _, [segments])] = ax.containers
@@ -129,10 +132,10 @@ def test_panels_of_new_figures_label_the_outer_ones_only():
 def test_risk_coverage_shows_the_curves():
     errors = torch.randint(2, (N,))
     named = {"a": torch.rand(N), "b": torch.randint(3, (N,))}
-    ax = plots.risk_coverage(errors, named)
+    ax = plots.risk_coverage(named, errors)
     a, b, best, random = ax.lines
     for (name, uncertainty), line in zip(named.items(), (a, b), strict=True):
-        curve = measures.risk_coverage(errors, uncertainty)
+        curve = measures.risk_coverage(uncertainty, errors)
         assert line.get_label() == f"{name} (AURC {curve.aurc:.3f})"
         np.testing.assert_array_equal(line.get_xdata(), curve.coverage)
         np.testing.assert_array_equal(line.get_ydata(), curve.risk)
@@ -257,85 +260,176 @@ def test_tensors_with_a_gradient_arrays_and_lists_are_drawn_alike():
         np.testing.assert_array_equal(ax.lines[1].get_ydata(), [0.75, 0.5])
 
 
-def test_probabilities_in_half_precision_are_drawn():
+DRAWN = {
+    "reliability_diagram": lambda t: plots.reliability_diagram(t(N, Q), t(N, Q).round()),
+    "risk_coverage": lambda t: plots.risk_coverage({"a": t(N)}, t(N)),
+    "uncertainty_against_noise": lambda t: plots.uncertainty_against_noise(t(N, M), t(N, M) + 0.1),
+    "modality_attribution": lambda t: plots.modality_attribution(t(5), t(5, M) / M),
+    "latent_tsne": lambda t: plots.latent_tsne(t(5, M, Q, 3)),
+    "attention_map": lambda t: plots.attention_map(t(Q, 9)),
+    "label_correlation": lambda t: plots.label_correlation(t(N, Q).round(), t(N, Q)),
+    "of rows": lambda t: plots.attention_map([t(9) for _ in range(Q)]),
+}
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_tensors_of_a_training_step_are_drawn(name):
+    assert {*plots.__all__, "of rows"} == set(DRAWN)
+
+    def tensors(*shape):
+        return torch.rand(shape, dtype=torch.bfloat16, requires_grad=True)
+
+    assert DRAWN[name](tensors) is not None
+
+
+@pytest.mark.parametrize("value", [NAN, -1.0])
+def test_what_is_unknown_is_not_drawn(value):
     probs, labels = predictions()
-    for dtype in (torch.float16, torch.bfloat16):
-        assert len(plots.reliability_diagram(probs.to(dtype), labels)) == Q
+    unknown = torch.rand(N, Q) < 0.3
+    given = [x.double().masked_fill(unknown, value) for x in (probs, labels)]
+    axes = plots.reliability_diagram(*given, NAMES, unknown=unknown)
+    for q, ax in enumerate(axes):
+        known = ~unknown[:, q]
+        [alone] = plots.reliability_diagram(
+            probs[known, q : q + 1], labels[known, q : q + 1], NAMES[q : q + 1]
+        )
+        assert ax.get_title() == alone.get_title()
+        [(line, *_)], [other, *_] = ax.containers, alone.containers
+        np.testing.assert_allclose(line.get_xydata(), other[0].get_xydata(), rtol=1e-6)
+    axes = plots.label_correlation(given[1], given[0], unknown=unknown)
+    for ax, data in zip(axes, (labels, probs), strict=True):
+        [image] = ax.images
+        for a, b in itertools.combinations(range(Q), 2):
+            both = ~unknown[:, a] & ~unknown[:, b]
+            expected = np.corrcoef(data[both][:, [a, b]].double().numpy(), rowvar=False)[0, 1]
+            np.testing.assert_allclose(image.get_array()[a, b], expected)
 
 
 # ------------------------------------------------------------------------------------------ bad input
 
 
-BAD = {
-    "probabilities": (
-        lambda: plots.reliability_diagram([[1.5]], [[1]]),
-        r"Expected `probs` to be in \[0, 1\]",
+ONE = [[0.5]], [[1]]
+BAD = [
+    Bad(
+        "p",
+        lambda draw: draw([[1.5]], [[1]]),
+        ValueError,
+        r"`probs` to be in \[0, 1\], but got 1.5",
     ),
-    "labels": (lambda: plots.reliability_diagram([[0.5]], [[2]]), "Expected `labels` to hold only"),
-    "shape": (
-        lambda: plots.reliability_diagram([[0.5]], [[1, 0]]),
-        "Expected `labels` to have shape",
+    Bad("labels", lambda draw: draw([[0.5]], [[2]]), ValueError, "`labels` to hold only 0 and 1"),
+    Bad("shape", lambda draw: draw([[0.5]], [[1, 0]]), ValueError, "`labels` to have shape"),
+    Bad("names", lambda draw: draw(*ONE, ["a", "b"]), ValueError, "`label_names` to hold 1 names"),
+    Bad("word", lambda draw: draw(*ONE, "a"), ValueError, "`label_names` to hold 1 names, but got"),
+    Bad("number", lambda draw: draw(*ONE, 1), TypeError, "`label_names` to hold names, but got 1"),
+    Bad("bins", lambda draw: draw(*ONE, n_bins=0), ValueError, "`n_bins` to be a positive integer"),
+    Bad("axes", lambda draw: draw(*ONE, ax=[]), ValueError, r"`ax` to hold 1 Axes, but got \[\]"),
+    Bad(
+        "mask", lambda draw: draw(*ONE, unknown=[[1]]), TypeError, "`unknown` to have a bool dtype"
     ),
-    "names": (
-        lambda: plots.reliability_diagram([[0.5]], [[1]], ["a", "b"]),
-        "Expected `label_names` to hold 1 names",
+    Bad("none", lambda draw: draw(*torch.zeros(2, 0, 2)), ValueError, "`probs` to hold samples"),
+    *(
+        Bad(f"risk {given}", lambda _, given=given: plots.risk_coverage(*given), error, message)
+        for given, error, message in (
+            (([], []), ValueError, "`errors` to hold samples"),
+            (({}, [1]), ValueError, "`uncertainty` to name at least one uncertainty, but got none"),
+            (({"a": [1, NAN]}, [0, 1]), ValueError, "`uncertainty` to be finite"),
+            (([1], [0, 1]), ValueError, r"`errors` to have shape \(N=1\), but got \(2,\)"),
+            (([1], ["a"]), TypeError, "`errors` to hold numbers, but got list"),
+        )
     ),
-    "bins": (lambda: plots.reliability_diagram([[0.5]], [[1]], bins=0), "Expected `bins` to be"),
-    "no sample": (
-        lambda: plots.reliability_diagram(torch.zeros(0, 2), torch.zeros(0, 2)),
-        "Expected `probs` to hold samples",
+    Bad(
+        "one", lambda _: plots.risk_coverage([1], [1], ax="a"), TypeError, "`ax` to be an Axes, but"
     ),
-    "no error": (lambda: plots.risk_coverage([], []), "Expected `errors` to hold samples"),
-    "no uncertainty": (lambda: plots.risk_coverage([1], {}), "Expected `uncertainty` to name"),
-    "nan": (
-        lambda: plots.risk_coverage([0, 1], {"a": [1, float("nan")]}),
-        "Expected `uncertainty` to be finite",
+    *(
+        Bad(
+            f"noise {given}",
+            lambda _, given=given: plots.uncertainty_against_noise([[1.0]], **given),
+            error,
+            message,
+        )
+        for given, error, message in (
+            ({"std_norm": [[0.0]]}, ValueError, "`std_norm` to be above 0, but got 0.0"),
+            (
+                {"std_norm": [[1.0]], "missing": [[True, False]]},
+                ValueError,
+                "`missing` to have shape",
+            ),
+            (
+                {"std_norm": [[1.0]], "missing": [[0.0]]},
+                TypeError,
+                "`missing` to have a bool dtype",
+            ),
+        )
     ),
-    "length": (lambda: plots.risk_coverage([0, 1], [1]), "Expected `uncertainty` to have shape"),
-    "size": (
-        lambda: plots.uncertainty_against_noise([[1.0]], [[0.0]]),
-        "Expected `std_norm` to be above 0",
+    *(
+        Bad(
+            f"attribution {given}",
+            lambda _, given=given: plots.modality_attribution(*given),
+            ValueError,
+            message,
+        )
+        for given, message in (
+            (([0], [[1.2]]), r"`shares` to be in \[0, 1\], but got 1.2"),
+            (([0, 1], [[1.0]]), "`shares` to have shape"),
+            (([float("inf")], [[1.0]]), "`levels` to be finite"),
+            (
+                ([0, 1], [[0.5, 0.5], [0.6, 0.51]]),
+                "`shares` to add up to at most 1 in every row, but got 1.11; take their mean",
+            ),
+        )
     ),
-    "missing": (
-        lambda: plots.uncertainty_against_noise([[1.0]], [[1.0]], missing=[[True, False]]),
-        "Expected `missing` to have shape",
+    *(
+        Bad(
+            f"t-SNE {message}",
+            lambda _, given=given, more=more: plots.latent_tsne(given, **more),
+            error,
+            message,
+        )
+        for given, more, error, message in (
+            (
+                torch.ones(1, 1, 2, 3),
+                {},
+                ValueError,
+                "`embeddings` to show at least 3 points, but got 2",
+            ),
+            (torch.full((1, 1, 3, 3), NAN), {}, ValueError, "`embeddings` to be finite"),
+            (torch.ones(4, 1, 1, 3), {"perplexity": 0}, ValueError, "`perplexity` to be a number"),
+            (
+                torch.ones(4, 1, 1, 3),
+                {"shown": torch.ones(4, 1, 1)},
+                TypeError,
+                "`shown` to have a bool dtype",
+            ),
+        )
     ),
-    "share": (
-        lambda: plots.modality_attribution([0], [[1.2]]),
-        r"Expected `shares` to be in \[0, 1\]",
+    *(
+        Bad(
+            f"weights {message}",
+            lambda _, given=given: plots.attention_map(given),
+            error,
+            message,
+        )
+        for given, error, message in (
+            ([[2.0]], ValueError, r"`weights` to be in \[0, 1\], but got 2.0"),
+            (torch.zeros(2, 0), ValueError, r"`weights` to hold samples, but got shape \(2, 0\)"),
+            ([[0.5, 0.5], [1.0]], ValueError, "`weights` to be an array, but got"),
+            (
+                torch.ones(2, 2) + 0j,
+                TypeError,
+                "`weights` to hold numbers, but got torch.complex64",
+            ),
+        )
     ),
-    "levels": (
-        lambda: plots.modality_attribution([0, 1], [[1.0]]),
-        "Expected `shares` to have shape",
+    Bad(
+        "one label",
+        lambda _: plots.label_correlation([[1], [0]], [[0.5], [0.1]]),
+        ValueError,
+        r"`probs` to be at least \(2, 2\), but got \(2, 1\)",
     ),
-    "points": (
-        lambda: plots.latent_tsne(torch.randn(1, 1, 2, 3)),
-        "Expected `embeddings` to show at least 3 points, but got 2",
-    ),
-    "embeddings": (
-        lambda: plots.latent_tsne(torch.full((1, 1, 3, 3), float("inf"))),
-        "Expected `embeddings` to be finite",
-    ),
-    "perplexity": (
-        lambda: plots.latent_tsne(torch.randn(9, 1, 2, 3), perplexity=0),
-        "Expected `perplexity` to be a number above 0",
-    ),
-    "weights": (lambda: plots.attention_map([[2.0]]), r"Expected `weights` to be in \[0, 1\]"),
-    "no weight": (lambda: plots.attention_map(torch.zeros(2, 0)), "Expected `weights` to hold"),
-    "one label": (
-        lambda: plots.label_correlation([[1], [0]], [[0.5], [0.1]]),
-        r"Expected `probs` to be at least \(2, 2\), but got \(2, 1\)",
-    ),
-}
+]
 
 
-@pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_refused(name):
-    draw, message = BAD[name]
-    with pytest.raises(ValueError, match=message):
-        draw()
-
-
-def test_what_is_no_number_is_refused():
-    with pytest.raises(TypeError, match="Expected `errors` to hold numbers, but got list"):
-        plots.risk_coverage(["a"], [1])
+@pytest.mark.parametrize("bad", BAD, ids=lambda bad: bad.name)
+def test_bad_input_is_refused(bad):
+    with pytest.raises(bad.error, match=f"^Expected {bad.message}"):
+        bad.call(plots.reliability_diagram)

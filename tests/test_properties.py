@@ -25,6 +25,7 @@ from sklearn.metrics import jaccard_score, roc_auc_score
 from torch.nn import functional as F
 from torchmetrics.functional.classification import binary_calibration_error
 
+from cases import ordered
 from support import close, poisoned, random_latent
 from uncertainty_mm import (
     CorrectnessTracker,
@@ -36,7 +37,6 @@ from uncertainty_mm import (
     SoftRankOrdinalityLoss,
     UncertaintyGatedFusion,
     functional,
-    measures,
     metrics,
 )
 from uncertainty_mm.data import (
@@ -50,6 +50,7 @@ from uncertainty_mm.data import (
     write_folder,
     write_npz,
 )
+from uncertainty_mm.metrics import functional as measures
 
 MODALITIES, LABELS, LATENT = 3, 2, 4
 NAN = math.nan
@@ -393,13 +394,14 @@ def test_product_is_equivariant_and_blind_to_the_order_of_modalities(seed, batch
         close(x, y[samples][:, labels])
 
 
-@given(seed=seeds, count=counts, mode=st.sampled_from(["rank", "standardized", "raw"]))
+@given(seed=seeds, count=counts, mode=st.sampled_from(["rank", "standardized", "raw", "pearson"]))
 def test_ordinality_is_blind_to_the_order_of_samples(seed, count, mode):
     seeded(seed)
     loss, mask = SoftRankOrdinalityLoss(mode=mode, pairs=("SR", "DR", "DS")), some(count)
     scores = [0.1 + torch.rand(count).double(), *torch.rand(2, count).double()]
     order = order_of(count)
-    close(loss(*(x[order] for x in scores), mask[order]), loss(*scores, mask))
+    moved = [x[order] for x in (*scores, mask)]
+    close(ordered(loss, *moved), ordered(loss, *scores, mask))
 
 
 @given(seed=seeds, count=counts)
@@ -434,7 +436,7 @@ def test_measures_are_equivariant_to_labels_and_blind_to_the_order_of_samples(se
     probs, labels = (torch.randint(6, (count, 3)) / 5).double(), torch.randint(2, (count, 3))
     samples, columns = order_of(count), order_of(3)
     moved = probs[samples][:, columns], labels[samples][:, columns]
-    settings = {"bins": 4, "binning": binning, "average": "none"}
+    settings = {"n_bins": 4, "binning": binning, "average": "none"}
     before = measures.calibration_error(probs, labels, **settings)
     after = measures.calibration_error(*moved, **settings)
     torch.testing.assert_close(after, before[columns], equal_nan=True)
@@ -553,7 +555,7 @@ def test_product_without_a_modality_is_that_of_the_others(seed, batch, index, wr
 @given(
     seed=seeds,
     count=counts,
-    mode=st.sampled_from(["rank", "standardized", "raw"]),
+    mode=st.sampled_from(["rank", "standardized", "raw", "pearson"]),
     wrong=st.sampled_from([NAN, -math.inf]),
 )
 def test_masked_samples_take_no_part_in_the_ordinality(seed, count, mode, wrong):
@@ -561,7 +563,7 @@ def test_masked_samples_take_no_part_in_the_ordinality(seed, count, mode, wrong)
     mask, loss = some(count), SoftRankOrdinalityLoss(mode=mode, pairs=("SR", "DR", "DS"))
     scores = [0.1 + torch.rand(count).double(), *torch.rand(2, count).double()]
     spoilt = [poisoned(x, mask, wrong) for x in scores]
-    close(loss(*spoilt, mask), loss(*(x[~mask] for x in scores)))
+    close(ordered(loss, *spoilt, mask), ordered(loss, *(x[~mask] for x in scores)))
     ranks = functional.soft_rank(spoilt[0], mask=mask)
     close(ranks[~mask], functional.soft_rank(scores[0][~mask]))
     divergence = functional.ordinality_divergence(spoilt[1], spoilt[2], mask=mask)
@@ -584,9 +586,9 @@ def test_data_without_a_modality_is_data_that_masks_it(seed, batch, name):
     seeded(seed)
     features, mask = sequences(batch)
     data = MultimodalDataset(features, mask, torch.ones(batch, 1), ["happy"])
-    one = data.only([other for other in DIMS if other != name]).__getitems__(range(batch))
+    one = data.only([other for other in DIMS if other != name]).batch(range(batch))
     model = attention().float()
-    both = data.__getitems__(range(batch))
+    both = data.batch(range(batch))
     absent = {other: x for other, x in both.features.items() if other != name}
     close(model(one.features, one.padding_mask), model(absent, both.padding_mask))
     assert not one.features[name].any()
@@ -654,7 +656,7 @@ def test_divergence_is_symmetric_and_blind_to_shifts(seed, count, left, right):
     count=st.integers(2, 6),
     factor=st.floats(0.01, 100),
     shift=st.floats(0, 10),
-    mode=st.sampled_from(["rank", "standardized"]),
+    mode=st.sampled_from(["rank", "standardized", "pearson"]),
 )
 def test_ordinality_is_blind_to_positive_affine_maps_of_each_score(
     seed, count, factor, shift, mode
@@ -662,8 +664,9 @@ def test_ordinality_is_blind_to_positive_affine_maps_of_each_score(
     seeded(seed)
     loss = SoftRankOrdinalityLoss(mode=mode, pairs=("SR", "DR", "DS"))
     certainty, distance, correctness = 0.1 + 0.8 * torch.rand(3, count).double()
-    before = loss(1 / certainty, distance, correctness)
-    close(loss(1 / (factor * certainty + shift), 0.5 * distance, 0.2 + 0.5 * correctness), before)
+    before = ordered(loss, 1 / certainty, distance, correctness)
+    mapped = 1 / (factor * certainty + shift), 0.5 * distance, 0.2 + 0.5 * correctness
+    close(ordered(loss, *mapped), before)
 
 
 @given(probs=st.lists(st.floats(0, 1), min_size=1, max_size=6))
@@ -697,20 +700,17 @@ def test_measures_of_order_are_blind_to_monotone_maps(seed, count):
     errors, uncertainty = torch.randint(2, (count,)), torch.randint(5, (count,)).double()
     changed = torch.exp(uncertainty) - 7
     for x, y in zip(
-        measures.risk_coverage(errors, changed),
-        measures.risk_coverage(errors, uncertainty),
+        measures.risk_coverage(changed, errors),
+        measures.risk_coverage(uncertainty, errors),
         strict=True,
     ):
         torch.testing.assert_close(x, y, equal_nan=True)
     x, y = measures.spearman(errors, uncertainty), measures.spearman(errors, changed)
     torch.testing.assert_close(x, y, equal_nan=True)
     torch.testing.assert_close(measures.spearman(errors, -changed), -x, equal_nan=True)
-    wrong = errors == 1
-    area = measures.auroc(uncertainty[wrong], uncertainty[~wrong])
-    torch.testing.assert_close(
-        measures.auroc(changed[wrong], changed[~wrong]), area, equal_nan=True
-    )
-    swapped = measures.auroc(uncertainty[~wrong], uncertainty[wrong])
+    area = measures.auroc(uncertainty, errors)
+    torch.testing.assert_close(measures.auroc(changed, errors), area, equal_nan=True)
+    swapped = measures.auroc(uncertainty, 1 - errors)
     torch.testing.assert_close(swapped, 1 - area, equal_nan=True)
 
 
@@ -844,7 +844,7 @@ def test_calibration_error_equals_torchmetrics(data, bins, norm):
     probs = torch.where(torch.isclose(probs, edges).any(1, keepdim=True), 0.5 / bins, probs)
     if len(probs):
         expected = binary_calibration_error(probs[:, 0], labels[:, 0], n_bins=bins, norm=norm)
-        actual = measures.calibration_error(probs, labels, bins=bins, norm=norm)
+        actual = measures.calibration_error(probs, labels, n_bins=bins, norm=norm)
         close(actual, expected, torch.float32)  # torchmetrics has edges in float32
 
 
@@ -855,7 +855,7 @@ scores = st.lists(st.tuples(st.integers(0, 1), st.one_of(ties, st.floats(-1e6, 1
 def test_measures_of_order_equal_scikit_learn_and_scipy(rows):
     wrong = torch.tensor([each for each, _ in rows], dtype=torch.long)
     uncertainty = torch.tensor([each for _, each in rows], dtype=torch.float64)
-    area = measures.auroc(uncertainty[wrong == 1], uncertainty[wrong == 0])
+    area = measures.auroc(uncertainty, wrong)
     if len(set(wrong.tolist())) == 2:
         close(area, roc_auc_score(wrong.numpy(), uncertainty.numpy()))
     else:
@@ -870,7 +870,7 @@ def test_measures_of_order_equal_scikit_learn_and_scipy(rows):
             functional.soft_rank(100 * (uncertainty / 1e4).round(), 0.5),
             rankdata((uncertainty / 1e4).round().numpy()),
         )
-        curve = measures.risk_coverage(wrong, uncertainty)
+        curve = measures.risk_coverage(uncertainty, wrong)
         close(curve.risk[-1], wrong.double().mean())
         assert 0 <= curve.eaurc <= curve.aurc
 
@@ -880,40 +880,26 @@ def test_metrics_over_ragged_batches_equal_the_measures(data, draw):
     probs, labels = data
     cuts = sorted(draw.draw(st.lists(st.integers(0, len(probs)), max_size=4)))
     edges = [0, *cuts, len(probs)]
-    made = {
-        metrics.MultilabelCalibrationError(probs.shape[1], bins=5): measures.calibration_error(
-            probs, labels, bins=5
-        ),
-        metrics.MultilabelBrierDecomposition(probs.shape[1]): torch.stack(
-            measures.brier_decomposition(probs, labels)
-        ),
-        metrics.SampleJaccard(threshold=0.3): measures.sample_jaccard(
-            probs, labels, threshold=0.3
-        ).mean(),
-    }
-    for metric, expected in made.items():
-        for start, end in pairwise(edges):
-            metric.update(probs[start:end], labels[start:end])
-        actual = metric.compute()
-        actual = actual if isinstance(actual, torch.Tensor) else torch.stack(actual)
-        torch.testing.assert_close(actual, expected, equal_nan=True)
     errors, uncertainty = labels[:, 0], probs[:, 0]
-    of_scores = {
-        metrics.AURC(): (errors, uncertainty, measures.risk_coverage(errors, uncertainty).aurc),
-        metrics.SpearmanCorrelation(): (
-            errors,
-            uncertainty,
-            measures.spearman(errors, uncertainty),
+    brier = measures.brier_decomposition(probs, labels)
+    jaccard = measures.sample_jaccard(probs, labels, threshold=0.3).mean()
+    ece = measures.calibration_error(probs, labels, n_bins=5)
+    made = (
+        (metrics.MultilabelCalibrationError(probs.shape[1], n_bins=5), (probs, labels), ece),
+        (metrics.MultilabelBrierDecomposition(probs.shape[1]), (probs, labels), brier._asdict()),
+        (metrics.SampleJaccard(threshold=0.3), (probs, labels), jaccard),
+        *(
+            (metric, (uncertainty, errors), expected)
+            for metric, expected in (
+                (metrics.AURC(), measures.risk_coverage(uncertainty, errors).aurc),
+                (metrics.SpearmanCorrelation(), measures.spearman(uncertainty, errors)),
+                (metrics.DetectionAUROC(), measures.auroc(uncertainty, errors)),
+            )
         ),
-        metrics.DetectionAUROC(): (
-            uncertainty,
-            errors,
-            measures.auroc(uncertainty[errors == 1], uncertainty[errors == 0]),
-        ),
-    }
-    for metric, (first, second, expected) in of_scores.items():
+    )
+    for metric, given_, expected in made:
         for start, end in pairwise(edges):
-            metric.update(first[start:end], second[start:end])
+            metric.update(*(x[start:end] for x in given_))
         torch.testing.assert_close(metric.compute(), expected, equal_nan=True)
 
 

@@ -19,9 +19,9 @@ from matplotlib import pyplot as plt
 from torch import nn
 
 import uncertainty_mm as umm
-from uncertainty_mm import measures
 from uncertainty_mm.data import SyntheticMMER
 from uncertainty_mm.functional import expected_distance
+from uncertainty_mm.metrics.functional import sample_jaccard
 
 torch.manual_seed(0)
 world = SyntheticMMER(noise=(0.3, 2.0))
@@ -120,7 +120,7 @@ print(f"{'':7s} {'Brier':>6s} {'Jaccard':>8s}")
 brier = {}
 for name, p in rows.items():
     brier[name] = float((p - test.labels).square().mean())
-    jaccard = measures.sample_jaccard(p, test.labels).mean()
+    jaccard = sample_jaccard(p, test.labels).mean()
     print(f"{name:7s} {brier[name]:6.3f} {jaccard:8.3f}")
 gained = (brier["shares"] - brier["model"]) / (brier["shares"] - brier["Bayes"])
 print(f"the model has gone {gained:.0%} of the way from the shares to Bayes")

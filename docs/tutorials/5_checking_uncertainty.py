@@ -12,9 +12,10 @@ from matplotlib import pyplot as plt
 from torch import nn
 
 import uncertainty_mm as umm
-from uncertainty_mm import measures, plots
+from uncertainty_mm import plots
 from uncertainty_mm.data import SyntheticMMER
 from uncertainty_mm.functional import expected_distance
+from uncertainty_mm.metrics.functional import calibration_error, predictive_entropy, spearman
 
 torch.manual_seed(0)
 world = SyntheticMMER(num_labels=4)
@@ -127,7 +128,7 @@ for name, p in {"model": probs, "Bayes": exact.marginals}.items():
 fig, axes = plt.subplots(2, 2, figsize=(7, 7), layout="constrained")
 plots.reliability_diagram(probs, test.labels, names, ax=axes)
 for name, p in {"before": fused.probs, "after": probs}.items():
-    error = measures.calibration_error(p, test.labels)
+    error = calibration_error(p, test.labels)
     print(f"ECE {name} calibration: {error:.3f}")
 
 # %%
@@ -142,13 +143,13 @@ for name, p in {"before": fused.probs, "after": probs}.items():
 
 error = (probs - test.labels).abs().mean(1)
 scores = {
-    "entropy": measures.predictive_entropy(probs),
+    "entropy": predictive_entropy(probs),
     "standard deviations": std_norm.norm(dim=1),
 }
 fig, ax = plt.subplots(figsize=(6, 3.8), layout="constrained")
-plots.risk_coverage(error, scores, ax=ax)
+plots.risk_coverage(scores, error, ax=ax)
 with_error = {
-    name: float(measures.spearman(score, error)) for name, score in scores.items()
+    name: float(spearman(score, error)) for name, score in scores.items()
 }
 for name, correlation in with_error.items():
     print(f"rank correlation with the error: {name} {correlation:.2f}")
@@ -167,7 +168,7 @@ plots.uncertainty_against_noise(test.noise, std_norm, modalities, ax=axes)
 for ax in axes[1:]:
     ax.set_ylabel("")
 with_noise = [
-    float(measures.spearman(std_norm[:, m], test.noise[:, m])) for m in range(3)
+    float(spearman(std_norm[:, m], test.noise[:, m])) for m in range(3)
 ]
 print("rank correlation with the noise:")
 for name, correlation in zip(modalities, with_noise, strict=True):
@@ -182,10 +183,10 @@ for name, correlation in zip(modalities, with_noise, strict=True):
 #
 # The entropy of the exact posterior says how uncertain the labels of a sample are, for the best of all models.
 
-ceiling = measures.predictive_entropy(exact.marginals.clamp(0, 1))
+ceiling = predictive_entropy(exact.marginals.clamp(0, 1))
 scores["entropy of exact probabilities"] = ceiling
 with_truth = {
-    name: float(measures.spearman(score, exact.entropy))
+    name: float(spearman(score, exact.entropy))
     for name, score in scores.items()
 }
 print("rank correlation with the entropy of the posterior:")

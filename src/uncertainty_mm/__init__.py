@@ -1,5 +1,8 @@
 """Uncertainty-aware fusion of modalities for multi-label emotion recognition, as PyTorch layers and losses."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from uncertainty_mm import functional
 from uncertainty_mm.attention import EmotionQueryAttention
 from uncertainty_mm.calibration import PlattScaling
@@ -8,6 +11,11 @@ from uncertainty_mm.correctness import CorrectnessTracker
 from uncertainty_mm.fusion import FusedPrediction, UncertaintyGatedFusion
 from uncertainty_mm.gaussian import DiagonalGaussian, GaussianDecoupler
 from uncertainty_mm.ordinality import SoftRankOrdinalityLoss
+
+if TYPE_CHECKING:
+    from uncertainty_mm import data as data
+    from uncertainty_mm import metrics as metrics
+    from uncertainty_mm import plots as plots
 
 __version__ = "0.1.0"
 
@@ -23,3 +31,16 @@ __all__ = [
     "UncertaintyGatedFusion",
     "functional",
 ]
+
+# Imported when asked for, because they take time or need an extra.
+_ROOMS = ("data", "metrics", "plots")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_ROOMS})

@@ -170,6 +170,11 @@ def check_range(
     name: str, tensor: Tensor, low: float, high: float, left_out: Tensor | None = None
 ) -> None:
     """Raises unless all values are in [low, high]; NaN fails."""
+    if tensor.numel() == 0:
+        return
+    smallest, largest = tensor.detach().aminmax()  # one pass without a temporary; NaN propagates
+    if smallest >= low and largest <= high:
+        return
     outside = ~((tensor >= low) & (tensor <= high))
     if left_out is not None:
         outside = outside & ~left_out
@@ -178,8 +183,13 @@ def check_range(
         raise ValueError(f"Expected `{name}` to be in [{low}, {high}], but got {example}")
 
 
-def check_labels(name: str, labels: Tensor, unknown: Tensor | None = None) -> None:
-    """Raises unless all values are 0 or 1, except where `unknown` is True."""
+def check_labels(
+    name: str,
+    labels: Tensor,
+    unknown: Tensor | None = None,
+    hint: str = "mark a label that is not known in `unknown` (True: leave out)",
+) -> None:
+    """Raises unless all values are 0 or 1, except where `unknown` is True; -1 and NaN with a hint at it."""
     if labels.dtype is torch.bool:
         return
     wrong = (labels != 0) & (labels != 1)
@@ -187,11 +197,7 @@ def check_labels(name: str, labels: Tensor, unknown: Tensor | None = None) -> No
         wrong = wrong & ~unknown
     if wrong.any():
         value = labels[wrong][0].item()
-        hint = (
-            "; mark a label that is not known in `unknown` (True: leave out)"
-            if value == -1 or value != value
-            else ""
-        )
+        hint = f"; {hint}" if value == -1 or value != value else ""
         raise ValueError(f"Expected `{name}` to hold only 0 and 1, but got {value}{hint}")
 
 
@@ -221,8 +227,36 @@ def check_gaussian(mean: Tensor, std: Tensor) -> None:
     check_tensor("std", std, "floating", dims, sizes, mean.device)
     if checks_values(mean):
         check_finite("mean", mean)
-        check_finite("std", std)
-        check_range("std", std, 0, float("inf"))
+        check_std("std", std)
+
+
+def check_std(
+    name: str, std: Tensor, left_out: Tensor | None = None, infinite: bool = False
+) -> None:
+    """Raises unless all values are at least 0 and, unless `infinite` ones are welcome, finite."""
+    if not infinite:
+        check_finite(name, std, left_out)
+    check_range(name, std, 0, float("inf"), left_out)
+
+
+def check_gaussians(
+    mean: Tensor,
+    std: Tensor,
+    missing: Tensor | None,
+    sizes: dict[str, int],
+    validate_args: bool | None = None,
+    *,
+    prefix: str = "",
+    infinite: bool = False,
+) -> None:
+    """Checks Gaussians of shape (B, M, Q, K), their values except where a modality is missing."""
+    check_tensor(f"{prefix}mean", mean, "floating", "B M Q K", sizes)
+    check_tensor(f"{prefix}std", std, "floating", "B M Q K", sizes, mean.device)
+    check_missing(missing, sizes, mean.device)
+    if checks_values(mean, validate_args):
+        left_out = None if missing is None else missing[:, :, None, None]
+        check_finite(f"{prefix}mean", mean, left_out)
+        check_std(f"{prefix}std", std, left_out, infinite)
 
 
 def check_missing(
@@ -265,15 +299,3 @@ def load_all_or_nothing(
         error_msgs += problems
         state_dict |= {key: own[key] for key in given}
     return fits
-
-
-def finite_scores(**scores: Tensor) -> list[Tensor]:
-    """The scores in float64, after checking that they are (N,) of finite numbers on one device."""
-    sizes: dict[str, int] = {}
-    device: torch.device | None = None
-    for name, score in scores.items():
-        device = check_tensor(name, score, "number", "N", sizes, device).device
-    doubles = {name: score.double().contiguous() for name, score in scores.items()}
-    for name, score in doubles.items():
-        check_finite(name, score)
-    return list(doubles.values())

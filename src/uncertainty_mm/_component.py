@@ -9,31 +9,16 @@ import torch
 from torch import Tensor, nn
 
 
-class Component(nn.Module):
-    """A module with fixed settings and with state that is saved and moved like buffers, but is none.
-
-    A setting is checked once, by the constructor, and read-only from then on: `loss.reduction = "maen"` raises.
-
-    State (the queue, a history, a fitted scale) is in `state_dict()`, follows `.to()`, `to_empty()`, `deepcopy` and
-    pickling, and loads whole or not at all. It is kept out of `buffers()`, because tools take buffers for statistics:
-    weight averaging would average class numbers and counts, and `DistributedDataParallel` would replace the state of
-    every rank by that of rank 0.
-    """
+class FixedSettings:
+    """A setting is checked once, by the constructor, and read-only from then on: `loss.reduction = "maen"` raises."""
 
     _settings: frozenset[str] = frozenset()
-    _states: tuple[str, ...] = ()
 
     def _set(self, **settings: object) -> None:
         """Stores checked settings, which are read-only afterwards."""
         for name, value in settings.items():
             object.__setattr__(self, name, value)
         object.__setattr__(self, "_settings", self._settings | settings.keys())
-
-    def _keep(self, **states: Tensor) -> None:
-        """Registers state by name, with the values that it has now."""
-        for name, value in states.items():
-            object.__setattr__(self, name, value)
-        object.__setattr__(self, "_states", (*self._states, *states))
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self._settings:
@@ -42,11 +27,36 @@ class Component(nn.Module):
             )
         super().__setattr__(name, value)
 
+
+class Component(FixedSettings, nn.Module):
+    """A module with fixed settings and with state that is saved and moved like buffers, but is none.
+
+    State (the queue, a history, a fitted scale) is in `state_dict()`, follows `.to()`, `to_empty()`, `deepcopy` and
+    pickling, and loads whole or not at all. It is kept out of `buffers()`, because tools take buffers for statistics:
+    weight averaging would average class numbers and counts, and `DistributedDataParallel` would replace the state of
+    every rank by that of rank 0.
+    """
+
+    _states: tuple[str, ...] = ()
+
+    def _keep(self, **states: Tensor) -> None:
+        """Registers state by name, with the values that it has now."""
+        for name, value in states.items():
+            object.__setattr__(self, name, value)
+        object.__setattr__(self, "_states", (*self._states, *states))
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Component:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name in self._states:
             object.__setattr__(self, name, fn(getattr(self, name)))
         return self
+
+    def reset_parameters(self) -> None:
+        """Gives all parameters and all state their initial values, as when the component was made."""
+        for part in self.modules():
+            reset = getattr(part, "reset_parameters", None)
+            if part is not self and callable(reset):
+                reset()
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool

@@ -1,14 +1,23 @@
-"""Files that are whole: written in one step (:func:`replacing`), checked for damage (:func:`check_sums`)."""
+"""Files: written in one step (:func:`replacing`), told apart (:func:`kind_of`), found damaged (:func:`check_sums`)."""
 
 from __future__ import annotations
 
 import errno
 import os
+import secrets
+import stat
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from glob import escape
 from os import PathLike
 from pathlib import Path
+from typing import BinaryIO
+
+try:
+    from fcntl import LOCK_EX, LOCK_NB, flock
+except ImportError:  # Windows: what a killed writer leaves is not found again
+    flock = None  # type: ignore[assignment]
 
 
 @contextmanager
@@ -16,7 +25,9 @@ def replacing(path: str | PathLike[str]) -> Iterator[Path]:
     """A file beside `path` to write to, which takes its place in one step when the block ends well.
 
     Where the block raises (a full disk, an interruption), the process is killed or the power fails, `path` is as it was
-    before. A link stays, and what it leads to is replaced. A device, such as /dev/null, is written to.
+    before. A link stays, and what it leads to is replaced. A device, such as /dev/null, is written to. The name beside
+    `path` belongs to this writer alone, so that several may write one path: the last to end wins. The permissions are
+    those that opening `path` for writing would have left.
 
     Raises:
         PermissionError: If `path` is protected against writing.
@@ -27,15 +38,98 @@ def replacing(path: str | PathLike[str]) -> Iterator[Path]:
         return
     if path.exists() and not os.access(path, os.W_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
-    partial = path.with_name(f"{path.stem}.part{path.suffix}")
+    _clear_remnants(path)
+    partial, lock = _own_file(path)
     try:
         yield partial
         with open(partial, "rb") as file:
             os.fsync(file.fileno())
+        with suppress(FileNotFoundError):
+            partial.chmod(stat.S_IMODE(path.stat().st_mode))
         os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+    finally:
+        lock.close()
+
+
+def _beside(path: Path) -> tuple[str, str]:
+    """How the names of files beside `path` begin and end: hidden, and cut where a name may not be longer."""
+    return f".{path.stem[:50]}.", f".part{path.suffix}"
+
+
+def _own_file(path: Path) -> tuple[Path, BinaryIO]:
+    """A new, empty file beside `path`, and what keeps it locked as long as its writer lives."""
+    start, end = _beside(path)
+    while True:
+        own = path.with_name(start + secrets.token_hex(4) + end)
+        try:
+            file = open(own, "xb")  # noqa: SIM115 (closed by the caller)
+        except FileExistsError:
+            continue
+        if flock is None:
+            file.close()
+            return own, file
+        with suppress(OSError):  # a file system without locks
+            flock(file, LOCK_EX)
+        if own.exists():  # else another writer took it for a remnant
+            return own, file
+        file.close()
+
+
+def _clear_remnants(path: Path) -> None:
+    """Removes what writers of `path` left who were killed: nobody holds the lock of such a file."""
+    if flock is None:
+        return
+    start, end = map(escape, _beside(path))
+    for remnant in path.parent.glob(start + "[0-9a-f]" * 8 + end):
+        with suppress(OSError), open(remnant, "rb+") as file:
+            flock(file, LOCK_EX | LOCK_NB)
+            remnant.unlink()
+
+
+# How files begin that are taken for others; the longest that fits counts.
+_BEGINNINGS = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ\x00": "xz",
+    b"\x28\xb5\x2f\xfd": "Zstandard",
+    b"7z\xbc\xaf\x27\x1c": "7z",
+    b"Rar!": "RAR",
+    b"\x89HDF\r\n\x1a\n": "HDF5",
+    b"CDF\x01": "NetCDF",
+    b"MATLAB 5.0 MAT-file": "MATLAB",
+    b"PAR1": "Parquet",
+    b"ARROW1": "Arrow",
+    b"SQLite format 3\x00": "SQLite",
+    b"\x93NUMPY": ".npy",
+    b"PK\x03\x04": "zip",
+    # a pickled long, with which files of torch.save began before they were archives
+    b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.": "torch.save",
+    b"version https://git-lfs": "Git LFS pointer",
+    b"<!DOCTYPE html": "HTML",
+    b"<html": "HTML",
+} | {b"\x80" + bytes([protocol]): "pickle" for protocol in range(2, 6)}
+
+
+def kind_of(path: str | PathLike[str]) -> str | None:
+    """What a file is by its first bytes, or of an archive by its members; None if they do not tell.
+
+    An archive is `".npz"`, `"torch.save"` or `"zip"`; for others see `_BEGINNINGS`.
+    """
+    with open(path, "rb") as file:
+        start = file.read(max(map(len, _BEGINNINGS)))
+    fits = [beginning for beginning in _BEGINNINGS if start.startswith(beginning)]
+    kind = _BEGINNINGS[max(fits, key=len)] if fits else None
+    if kind == "zip":
+        with suppress(zipfile.BadZipFile, OSError), zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+            if any(name.endswith("/data.pkl") for name in names):
+                return "torch.save"
+            if any(name.endswith(".npy") for name in names):
+                return ".npz"
+    return kind
 
 
 def check_sums(path: str | PathLike[str]) -> None:

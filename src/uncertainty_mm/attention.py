@@ -17,8 +17,11 @@ from uncertainty_mm._checks import (
     check_positive,
     check_positive_int,
     check_tensor,
+    check_validate_args,
     checks_values,
 )
+from uncertainty_mm._component import Component
+from uncertainty_mm.functional import at_least_float32
 
 
 class _ModalityAttention(nn.Module):
@@ -48,15 +51,17 @@ class _ModalityAttention(nn.Module):
         key = self.key(sequence)
         query = self.query(labels).expand(sequence.shape[0], -1, -1)
         weights = key.new_empty(0)
-        if need_weights or sequence.shape[1] == 0:
-            dtype = torch.promote_types(key.dtype, torch.float32)
+        # the fused kernel of a CPU overflows in float16 in torch 2.6
+        unsafe = key.dtype is torch.float16 and key.device.type == "cpu"
+        if need_weights or unsafe or sequence.shape[1] == 0:
             device = key.device.type if key.device.type != "meta" else "cpu"  # it has no autocast
             with torch.autocast(device, enabled=False):
-                scores = scale * query.to(dtype) @ key.to(dtype).transpose(1, 2)
+                wide = at_least_float32(key)
+                scores = scale * at_least_float32(query) @ wide.transpose(1, 2)
                 if mask is not None:
                     scores = scores.masked_fill(mask.unsqueeze(1), -math.inf)
                 weights = scores.softmax(-1)
-                gathered = (F.dropout(weights, dropout) @ key.to(dtype)).to(key.dtype)
+                gathered = (F.dropout(weights, dropout) @ wide).to(key.dtype)
             weights = weights.masked_fill(missing[:, None, None], 0).to(key.dtype)
         else:
             gathered = F.scaled_dot_product_attention(
@@ -70,7 +75,7 @@ class _ModalityAttention(nn.Module):
         return self.out(gathered).masked_fill(missing[:, None, None], 0), weights
 
 
-class EmotionQueryAttention(nn.Module):
+class EmotionQueryAttention(Component):
     r"""One vector for every label and modality, gathered by learned label queries.
 
     Every label owns an embedding, shared by the modalities, that asks each modality's sequence for what concerns this
@@ -95,7 +100,8 @@ class EmotionQueryAttention(nn.Module):
         out_dim: Size of an output vector.
         scale: Factor of the scores; None is `proj_dim ** -0.5`, 1.0 is Eq. 1 to the letter.
         dropout: Probability that an attention weight is dropped in training.
-        validate_args: Look at values (NaN, infinity) also on an accelerator, at the price of a wait for it.
+        validate_args: Look at values (NaN, infinity): on the CPU only (None), never (False), or everywhere (True), at
+            the price of a wait for an accelerator.
 
     Attributes:
         label_embedding: `nn.Embedding` of shape (Q, label_dim).
@@ -116,6 +122,13 @@ class EmotionQueryAttention(nn.Module):
                 [False,  True]])
     """
 
+    modality_dims: dict[str, int]
+    num_labels: int
+    out_dim: int
+    scale: float
+    dropout: float
+    validate_args: bool | None
+
     def __init__(
         self,
         modality_dims: Mapping[str, int],
@@ -126,7 +139,7 @@ class EmotionQueryAttention(nn.Module):
         out_dim: int = 128,
         scale: float | None = None,
         dropout: float = 0.0,
-        validate_args: bool = False,
+        validate_args: bool | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(modality_dims, Mapping):
@@ -152,13 +165,15 @@ class EmotionQueryAttention(nn.Module):
         if scale is not None:
             check_positive("scale", scale)
         check_dropout(dropout)
-        self.modality_dims = dict(modality_dims)
-        self.num_labels = num_labels
-        self.out_dim = out_dim
-        self.scale = proj_dim**-0.5 if scale is None else float(scale)
-        self.dropout = dropout
-        check_flag("validate_args", validate_args)
-        self.validate_args = validate_args
+        check_validate_args(validate_args)
+        self._set(
+            modality_dims=dict(modality_dims),
+            num_labels=num_labels,
+            out_dim=out_dim,
+            scale=proj_dim**-0.5 if scale is None else float(scale),
+            dropout=dropout,
+            validate_args=validate_args,
+        )
         self.label_embedding = nn.Embedding(num_labels, label_dim)
         self.attention = nn.ModuleDict(
             {
@@ -196,27 +211,25 @@ class EmotionQueryAttention(nn.Module):
                 "batch size and device are unknown without any"
             )
         sizes: dict[str, int] = {}
+        device: torch.device | None = None
         for name, dim in self.modality_dims.items():
             if name not in features:
                 continue
-            sizes |= {"D": dim}
+            sizes["D"] = dim
             sizes.pop("S", None)
-            sequence = check_tensor(
-                f"features[{name!r}]", features[name], "floating", "B S D", sizes
-            )
-            check_like_parameters(f"features[{name!r}]", sequence, self.label_embedding.weight)
+            device = check_tensor(
+                f"features[{name!r}]", features[name], "floating", "B S D", sizes, device
+            ).device
             mask = None if padding_mask is None else padding_mask.get(name)
             if mask is not None:
-                check_tensor(f"padding_mask[{name!r}]", mask, "bool", "B S", sizes, sequence.device)
-            if checks_values(sequence, self.validate_args):
-                check_finite(
-                    f"features[{name!r}]", sequence, None if mask is None else mask.unsqueeze(-1)
-                )
+                check_tensor(f"padding_mask[{name!r}]", mask, "bool", "B S", sizes, device)
 
     def missing(
         self, features: Mapping[str, Tensor], padding_mask: Mapping[str, Tensor] | None = None
     ) -> Tensor:
         """Which modalities are absent from `features` or padded from end to end.
+
+        It looks at names, shapes and masks; the values of the features are not read, nor any parameter.
 
         Args:
             features: As for :meth:`forward`.
@@ -224,6 +237,10 @@ class EmotionQueryAttention(nn.Module):
 
         Returns:
             Bool tensor (B, M), True where the modality is missing.
+
+        Raises:
+            ValueError: If shapes, devices or names disagree.
+            TypeError: If features are not floating or masks not bool.
         """
         self._check(features, padding_mask)
         return self._missing(features, padding_mask)
@@ -256,7 +273,8 @@ class EmotionQueryAttention(nn.Module):
             features: Sequences (B, S_m, D_m) by modality name. Lengths may differ; a modality may be absent.
             padding_mask: Bool masks (B, S_m) by modality name, True means leave out; a modality without a mask is
                 used whole, and the mask of an absent modality is not read. What stands at padded steps, NaN
-                included, has no influence.
+                included, has no influence. The `attention_mask` of Hugging Face means the opposite, 1 for keep:
+                `padding_mask = attention_mask == 0`.
             need_weights: Also return the attention weights (before dropout), which costs the fused kernel.
 
         Returns:
@@ -271,16 +289,23 @@ class EmotionQueryAttention(nn.Module):
         check_flag("need_weights", need_weights)
         self._check(features, padding_mask)
         missing = self._missing(features, padding_mask)
+        # by the forward pass of the table, which may be sharded outside of it
+        labels = self.label_embedding(torch.arange(self.num_labels, device=missing.device))
         outputs: list[Tensor | None] = []
         weights: dict[str, Tensor] = {}
         for index, name in enumerate(self.modality_dims):
             if name not in features:
                 outputs.append(None)
                 continue
+            sequence = features[name]
             mask = None if padding_mask is None else padding_mask.get(name)
+            check_like_parameters(f"features[{name!r}]", sequence, labels)
+            if checks_values(sequence, self.validate_args):
+                left_out = None if mask is None else mask.unsqueeze(-1)
+                check_finite(f"features[{name!r}]", sequence, left_out)
             output, weights[name] = self.attention[name](
-                self.label_embedding.weight,
-                features[name],
+                labels,
+                sequence,
                 mask,
                 missing[:, index],
                 self.scale,

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from uncertainty_mm._checks import (
-    check_flag,
     check_positive_int,
     check_probability,
     check_range,
     check_tensor,
+    check_unknown,
+    check_validate_args,
     checks_values,
-    load_all_or_nothing,
 )
+from uncertainty_mm._component import Component
 from uncertainty_mm.distributed import world_size
 
 # Correctness is summed in integers, in units of 2^-32: integer sums are exact in any order, so that the history is
@@ -24,22 +27,101 @@ from uncertainty_mm.distributed import world_size
 _UNIT = 2**32
 
 
-def _load(tracker: CorrectnessTracker, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-    """What is loaded is common to all ranks."""
-    if load_all_or_nothing(tracker, state_dict, prefix, *rest):
-        history = state_dict.get(f"{prefix}history")
-        if history is not None:
-            tracker.merged.copy_(history)
+def _in_backward() -> bool:
+    """Whether a backward pass is running: a forward pass in it repeats one, for `torch.utils.checkpoint`."""
+    return torch._C._current_graph_task_id() != -1
 
 
-class CorrectnessTracker(nn.Module):
+@torch.library.custom_op("uncertainty_mm::first_pass", mutates_args=())
+def _first_pass(indices: Tensor) -> Tensor:
+    """A copy of the indices; an error in a repeated forward pass, of which compiled code knows only when it runs."""
+    if _in_backward():
+        raise RuntimeError(
+            "A compiled function that calls a CorrectnessTracker cannot be repeated by `torch.utils.checkpoint`: "
+            "call the tracker outside of the checkpointed function, or do not compile it"
+        )
+    return indices.clone(memory_format=torch.contiguous_format)
+
+
+@_first_pass.register_fake
+def _(indices: Tensor) -> Tensor:
+    return torch.empty_like(indices, memory_format=torch.contiguous_format)
+
+
+class _Call(NamedTuple):
+    """What a method answered, and the hook of the checkpointed function it was in (None: of a reentrant one, maybe)."""
+
+    method: str
+    indices: Tensor
+    answer: Tensor
+    hook: weakref.ref[Any] | None
+
+
+class _Calls:
+    """The calls that a backward pass may repeat, with their answers; copies start without any."""
+
+    def __init__(self) -> None:
+        self.calls: list[_Call] = []
+        self.place = (
+            -1,
+            -1,
+        )  # the last repetition: its backward pass, and which of the calls it was
+
+    def __reduce__(self) -> tuple[type[_Calls], tuple[()]]:
+        return _Calls, ()
+
+    def record(self, method: str, indices: Tensor, answer: Tensor) -> None:
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        if hooks is None and torch.is_grad_enabled():
+            return  # in no checkpointed function: the reentrant ones run without gradient
+        again = self.place[0] != -1
+        # A hook dies with its graph. A reentrant function leaves no such sign: after a repetition, a new step begins.
+        live = [c for c in self.calls if (not again if c.hook is None else c.hook() is not None)]
+        hook = None if hooks is None else weakref.ref(hooks[1])
+        self.calls = [*live[-63:], _Call(method, indices.clone(), answer.clone(), hook)]
+        self.place = (-1, -1)
+
+    def recall(self, method: str, indices: Tensor) -> Tensor:
+        """The answer of the call that is repeated."""
+        hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+        places = [
+            place
+            for place, call in enumerate(self.calls)
+            if call.method == method
+            and (call.hook is not None and call.hook() is not None if hooked else call.hook is None)
+            and torch.equal(call.indices, indices)
+        ]
+        first = self.calls[places[0]] if places else None
+        if first is None:
+            raise RuntimeError(
+                f"`{method}` of a CorrectnessTracker was called in a backward pass, with indices that no call in the "
+                "checkpointed forward pass had: call the tracker outside of the checkpointed function"
+            )
+        calls = [self.calls[place] for place in places]
+        alike = all(torch.equal(call.answer, first.answer) for call in calls)
+        if not alike and (first.hook is None or any(call.hook != first.hook for call in calls)):
+            raise RuntimeError(
+                f"`{method}` of a CorrectnessTracker was called before and after an update of the same indices, and "
+                "a backward pass cannot tell which call it repeats: call the tracker outside of the checkpointed "
+                "function"
+            )
+        # Within a function calls are repeated in their order.
+        backward = torch._C._current_graph_task_id()
+        last = self.place[1] if self.place[0] == backward else -1
+        place = next((place for place in places if place > last), places[0])
+        self.place = (backward, place)
+        return self.calls[place].answer.clone()
+
+
+class CorrectnessTracker(Component):
     r"""Remembers for every sample of the data set the share of correct predictions so far.
 
     The share :math:`r_i` is the history that :class:`SoftRankOrdinalityLoss` compares uncertainty with: easy samples
-    are learned early and stay learned. All of it lives in buffers, so it is saved with the model.
+    are learned early and stay learned. All of it is saved with the model, but is no buffer: weight averaging and
+    `DistributedDataParallel` leave it alone. Ranks keep histories of their own until :meth:`synchronize`.
 
-    Under `DistributedDataParallel`, pass `broadcast_buffers=False` to it: otherwise every forward pass replaces the
-    history of a rank by that of rank 0, and what the others saw since the last :meth:`synchronize` is lost.
+    Inside of a function that `torch.utils.checkpoint` repeats in the backward pass, a prediction counts once, and a
+    reading gives again what it gave at first.
 
     Source: Huang et al. 2025, arXiv 2502.13954, section 3.4.2; forgetting events: Toneva et al. 2018, arXiv 1812.05159.
 
@@ -47,8 +129,9 @@ class CorrectnessTracker(nn.Module):
         num_samples: Number of samples of the data set; a sample is named by its position in it.
         num_labels: None keeps one history a sample, a number :math:`Q` one for every label of a sample.
         prior: Share reported for what has not been seen yet, in [0, 1].
-        validate_args: Look at values (indices in range, correctness in [0, 1]) also on an accelerator, at the price of
-            a wait for it.
+        validate_args: Look at values (indices in range, correctness in [0, 1]): None on the CPU only (elsewhere it
+            costs a wait), False never, True everywhere. Where they are not looked at, correctness that is not finite
+            is left out, and other values are clamped to [0, 1].
 
     Raises:
         ValueError: If an argument is out of range.
@@ -65,9 +148,13 @@ class CorrectnessTracker(nn.Module):
         tensor([0, 1])
     """
 
+    num_samples: int
+    num_labels: int | None
+    prior: float
+    validate_args: bool | None
     history: Tensor
-    merged: Tensor
     last: Tensor
+    merged: Tensor
 
     def __init__(
         self,
@@ -75,26 +162,31 @@ class CorrectnessTracker(nn.Module):
         num_labels: int | None = None,
         *,
         prior: float = 0.5,
-        validate_args: bool = False,
+        validate_args: bool | None = None,
     ) -> None:
         super().__init__()
         check_positive_int("num_samples", num_samples)
         if num_labels is not None:
             check_positive_int("num_labels", num_labels)
         check_probability("prior", prior)
-        self.num_samples = num_samples
-        self.num_labels = num_labels
-        self.prior = prior
-        check_flag("validate_args", validate_args)
-        self.validate_args = validate_args
+        check_validate_args(validate_args)
+        self._set(
+            num_samples=num_samples,
+            num_labels=num_labels,
+            prior=prior,
+            validate_args=validate_args,
+        )
         shape = (num_samples,) if num_labels is None else (num_samples, num_labels)
-        # rows: correctness in units of 1 / _UNIT, predictions, forgetting events
-        self.register_buffer("history", torch.zeros(3, *shape, dtype=torch.int64))
-        # the part of `history` that all ranks have in common; after loading, that is all of it
-        self.register_buffer("merged", torch.zeros(3, *shape, dtype=torch.int64), persistent=False)
-        # the latest prediction: 1 correct, 0 wrong, -1 none yet
-        self.register_buffer("last", torch.full(shape, -1, dtype=torch.int8))
-        self.register_load_state_dict_pre_hook(_load)  # type: ignore[no-untyped-call]
+        self._keep(
+            # rows: correctness in units of 1 / _UNIT, predictions, forgetting events
+            history=torch.empty(3, *shape, dtype=torch.int64),
+            # the latest prediction: 1 correct, 0 wrong, -1 none yet
+            last=torch.empty(shape, dtype=torch.int8),
+        )
+        # the part of `history` that all ranks have in common; not saved: what is loaded is common to all
+        self.merged = torch.empty_like(self.history)
+        self._calls = _Calls()
+        self.reset_parameters()
 
     def extra_repr(self) -> str:
         """The settings, for `repr`."""
@@ -104,14 +196,20 @@ class CorrectnessTracker(nn.Module):
     def _check_indices(self, indices: Tensor, sizes: dict[str, int]) -> None:
         check_tensor("indices", indices, "integer", "B", sizes, self.last.device)
         if checks_values(indices, self.validate_args) and indices.numel():
-            low, high = indices.aminmax()
+            low, high = (int(x) for x in indices.aminmax())  # 8 bits cannot be compared with 200
             if low < 0 or high >= self.num_samples:
                 raise ValueError(
                     f"Expected `indices` to be in [0, {self.num_samples - 1}], "
                     f"but got values from {low} to {high}"
                 )
 
-    def update(self, indices: Tensor, correct: Tensor, mask: Tensor | None = None) -> None:
+    def update(
+        self,
+        indices: Tensor,
+        correct: Tensor,
+        mask: Tensor | None = None,
+        unknown: Tensor | None = None,
+    ) -> None:
         """Adds one prediction for every entry of a batch.
 
         Args:
@@ -120,10 +218,12 @@ class CorrectnessTracker(nn.Module):
             correct: Tensor (B,), or (B, Q) with `num_labels`: bool, or float in [0, 1] for soft correctness (at least
                 0.5 is correct as far as forgetting is concerned).
             mask: Bool tensor of the shape of `correct`, True leaves the entry out. What stands there has no influence.
+            unknown: Bool tensor (B, Q), with `num_labels` only: True leaves out a label that is not known, as `mask`.
 
         Raises:
             ValueError: If shapes or devices disagree, or values are out of range; the history is then unchanged.
             TypeError: If a dtype is wrong.
+            RuntimeError: In a repeated forward pass, if the first pass did not have these indices.
         """
         sizes = {} if self.num_labels is None else {"Q": self.num_labels}
         self._check_indices(indices, sizes)
@@ -137,16 +237,31 @@ class CorrectnessTracker(nn.Module):
         check_tensor("correct", correct, "number", dims, sizes, indices.device)
         if mask is None:
             mask = torch.zeros_like(correct, dtype=torch.bool)
-        else:
-            check_tensor("mask", mask, "bool", dims, sizes, indices.device)
+        check_tensor("mask", mask, "bool", dims, sizes, indices.device)
+        if unknown is not None:
+            if self.num_labels is None:
+                raise ValueError(
+                    "Expected `unknown` only with `num_labels`, but got it without; leave samples out by `mask`"
+                )
+            check_unknown(unknown, dims, sizes, indices.device)
+            mask = mask | unknown
         if checks_values(correct, self.validate_args):
             check_range("correct", correct, 0, 1, mask)
+        if torch.compiler.is_compiling():
+            indices = _first_pass(indices)
+        elif _in_backward():
+            self._calls.recall("update", indices)
+            return
+        else:
+            self._calls.record("update", indices, indices)
         if indices.shape[0] == 0:
             return
+        correct = correct.detach().to(torch.promote_types(correct.dtype, torch.float32))
+        mask = mask | ~correct.isfinite()
         # Equal samples side by side, in the order of the batch: the predecessor of an entry is its neighbour, or with a
         # mask the last entry before it that is not left out.
         indices, order = indices.long().sort(stable=True)
-        correct, kept = correct.masked_fill(mask, 0)[order], ~mask[order]
+        correct, kept = correct.masked_fill(mask, 0).clamp(0, 1)[order], ~mask[order]
         now = correct >= 0.5
         place = torch.arange(indices.shape[0], device=indices.device)
         column = (-1, *[1] * (now.dim() - 1))
@@ -154,10 +269,8 @@ class CorrectnessTracker(nn.Module):
         latest = torch.where(kept, place.view(column), -1).cummax(0).values
         before = self._state_at(now, latest.roll(1, 0).index_fill(0, place[:1], -1), start, indices)
         forgotten = kept & (before == 1) & ~now
-        exact = torch.promote_types(correct.dtype, torch.float32)
-        amount = (correct.to(exact) * _UNIT).round().long()
-        added = torch.stack([amount, kept.long(), forgotten.long()])
-        self.history.index_add_(1, indices, added)
+        amount = (correct * _UNIT).round().long()
+        self.history.index_add_(1, indices, torch.stack([amount, kept.long(), forgotten.long()]))
         # Every entry writes what the last one of its sample says, so that duplicates agree.
         end = torch.searchsorted(indices, indices, right=True) - 1
         self.last[indices] = self._state_at(now, latest[end], start, indices)
@@ -179,22 +292,33 @@ class CorrectnessTracker(nn.Module):
         Raises:
             ValueError: If an index is out of range.
             TypeError: If the dtype is wrong.
+            RuntimeError: In a repeated forward pass, if the first pass did not have these indices.
         """
-        self._check_indices(indices, {})
+        return self._read("forward", indices, self._share)
+
+    def _share(self, history: Tensor) -> Tensor:
         dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)  # holds _UNIT
-        correct, predictions = self.history[0, indices.long()], self.history[1, indices.long()]
+        correct, predictions, _ = history
         share: Tensor = correct.to(dtype) / _UNIT / predictions.clamp_min(1).to(dtype)
         return share.masked_fill(predictions == 0, self.prior).to(torch.get_default_dtype())
 
     def counts(self, indices: Tensor) -> Tensor:
         """Number of predictions seen, int64 of the shape of :meth:`forward`; the same errors."""
-        self._check_indices(indices, {})
-        return self.history[1, indices.long()]
+        return self._read("counts", indices, lambda history: history[1])
 
     def forgetting_events(self, indices: Tensor) -> Tensor:
         """How often a correct prediction was followed by a wrong one (Toneva et al. 2018), int64; as :meth:`counts`."""
+        return self._read("forgetting_events", indices, lambda history: history[2])
+
+    def _read(self, method: str, indices: Tensor, of: Callable[[Tensor], Tensor]) -> Tensor:
         self._check_indices(indices, {})
-        return self.history[2, indices.long()]
+        if torch.compiler.is_compiling():
+            return of(self.history[:, _first_pass(indices).long()])
+        if _in_backward():
+            return self._calls.recall(method, indices)
+        answer = of(self.history[:, indices.long()])
+        self._calls.record(method, indices, answer)
+        return answer
 
     def reset(self) -> None:
         """Forgets everything."""
@@ -202,12 +326,43 @@ class CorrectnessTracker(nn.Module):
         self.merged.zero_()
         self.last.fill_(-1)
 
-    def synchronize(self) -> None:
+    def reset_parameters(self) -> None:
+        """The same as :meth:`reset`, by the name that torch's own modules have for it."""
+        self.reset()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CorrectnessTracker:
+        super()._apply(fn, recurse)
+        self.merged = fn(self.merged)
+        return self
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        problems = len(missing_keys) + len(error_msgs)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        loaded = len(missing_keys) + len(error_msgs) == problems
+        if loaded and f"{prefix}history" in state_dict:
+            self.merged = self.history.clone()
+
+    def synchronize(self, process_group: dist.ProcessGroup | None = None) -> None:
         """Merges the histories of all ranks; without `torch.distributed` there is nothing to merge.
 
         Every rank then holds the same history. Only what was added since the last call is exchanged, so nothing is
         counted twice. Call it on all ranks, for example at the end of an epoch. Where several ranks predicted a
         sample since the last call, its latest prediction counts as correct if it was on any of them.
+
+        Args:
+            process_group: The ranks that merge; None is all of them. Always the same, or part of the history is
+                counted twice.
         """
         if world_size() == 1:
             self.merged.copy_(self.history)
@@ -215,8 +370,8 @@ class CorrectnessTracker(nn.Module):
         added = self.history - self.merged
         seen = added[1] > 0
         last = self.last.masked_fill(~seen, -1)
-        dist.all_reduce(added)
-        dist.all_reduce(last, op=dist.ReduceOp.MAX)
+        dist.all_reduce(added, group=process_group)
+        dist.all_reduce(last, op=dist.ReduceOp.MAX, group=process_group)
         self.merged += added
         self.history.copy_(self.merged)
         self.last.copy_(torch.where(last >= 0, last, self.last))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,12 +12,14 @@ from uncertainty_mm._checks import (
     check_choice,
     check_dropout,
     check_flag,
-    check_like_parameters,
     check_positive_int,
     check_range,
     check_tensor,
+    check_validate_args,
     checks_values,
 )
+from uncertainty_mm._component import Component
+from uncertainty_mm.functional import at_least_float32
 from uncertainty_mm.gaussian import DiagonalGaussian, check_latent
 
 
@@ -42,11 +44,12 @@ class FusedPrediction(NamedTuple):
         return self.logits.sigmoid()
 
 
-class UncertaintyGatedFusion(nn.Module):
+class UncertaintyGatedFusion(Component):
     r"""Classifies means and standard deviations apart and mixes both predictions by uncertainty.
 
-    Per label, the means of all modalities are concatenated and classified by one network, the standard deviations by
-    another; both are shared by the labels. With their logits :math:`a` and :math:`b`
+    Per label, the Gaussians of all modalities are multiplied (:meth:`~uncertainty_mm.DiagonalGaussian.product`), so
+    that a modality counts by its precision. One network classifies the mean of the product, another its standard
+    deviation; both are shared by the labels. With their logits :math:`a` and :math:`b`
 
     .. math::
         p = w\, \operatorname{sigmoid}(a) + (1 - w) \operatorname{sigmoid}(b) \qquad \text{(Eq. 8)}
@@ -59,14 +62,17 @@ class UncertaintyGatedFusion(nn.Module):
         \log \frac{p}{1 - p} =
         \log\bigl(w \varsigma(a) + (1 - w) \varsigma(b)\bigr) - \log\bigl(w \varsigma(-a) + (1 - w) \varsigma(-b)\bigr)
 
-    With `combine="product"` the Gaussians of the modalities are first multiplied
-    (:meth:`~uncertainty_mm.DiagonalGaussian.product`) and the classifiers read the one Gaussian that results, so that a
-    modality counts by its precision and its standard deviation acts. The mean of the prior is learned for each label:
-    what to expect when nothing was seen.
+    The mean of the prior in the product is learned for each label: what to expect when nothing was seen.
 
-    The classifier of the standard deviations is trained to tell present from absent labels, and so makes them a second
-    mean: large for one label where it is present, whatever the noise. With `detach_std` it reads them and no longer
-    shapes them.
+    With the usual gate, :func:`~uncertainty_mm.functional.expected_distance` in [0, 0.5], and `"certainty"` the
+    standard deviations never outweigh the means; with `2 * expected_distance(probs)`, in [0, 1], they can.
+
+    A classifier of the standard deviations is trained to tell present from absent labels, and would so make them a
+    second mean: large for one label where it is present, whatever the noise. With `detach_std` it reads them and does
+    not shape them.
+
+    The paper does not multiply but concatenates the means of all modalities, and the standard deviations, and lets the
+    second classifier shape what it reads: `combine="concat", detach_std=False`.
 
     Source: Huang et al. 2025, arXiv 2502.13954, section 3.4.1; the product and `detach_std` are ours.
 
@@ -77,9 +83,15 @@ class UncertaintyGatedFusion(nn.Module):
         hidden_dim: Size of the hidden layer of both classifiers.
         dropout: Dropout probability after the hidden layer.
         mean_weight: `"certainty"` or `"uncertainty"`, see above.
-        combine: How the modalities meet: `"concat"` (the paper) or `"product"`.
+        combine: How the modalities meet: `"product"` or `"concat"` (the paper).
         detach_std: Keep the gradient of the second classifier from the standard deviations.
-        validate_args: Look at values (NaN, uncertainty out of [0, 1]) also on an accelerator, at the price of a wait.
+        validate_args: Look at values (NaN, uncertainty out of [0, 1]): on the CPU only (None), never (False), or
+            everywhere (True), at the price of a wait for an accelerator.
+
+    Attributes:
+        mean_head: The classifier of the means.
+        std_head: The classifier of the standard deviations.
+        prior_mean: With `"product"`, the mean of the prior of every label, (Q, K), 0 at first.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -94,6 +106,14 @@ class UncertaintyGatedFusion(nn.Module):
         >>> loss = F.binary_cross_entropy_with_logits(prediction.logits, torch.ones(4, 6))  # Eq. 9
     """
 
+    num_modalities: int
+    num_labels: int
+    latent_dim: int
+    mean_weight: Literal["certainty", "uncertainty"]
+    combine: Literal["product", "concat"]
+    detach_std: bool
+    validate_args: bool | None
+
     def __init__(
         self,
         num_modalities: int,
@@ -102,10 +122,10 @@ class UncertaintyGatedFusion(nn.Module):
         *,
         hidden_dim: int = 128,
         dropout: float = 0.1,
-        mean_weight: str = "certainty",
-        combine: str = "concat",
-        detach_std: bool = False,
-        validate_args: bool = False,
+        mean_weight: Literal["certainty", "uncertainty"] = "certainty",
+        combine: Literal["product", "concat"] = "product",
+        detach_std: bool = True,
+        validate_args: bool | None = None,
     ) -> None:
         super().__init__()
         check_positive_int("num_modalities", num_modalities)
@@ -116,14 +136,16 @@ class UncertaintyGatedFusion(nn.Module):
         check_choice("mean_weight", mean_weight, ("certainty", "uncertainty"))
         check_choice("combine", combine, ("concat", "product"))
         check_flag("detach_std", detach_std)
-        self.num_modalities = num_modalities
-        self.num_labels = num_labels
-        self.latent_dim = latent_dim
-        self.mean_weight = mean_weight
-        self.combine = combine
-        self.detach_std = detach_std
-        check_flag("validate_args", validate_args)
-        self.validate_args = validate_args
+        check_validate_args(validate_args)
+        self._set(
+            num_modalities=num_modalities,
+            num_labels=num_labels,
+            latent_dim=latent_dim,
+            mean_weight=mean_weight,
+            combine=combine,
+            detach_std=detach_std,
+            validate_args=validate_args,
+        )
 
         def head() -> nn.Sequential:
             return nn.Sequential(
@@ -138,6 +160,12 @@ class UncertaintyGatedFusion(nn.Module):
         self.mean_head = head()
         self.std_head = head()
 
+    def reset_parameters(self) -> None:
+        """Gives all parameters their initial distribution; the mean of the prior is 0."""
+        super().reset_parameters()
+        if self.combine == "product":
+            nn.init.zeros_(self.prior_mean)
+
     def extra_repr(self) -> str:
         """The settings, for `repr`."""
         return f"mean_weight={self.mean_weight!r}, combine={self.combine!r}, detach_std={self.detach_std}"
@@ -148,11 +176,11 @@ class UncertaintyGatedFusion(nn.Module):
         """Predicts every label.
 
         Args:
-            latent: Gaussians of shape (B, M, Q, K).
+            latent: Gaussians of shape (B, M, Q, K). In a product a standard deviation of infinity counts as missing.
             uncertainty: Tensor (B,) or (B, Q) in [0, 1], such as :func:`~uncertainty_mm.functional.expected_distance`
-                of a first prediction.
+                of a first prediction, or twice that (see above).
             missing: Bool tensor (B, M), True where a modality is missing: it then contributes nothing to either
-                classifier, as if its columns were not there, or its factor of the product.
+                classifier, as if its factor of the product were not there, or its columns.
 
         Returns:
             Logits of the mixture, of both classifiers, and the weight of the first.
@@ -162,8 +190,8 @@ class UncertaintyGatedFusion(nn.Module):
             TypeError: If a dtype is wrong.
         """
         sizes = {"M": self.num_modalities, "Q": self.num_labels, "K": self.latent_dim}
-        check_latent(latent, missing, sizes, self.validate_args)
-        check_like_parameters("latent", latent.mean, next(self.mean_head.parameters()))
+        product = self.combine == "product"
+        check_latent(latent, missing, sizes, self.validate_args, infinite=product)
         per_sample = isinstance(uncertainty, Tensor) and uncertainty.dim() == 1
         check_tensor(
             "uncertainty",
@@ -175,7 +203,7 @@ class UncertaintyGatedFusion(nn.Module):
         )
         if checks_values(uncertainty, self.validate_args):
             check_range("uncertainty", uncertainty, 0, 1)
-        if self.combine == "product":
+        if product:
             latent = latent._product(missing, self.prior_mean)
             latent, missing = DiagonalGaussian(*(x.unsqueeze(1) for x in latent)), None
         mean_logits = self._classify(self.mean_head, latent.mean, missing)
@@ -196,7 +224,7 @@ class UncertaintyGatedFusion(nn.Module):
         if missing is not None:
             parts = parts.masked_fill(missing[:, :, None, None], 0)
         logits: Tensor = head(parts.transpose(1, 2).flatten(2)).squeeze(-1)
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return at_least_float32(logits)
 
 
 def _mixture_logits(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:

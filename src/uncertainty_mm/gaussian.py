@@ -18,22 +18,20 @@ from uncertainty_mm._checks import (
     check_finite,
     check_flag,
     check_gaussian,
+    check_gaussians,
     check_like_parameters,
     check_missing,
     check_number,
     check_positive_int,
-    check_range,
     check_tensor,
+    check_validate_args,
     checks_values,
 )
-from uncertainty_mm.functional import distribution_embedding, unit
+from uncertainty_mm._component import Component
+from uncertainty_mm.functional import at_least_float32, distribution_embedding, unit
 
 # Upper limit of the standard deviations of GaussianDecoupler; within float16.
 _MAX_STD = 1e4
-
-
-def _at_least_float32(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 class DiagonalGaussian(NamedTuple):
@@ -57,12 +55,12 @@ class DiagonalGaussian(NamedTuple):
     @property
     def variance(self) -> Tensor:
         r"""Variance :math:`\sigma^2` in at least float32, shape (..., K)."""
-        return _at_least_float32(self.std).square()
+        return at_least_float32(self.std).square()
 
     @property
     def log_var(self) -> Tensor:
         r"""Logarithm of the variance :math:`\log \sigma^2` in at least float32, shape (..., K)."""
-        return 2 * _at_least_float32(self.std).log()
+        return 2 * at_least_float32(self.std).log()
 
     def rsample(self) -> Tensor:
         r"""One draw :math:`\mu + \sigma \epsilon` with :math:`\epsilon \sim \mathcal N(0, 1)`, shape (..., K).
@@ -83,13 +81,16 @@ class DiagonalGaussian(NamedTuple):
             \mathrm{KL}\bigl(\mathcal N(\mu, \sigma^2) \,\|\, \mathcal N(0, 1)\bigr)
             = \tfrac12 \sum_k \mu_k^2 + \sigma_k^2 - 1 - \log \sigma_k^2
 
+        Near the prior the terms cancel: in float32 the relative error is up to 6e-5 at a standard deviation of 1.001
+        and 4e-3 at 1.00001.
+
         Raises:
             ValueError: If shapes or devices disagree, a value is not finite, or `std` is negative.
             TypeError: If a dtype is wrong.
         """
         check_gaussian(self.mean, self.std)
-        mean, log_var = _at_least_float32(self.mean), self.log_var
-        # variance - 1 as expm1: near the prior, where the terms cancel, nothing is lost
+        mean, log_var = at_least_float32(self.mean), self.log_var
+        # variance - 1 as expm1, because the terms cancel near the prior
         return 0.5 * (mean.square() + torch.expm1(log_var) - log_var).sum(-1)
 
     def embedding(self, use_mean: bool = True, use_std: bool = True, joint: bool = False) -> Tensor:
@@ -132,6 +133,10 @@ class DiagonalGaussian(NamedTuple):
         Each modality counts by its precision; a missing one does not count, and without any the prior remains. Computed
         by a softmax over log-precisions, which neither overflows nor divides by zero.
 
+        The standard deviation does not know whether the means agree: it is the same for +3 and -3 as for +3 and +3.
+        And every factor counts as an independent one: :math:`M` copies of one Gaussian have :math:`M` times its
+        precision. :func:`~uncertainty_mm.functional.reduced_chi2` measures the disagreement.
+
         Source: Hinton 2002, doi 10.1162/089976602760128018; with missing modalities: Wu and Goodman 2018,
         arXiv 1802.05335.
 
@@ -140,11 +145,12 @@ class DiagonalGaussian(NamedTuple):
             prior_mean: Mean of the prior, broadcastable to (B, Q, K); None for 0. Its standard deviation is 1.
 
         Returns:
-            Gaussians of shape (B, Q, K), for a latent of shape (B, M, Q, K).
+            Gaussians of shape (B, Q, K), for a latent of shape (B, M, Q, K). A standard deviation of infinity counts as
+            missing; one of 0 decides alone: the result has the mean of those of 0, and a standard deviation of 0.
 
         Raises:
-            ValueError: If shapes or devices disagree, or, where no modality is missing, a value is not finite or `std`
-                is negative.
+            ValueError: If shapes or devices disagree, or, where no modality is missing, a mean is not finite or `std`
+                is negative or NaN.
             TypeError: If a dtype is wrong.
 
         Example:
@@ -155,7 +161,7 @@ class DiagonalGaussian(NamedTuple):
             DiagonalGaussian(mean=tensor([[[0.]]]), std=tensor([[[1.]]]))
         """
         sizes: dict[str, int] = {}
-        check_latent(self, missing, sizes, False, prefix="")
+        check_gaussians(self.mean, self.std, missing, sizes, infinite=True)
         if prior_mean is not None:
             _check_prior_mean(prior_mean, sizes, self.mean.device)
         return self._product(missing, prior_mean)
@@ -166,14 +172,54 @@ class DiagonalGaussian(NamedTuple):
         if missing is not None:
             left_out = missing[:, :, None, None]
             mean, std = mean.masked_fill(left_out, 0), std.masked_fill(left_out, math.inf)
-        log_precision = -2 * _at_least_float32(std).log()
+        decided = (std == 0).any(1)
+        wide = at_least_float32(std)
+        # a softmax over the infinite log-precision of 0 is NaN; that of the smallest number is all but infinite
+        log_precision = -2 * wide.clamp_min(torch.finfo(wide.dtype).tiny).log()
         log_precision = F.pad(log_precision, (0, 0, 0, 0, 1, 0))  # log 1, of the prior, comes first
         weight = log_precision.softmax(1)
-        fused = (weight[:, 1:] * _at_least_float32(mean)).sum(1)
+        fused = (weight[:, 1:] * at_least_float32(mean)).sum(1)
         if prior_mean is not None:
             fused = fused + weight[:, 0] * prior_mean
         std = torch.exp(-0.5 * log_precision.logsumexp(1))
+        std = std.masked_fill(decided, 0)
         return DiagonalGaussian(fused.to(self.mean.dtype), std.to(self.std.dtype))
+
+    def inflated(self, factor: Tensor) -> DiagonalGaussian:
+        r"""The same means, less sure: every variance multiplied by the factor of its modality.
+
+        .. math::
+            \sigma' = \sigma \sqrt{s}
+
+        Args:
+            factor: :math:`s`, tensor (B, M), above 0. 1 changes no bit; infinity makes the standard deviation infinite,
+                which in a :meth:`product` is a missing modality.
+
+        Returns:
+            Gaussians of the shape of these, (B, M, Q, K).
+
+        Raises:
+            ValueError: If shapes or devices disagree, or a factor is not above 0.
+            TypeError: If a dtype is wrong.
+
+        Example:
+            >>> latent = DiagonalGaussian(torch.ones(1, 2, 1, 1), torch.ones(1, 2, 1, 1))
+            >>> latent.inflated(torch.tensor([[4.0, torch.inf]])).std.flatten()
+            tensor([2., inf])
+        """
+        sizes: dict[str, int] = {}
+        check_tensor("mean", self.mean, "floating", "B M Q K", sizes)
+        check_tensor("std", self.std, "floating", "B M Q K", sizes, self.mean.device)
+        check_tensor("factor", factor, "floating", "B M", sizes, self.mean.device)
+        if checks_values(factor) and not (factor > 0).all():
+            wrong = factor[~(factor > 0)][0].item()
+            raise ValueError(f"Expected `factor` to be above 0, but got {wrong}")
+        std = at_least_float32(self.std)
+        root = factor.to(std.dtype).sqrt()[:, :, None, None]
+        infinite = (std == math.inf) | (root == math.inf)  # filled, since 0 times infinity is NaN
+        std = std.masked_fill(infinite, 1) * root.masked_fill(root == math.inf, 1)
+        std = std.masked_fill(infinite, math.inf)
+        return DiagonalGaussian(self.mean, std.to(self.std.dtype))
 
     def to_distribution(self) -> Independent[Normal]:
         """The same as a `torch.distributions` object with batch shape (...) and event shape (K,).
@@ -203,8 +249,9 @@ def check_latent(
     latent: DiagonalGaussian,
     missing: Tensor | None,
     sizes: dict[str, int],
-    validate_args: bool,
-    prefix: str = "latent.",
+    validate_args: bool | None,
+    *,
+    infinite: bool = False,
 ) -> None:
     """Checks a Gaussian of shape (B, M, Q, K) and the mask of its missing modalities."""
     mean, std = getattr(latent, "mean", None), getattr(latent, "std", None)
@@ -212,14 +259,7 @@ def check_latent(
         raise TypeError(
             f"Expected `latent` to be a DiagonalGaussian, but got {type(latent).__name__}"
         )
-    check_tensor(f"{prefix}mean", mean, "floating", "B M Q K", sizes)
-    check_tensor(f"{prefix}std", std, "floating", "B M Q K", sizes, mean.device)
-    check_missing(missing, sizes, mean.device)
-    if checks_values(mean, validate_args):
-        left_out = None if missing is None else missing[:, :, None, None]
-        check_finite(f"{prefix}mean", mean, left_out)
-        check_finite(f"{prefix}std", std, left_out)
-        check_range(f"{prefix}std", std, 0, math.inf, left_out)
+    check_gaussians(mean, std, missing, sizes, validate_args, prefix="latent.", infinite=infinite)
 
 
 class _ModalityLinear(nn.Module):
@@ -229,7 +269,11 @@ class _ModalityLinear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_modalities, out_dim, in_dim))
         self.bias = nn.Parameter(torch.empty(num_modalities, out_dim))
-        bound = in_dim**-0.5  # as torch.nn.Linear
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws weights and biases anew, as `torch.nn.Linear` does."""
+        bound = self.weight.shape[2] ** -0.5
         nn.init.uniform_(self.weight, -bound, bound)
         nn.init.uniform_(self.bias, -bound, bound)
 
@@ -239,10 +283,11 @@ class _ModalityLinear(nn.Module):
         return f"num_modalities={modalities}, in_dim={in_dim}, out_dim={out_dim}"
 
     def forward(self, x: Tensor) -> Tensor:
+        check_like_parameters("z", x, self.weight)  # here, where also a sharded weight is whole
         return torch.baddbmm(self.bias.unsqueeze(1), x, self.weight.transpose(1, 2))
 
 
-class GaussianDecoupler(nn.Module):
+class GaussianDecoupler(Component):
     r"""Encodes every (modality, label) vector as a Gaussian in a latent space.
 
     Each modality has one encoder, shared by its labels: a ReLU network with hidden layers `hidden_dims`, then one
@@ -267,8 +312,9 @@ class GaussianDecoupler(nn.Module):
         min_std: Lower limit of the standard deviation, in (0, 1).
         normalize_mean: Give every mean the length :math:`\sqrt K`. It then says what was seen but not how clearly; only
             the standard deviation can, which makes it mean something where it acts
-            (:meth:`DiagonalGaussian.product`).
-        validate_args: Look at values (NaN, infinity) also on an accelerator, at the price of a wait for it.
+            (:meth:`DiagonalGaussian.product`). The paper does not.
+        validate_args: Look at values (NaN, infinity): on the CPU only (None), never (False), or everywhere (True), at
+            the price of a wait for an accelerator.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -283,6 +329,13 @@ class GaussianDecoupler(nn.Module):
         True
     """
 
+    num_modalities: int
+    in_dim: int
+    latent_dim: int
+    min_std: float
+    normalize_mean: bool
+    validate_args: bool | None
+
     def __init__(
         self,
         num_modalities: int,
@@ -292,8 +345,8 @@ class GaussianDecoupler(nn.Module):
         hidden_dims: Sequence[int] = (128,),
         dropout: float = 0.1,
         min_std: float = 1e-4,
-        normalize_mean: bool = False,
-        validate_args: bool = False,
+        normalize_mean: bool = True,
+        validate_args: bool | None = None,
     ) -> None:
         super().__init__()
         check_positive_int("num_modalities", num_modalities)
@@ -306,13 +359,15 @@ class GaussianDecoupler(nn.Module):
         check_dropout(dropout)
         check_number("min_std", min_std, "in (0, 1)", isinstance(min_std, Real) and 0 < min_std < 1)
         check_flag("normalize_mean", normalize_mean)
-        self.num_modalities = num_modalities
-        self.in_dim = in_dim
-        self.latent_dim = latent_dim
-        self.min_std = min_std
-        self.normalize_mean = normalize_mean
-        check_flag("validate_args", validate_args)
-        self.validate_args = validate_args
+        check_validate_args(validate_args)
+        self._set(
+            num_modalities=num_modalities,
+            in_dim=in_dim,
+            latent_dim=latent_dim,
+            min_std=min_std,
+            normalize_mean=normalize_mean,
+            validate_args=validate_args,
+        )
         layers: list[nn.Module] = []
         size = in_dim
         for hidden_dim in hidden_dims:
@@ -346,7 +401,6 @@ class GaussianDecoupler(nn.Module):
         """
         sizes = {"M": self.num_modalities, "in_dim": self.in_dim}
         check_tensor("z", z, "floating", "B M Q in_dim", sizes)
-        check_like_parameters("z", z, self.mean_head.weight)
         check_missing(missing, sizes, z.device)
         left_out = None if missing is None else missing[:, :, None, None]
         if checks_values(z, self.validate_args):
@@ -365,7 +419,7 @@ class GaussianDecoupler(nn.Module):
         return DiagonalGaussian(mean, std)
 
     def _bounded_std(self, raw: Tensor) -> Tensor:
-        wide = _at_least_float32(raw)
+        wide = at_least_float32(raw)
         half_range = torch.full_like(wide, 2 * math.log(_MAX_STD))
         half_range = half_range.masked_fill(raw < 0, -2 * math.log(self.min_std))
         x = wide / half_range

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
 
 from uncertainty_mm._checks import (
     check_choice,
@@ -15,12 +18,18 @@ from uncertainty_mm._checks import (
     check_positive,
     check_range,
     check_tensor,
+    check_validate_args,
     checks_values,
 )
+from uncertainty_mm._component import Component
+from uncertainty_mm.distributed import gather_rows, largest_of_ranks, world_size
 from uncertainty_mm.functional import ordinality_divergence, soft_rank
 
+Mode = Literal["rank", "standardized", "raw", "pearson"]
+Pair = Literal["SR", "DR", "DS"]
 
-class SoftRankOrdinalityLoss(nn.Module):
+
+class SoftRankOrdinalityLoss(Component):
     r"""Asks that a batch is ordered alike by three views of certainty.
 
     With one number per sample of the batch for each view,
@@ -35,23 +44,35 @@ class SoftRankOrdinalityLoss(nn.Module):
     .. math::
         \sum_{(X, Y) \in \text{pairs}} \mathrm{KL}(P_X \| P_Y) + \mathrm{KL}(P_Y \| P_X) \qquad \text{(Eq. 15)}
 
-    The mode chooses :math:`f`, with :math:`\tau` the temperature:
+    The mode chooses :math:`f`, with :math:`\tau` the temperature and :math:`Z(X)` the scores with mean 0 and variance 1
+    over the batch:
 
     - `"raw"`: :math:`f(X) = X / \tau`, Eq. 15 to the letter for :math:`\tau = 1`. It is zero only for
-      :math:`S = R + \text{const}` and its gradient is of order :math:`1/B`.
-    - `"standardized"`: :math:`f(X) = Z(X) / \tau`, the scores with mean 0 and variance 1 over the batch.
+      :math:`S = R + \text{const}`. The norm of many standard deviations hardly varies from sample to sample, so
+      :math:`P_S` is nearly uniform and little of the gradient reaches :math:`\sigma`.
+    - `"standardized"`: :math:`f(X) = Z(X) / \tau`.
     - `"rank"`: the soft rank of :math:`Z(X)` at temperature :math:`\tau`, scaled to [0, 1]; zero when both views rank
-      alike, whatever their shapes, as :math:`\tau \to 0`.
+      alike, whatever their shapes, as :math:`\tau \to 0`. Takes :math:`O(B \log B)` time and :math:`O(B)` memory.
+    - `"pearson"`: no divergence, but :math:`1 - \operatorname{corr}(X, Y)`, Pearson's correlation over the batch; 0 to
+      2 for every pair, without a temperature. A score that is equal for all samples correlates with nothing: the pair
+      then costs 1, with zero gradient.
 
-    The last two do not change under a positive affine map of a score. :math:`R` is history and receives no gradient.
+    All but the first do not change under a positive affine map of a score. :math:`R` is history and receives no
+    gradient.
 
-    Source: Huang et al. 2025, arXiv 2502.13954, section 3.4.2.
+    Source: Huang et al. 2025, arXiv 2502.13954, section 3.4.2; `"pearson"`: the form of SURE, Nguyen et al. 2025, "Are
+    you SURE? Enhancing multimodal pretraining with missing modalities through uncertainty estimation".
 
     Args:
-        mode: `"rank"`, `"standardized"` or `"raw"`.
+        mode: `"rank"`, `"standardized"`, `"raw"` or `"pearson"`.
         pairs: Which views are compared: any of `"SR"`, `"DR"`, `"DS"`.
-        temperature: Divides the scores before the soft rank (`"rank"`) or the softmax (the others).
-        validate_args: Look at values also on an accelerator, at the price of a wait for it.
+        temperature: Divides the scores before the soft rank (`"rank"`) or the softmax (`"standardized"`, `"raw"`).
+        gather: Under `torch.distributed`, compare the samples of all ranks, which may have batches of different sizes.
+            Every rank gets the loss of the joined batch; after averaging over ranks, as `DistributedDataParallel` does,
+            the gradient is that of one process on the joined batch. All ranks must call it, and the host waits for the
+            largest size. Without it, samples are ordered within the batch of each rank, which is another objective.
+        process_group: Ranks that `gather` joins; None is all of them.
+        validate_args: Look at values: None on the CPU only (elsewhere it costs a wait), False never, True everywhere.
 
     Raises:
         ValueError: If an argument is out of range or unknown.
@@ -59,24 +80,32 @@ class SoftRankOrdinalityLoss(nn.Module):
 
     Example:
         >>> loss = SoftRankOrdinalityLoss()
-        >>> std_norm = torch.tensor([1.0, 2.0, 4.0])
-        >>> distance = torch.tensor([0.1, 0.3, 0.5])
-        >>> agrees = loss(std_norm, distance, correctness=torch.tensor([0.9, 0.6, 0.2]))
-        >>> differs = loss(std_norm, distance, correctness=torch.tensor([0.2, 0.6, 0.9]))
+        >>> views = {"std_norm": torch.tensor([1.0, 2.0, 4.0]), "distance": torch.tensor([0.1, 0.3, 0.5])}
+        >>> agrees = loss(**views, correctness=torch.tensor([0.9, 0.6, 0.2]))
+        >>> differs = loss(**views, correctness=torch.tensor([0.2, 0.6, 0.9]))
         >>> bool(agrees < differs)
         True
     """
 
+    mode: Mode
+    pairs: tuple[Pair, ...]
+    temperature: float
+    gather: bool
+    process_group: dist.ProcessGroup | None
+    validate_args: bool | None
+
     def __init__(
         self,
         *,
-        mode: str = "rank",
-        pairs: Sequence[str] = ("SR", "DR"),
+        mode: Mode = "rank",
+        pairs: Sequence[Pair] = ("SR",),
         temperature: float = 1.0,
-        validate_args: bool = False,
+        gather: bool = False,
+        process_group: dist.ProcessGroup | None = None,
+        validate_args: bool | None = None,
     ) -> None:
         super().__init__()
-        check_choice("mode", mode, ("rank", "standardized", "raw"))
+        check_choice("mode", mode, ("rank", "standardized", "raw", "pearson"))
         if isinstance(pairs, str) or not isinstance(pairs, Sequence):
             raise TypeError(
                 f"Expected `pairs` to be a sequence such as ('SR', 'DR'), but got {pairs!r}"
@@ -88,18 +117,31 @@ class SoftRankOrdinalityLoss(nn.Module):
         if len(set(pairs)) < len(pairs):
             raise ValueError(f"Expected `pairs` to name each pair once, but got {tuple(pairs)}")
         check_positive("temperature", temperature)
-        self.mode = mode
-        self.pairs = tuple(pairs)
-        self.temperature = temperature
-        check_flag("validate_args", validate_args)
-        self.validate_args = validate_args
+        check_flag("gather", gather)
+        check_validate_args(validate_args)
+        self._set(
+            mode=mode,
+            pairs=tuple(pairs),
+            temperature=temperature,
+            gather=gather,
+            process_group=process_group,
+            validate_args=validate_args,
+        )
 
     def extra_repr(self) -> str:
         """The settings, for `repr`."""
-        return f"mode={self.mode!r}, pairs={self.pairs}, temperature={self.temperature}"
+        return (
+            f"mode={self.mode!r}, pairs={self.pairs}, temperature={self.temperature}, "
+            f"gather={self.gather}"
+        )
 
     def forward(
-        self, std_norm: Tensor, distance: Tensor, correctness: Tensor, mask: Tensor | None = None
+        self,
+        *,
+        std_norm: Tensor,
+        distance: Tensor,
+        correctness: Tensor,
+        mask: Tensor | None = None,
     ) -> Tensor:
         r"""Computes the loss of one batch.
 
@@ -122,37 +164,65 @@ class SoftRankOrdinalityLoss(nn.Module):
         device = std_norm.device
         check_tensor("distance", distance, "floating", "B", sizes, device)
         check_tensor("correctness", correctness, "floating", "B", sizes, device)
-        if mask is not None:
-            check_tensor("mask", mask, "bool", "B", sizes, device)
+        if mask is None:
+            mask = torch.zeros_like(std_norm, dtype=torch.bool)
+        check_tensor("mask", mask, "bool", "B", sizes, device)
         if checks_values(std_norm, self.validate_args):
             check_finite("std_norm", std_norm, mask)
-            kept = std_norm if mask is None else std_norm[~mask]
-            if (kept <= 0).any():
-                raise ValueError(f"Expected `std_norm` to be above 0, but got {kept.min().item()}")
+            if ((std_norm <= 0) & ~mask).any():
+                lowest = std_norm[~mask].min().item()
+                raise ValueError(f"Expected `std_norm` to be above 0, but got {lowest}")
             check_range("distance", distance, 0, 1, mask)
             check_range("correctness", correctness, 0, 1, mask)
         dtype = torch.promote_types(std_norm.dtype, torch.float32)
-        std_norm, distance, correctness = (x.to(dtype) for x in (std_norm, distance, correctness))
+        # What is left out is filled before any arithmetic: its derivative would be NaN times 0.
+        rows = torch.stack([x.to(dtype) for x in (std_norm, distance, correctness.detach())], 1)
+        rows = rows.masked_fill(mask.unsqueeze(1), 1)
+        if self.gather and world_size() > 1:
+            rows, mask = _joined(rows, mask)
+        std_norm, distance, correctness = rows.unbind(1)
         scores = {
             "S": std_norm.clamp_min(torch.finfo(dtype).tiny).reciprocal(),
             "D": 1 - distance,
-            "R": correctness.detach(),
+            "R": correctness,
         }
-        scores = {name: self._transform(score, mask) for name, score in scores.items()}
-        terms = [
-            ordinality_divergence(scores[pair[0]], scores[pair[1]], mask=mask)
-            for pair in self.pairs
-        ]
+        count = (~mask).sum()
+        scores = {
+            name: self._transform(scores[name], mask, count)
+            for name in dict.fromkeys("".join(self.pairs))
+        }
+        terms = []
+        for one, other in self.pairs:
+            if self.mode == "pearson":
+                correlation = (scores[one] * scores[other]).sum() / count.clamp_min(1)
+                terms.append((1 - correlation) * (count > 1))
+            else:
+                terms.append(
+                    ordinality_divergence(
+                        scores[one], scores[other], mask=mask, validate_args=False
+                    )
+                )
         return torch.stack(terms).sum()
 
-    def _transform(self, score: Tensor, mask: Tensor | None) -> Tensor:
+    def _transform(self, score: Tensor, mask: Tensor, count: Tensor) -> Tensor:
         if self.mode == "raw":
             return score / self.temperature
-        kept = torch.ones_like(score, dtype=torch.bool) if mask is None else ~mask
-        score = _standardize(score, kept)
+        score = _standardize(score, ~mask)
+        if self.mode == "pearson":
+            return score
         if self.mode == "standardized":
             return score / self.temperature
-        return (soft_rank(score, self.temperature, mask=mask) - 1) / (kept.sum() - 1).clamp_min(1)
+        ranks = soft_rank(score, self.temperature, mask=mask, validate_args=False)
+        return (ranks - 1) / (count - 1).clamp_min(1)
+
+
+def _joined(rows: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows and mask of all ranks; smaller batches are filled up with samples that are left out."""
+    padding = largest_of_ranks(rows.shape[0], rows.device) - rows.shape[0]
+    rows, left_out = gather_rows(
+        F.pad(rows, (0, 0, 0, padding), value=1.0), F.pad(mask.long(), (0, padding), value=1)
+    )
+    return rows, left_out > 0
 
 
 def _standardize(score: Tensor, kept: Tensor) -> Tensor:

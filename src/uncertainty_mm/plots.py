@@ -27,8 +27,9 @@ from uncertainty_mm._checks import (
     check_range,
     check_tensor,
 )
-from uncertainty_mm.metrics import functional as measures
-from uncertainty_mm.metrics._binning import check_predictions, equal_mass, equal_width, histogram
+from uncertainty_mm.metrics import functional
+from uncertainty_mm.metrics._binning import equal_mass, equal_width, histogram
+from uncertainty_mm.metrics._inputs import check_predictions, predictions
 
 __all__ = [
     "attention_map",
@@ -54,8 +55,9 @@ def reliability_diagram(
     probs: Array,
     labels: Array,
     label_names: Sequence[str] | None = None,
-    bins: int = 10,
+    n_bins: int = 10,
     *,
+    unknown: Array | None = None,
     ax: Sequence[Axes] | AxesArray | None = None,
 ) -> AxesArray:
     """How often a label is present where it is predicted with probability p, one panel a label.
@@ -68,7 +70,8 @@ def reliability_diagram(
         probs: (N, Q) probabilities in [0, 1].
         labels: (N, Q) of 0 and 1.
         label_names: Q names, for the titles.
-        bins: Number of bins.
+        n_bins: Number of bins.
+        unknown: (N, Q) bool, True where a label is not known. What stands there is not drawn.
         ax: Q Axes to draw into.
 
     Returns:
@@ -87,13 +90,15 @@ def reliability_diagram(
         >>> axes[0].figure.savefig("reliability.png")  # doctest: +SKIP
     """
     p, y = _tensor("probs", probs).double(), _tensor("labels", labels)
-    check_predictions(p, y)
-    check_positive_int("bins", bins)
+    out = None if unknown is None else _tensor("unknown", unknown)
+    check_predictions(p, y, out, validate_args=True)
+    check_positive_int("n_bins", n_bins)
     _check_samples("probs", p)
     names = _names("label_names", label_names, p.shape[1], "label")
     axes = _panels(ax, p.shape[1], height=3.0)
-    errors = measures.calibration_error(p, y, bins=bins, average="none")
-    sums = histogram(p, y, equal_width(p, bins), bins)[:3].numpy()
+    errors = functional.calibration_error(p, y, out, n_bins=n_bins, average="none")
+    known = predictions(p, y, out)
+    sums = histogram(*known, equal_width(known[0], n_bins), n_bins)[:3].numpy()
     for panel, name, error, (count, positives, expected) in zip(
         axes, names, errors.tolist(), sums.swapaxes(0, 1), strict=True
     ):
@@ -138,8 +143,8 @@ def _draw_counts(ax: Axes, count: npt.NDArray[Any]) -> None:
 
 
 def risk_coverage(
-    errors: Array,
     uncertainty: Array | Mapping[str, Array],
+    errors: Array,
     *,
     ax: Axes | None = None,
 ) -> Axes:
@@ -149,8 +154,8 @@ def risk_coverage(
     :func:`~uncertainty_mm.metrics.functional.risk_coverage`.
 
     Args:
-        errors: (N,) errors, 0 and 1 or graded.
         uncertainty: (N,) uncertainties, or several by name.
+        errors: (N,) errors, 0 and 1 or graded.
         ax: Axes to draw into.
 
     Returns:
@@ -162,7 +167,7 @@ def risk_coverage(
 
     Example:
         >>> from uncertainty_mm import plots
-        >>> ax = plots.risk_coverage([0, 1, 1], {"entropy": [0.2, 0.5, 0.9], "constant": [1, 1, 1]})
+        >>> ax = plots.risk_coverage({"entropy": [0.2, 0.5, 0.9], "constant": [1, 1, 1]}, [0, 1, 1])
         >>> [line.get_label() for line in ax.lines][:2]
         ['entropy (AURC 0.389)', 'constant (AURC 0.667)']
     """
@@ -171,9 +176,9 @@ def risk_coverage(
         raise ValueError("Expected `uncertainty` to name at least one uncertainty, but got none")
     error = _tensor("errors", errors)
     scores = {name: _tensor(f"uncertainty[{name!r}]", value) for name, value in named.items()}
-    curves = {name: measures.risk_coverage(error, score) for name, score in scores.items()}
+    curves = {name: functional.risk_coverage(score, error) for name, score in scores.items()}
     _check_samples("errors", error)
-    best = measures.risk_coverage(error, error)
+    best = functional.risk_coverage(error, error)
     ax = _figure(5, 3.6).subplots() if ax is None else _one(ax)
     for index, (name, curve) in enumerate(curves.items()):
         ax.plot(
@@ -257,7 +262,7 @@ def uncertainty_against_noise(
             panel.scatter(a.numpy(), b.numpy(), s=8, color="0.6", linewidths=0, alpha=0.6)
         middle, median = _running_median(a, b)
         panel.plot(middle, median, color=COLORS[1], marker="o", markersize=4, label="median")
-        panel.set_title(f"{name} (Spearman {measures.spearman(a, b):.2f})", fontsize="medium")
+        panel.set_title(f"{name} (Spearman {functional.spearman(a, b):.2f})", fontsize="medium")
         panel.set(xlabel="noise level", ylabel="norm of standard deviation")
         panel.yaxis.set_major_formatter(LogFormatter())
         panel.yaxis.set_minor_formatter(LogFormatter())
@@ -278,8 +283,8 @@ def modality_attribution(
 
     Args:
         levels: (L,) levels of the corruption.
-        shares: (L, M) shares in [0, 1], such as the mean over samples of
-            :func:`~uncertainty_mm.metrics.functional.modality_attribution`.
+        shares: (L, M) shares in [0, 1], of a row at most 1 together, such as the mean of
+            :func:`~uncertainty_mm.metrics.functional.modality_attribution` over samples with the same modalities.
         modality_names: M names, for the legend.
         ax: Axes to draw into.
 
@@ -287,7 +292,8 @@ def modality_attribution(
         The Axes.
 
     Raises:
-        ValueError: If shapes disagree, a level is not finite, or a share is out of range.
+        ValueError: If shapes disagree, a level is not finite, a share is out of range, or those of a row add up to more
+            than 1, as means over samples do of which each modality has others.
         TypeError: If a type is wrong.
 
     Example:
@@ -302,6 +308,11 @@ def modality_attribution(
     check_tensor("shares", y, "floating", "L M", sizes)
     check_finite("levels", x)
     check_range("shares", y, 0, 1)
+    if (y.sum(1) > 1.01).any():  # more than shares in half precision are off
+        raise ValueError(
+            f"Expected `shares` to add up to at most 1 in every row, but got {y.sum(1).max():.2f}; "
+            "take their mean over samples that have the same modalities"
+        )
     names = _names("modality_names", modality_names, y.shape[1], "modality")
     ax = _figure(5, 3.6).subplots() if ax is None else _one(ax)
     for index, name in enumerate(names):
@@ -356,7 +367,7 @@ def latent_tsne(
     sizes: dict[str, int] = {}
     check_tensor("embeddings", points, "floating", "B M Q E", sizes)
     modalities, labels = points.shape[1:3]
-    kept = torch.ones(points.shape[:3], dtype=torch.bool)
+    kept = torch.ones(points.shape[:3], dtype=torch.bool, device=points.device)
     if shown is not None:
         kept = check_tensor("shown", _tensor("shown", shown), "bool", "B M Q", sizes)
     points = points[kept]
@@ -434,6 +445,7 @@ def label_correlation(
     probs: Array,
     label_names: Sequence[str] | None = None,
     *,
+    unknown: Array | None = None,
     ax: Sequence[Axes] | AxesArray | None = None,
 ) -> AxesArray:
     """Correlations between labels, as they are and as they are predicted.
@@ -445,6 +457,8 @@ def label_correlation(
         labels: (N, Q) of 0 and 1.
         probs: (N, Q) predictions in [0, 1], probabilities or decisions.
         label_names: Q names.
+        unknown: (N, Q) bool, True where a label is not known. Two labels are compared, true and predicted, over the
+            samples in which both are known.
         ax: Two Axes to draw into.
 
     Returns:
@@ -462,11 +476,13 @@ def label_correlation(
         'predicted (cosine similarity 1.00)'
     """
     p, y = _tensor("probs", probs).double(), _tensor("labels", labels).double()
-    check_predictions(p, y)
+    out = None if unknown is None else _tensor("unknown", unknown)
+    check_predictions(p, y, out, validate_args=True)
     if min(p.shape) < 2:
         raise ValueError(f"Expected `probs` to be at least (2, 2), but got {tuple(p.shape)}")
     names = _names("label_names", label_names, p.shape[1], "label")
-    true, predicted = _correlation(y), _correlation(p)
+    p, present, known = predictions(p, y, out)
+    true, predicted = _correlation(present.double(), known), _correlation(p, known)
     used = ~np.eye(len(names), dtype=bool) & np.isfinite(true) & np.isfinite(predicted)
     a, b = true[used], predicted[used]
     norm = np.linalg.norm(a) * np.linalg.norm(b)
@@ -504,6 +520,8 @@ def _tensor(name: str, value: Array) -> Tensor:
         if value.is_complex():
             raise TypeError(f"Expected `{name}` to hold numbers, but got {value.dtype}")
         return value.detach().cpu()
+    if isinstance(value, list | tuple) and value and isinstance(value[0], Tensor):
+        return torch.stack([_tensor(name, each) for each in value])
     try:
         array = np.array(value)
     except ValueError as error:
@@ -591,12 +609,18 @@ def _wilson(
 def _running_median(x: Tensor, y: Tensor) -> tuple[list[float], list[float]]:
     levels, index = x.unique(return_inverse=True)
     if len(levels) > GROUPS:
-        index = equal_mass(x.unsqueeze(1), GROUPS).squeeze(1)
+        column = x.unsqueeze(1)
+        index = equal_mass(column, column.isfinite(), GROUPS).squeeze(1)
     parts = [(x[index == i].numpy(), y[index == i].numpy()) for i in index.unique()]
     return [float(np.median(a)) for a, _ in parts], [float(np.median(b)) for _, b in parts]
 
 
-def _correlation(columns: Tensor) -> npt.NDArray[Any]:
-    with np.errstate(invalid="ignore", divide="ignore"):
-        correlation: npt.NDArray[Any] = np.corrcoef(columns.numpy(), rowvar=False)
+def _correlation(columns: Tensor, known: Tensor) -> npt.NDArray[Any]:
+    """Pearson's correlation of all pairs of columns, over the rows that both have; nan if one is constant there."""
+    w = known.double()
+    x = (columns - columns.sum(0) / w.sum(0)).masked_fill(~known, 0)
+    count, sums, squares = w.T @ w, x.T @ w, x.square().T @ w
+    covariance = x.T @ x - sums * sums.T / count
+    variance = squares - sums.square() / count
+    correlation: npt.NDArray[Any] = (covariance / (variance * variance.T).sqrt()).numpy()
     return correlation

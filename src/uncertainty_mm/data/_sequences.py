@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from os import PathLike
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from uncertainty_mm._files import kind_of
 from uncertainty_mm.data.dataset import MultimodalDataset
 
 Path = str | PathLike[str]
@@ -21,6 +23,15 @@ MODALITIES = {
     "text": ("text", "src-text"),
     "audio": ("audio", "src-audio"),
     "vision": ("vision", "src-visual"),
+}
+# Name that a source may give to a split: ours.
+SPLIT_NAMES = {
+    "train": "train",
+    "valid": "validation",
+    "validation": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "test": "test",
 }
 # Name of a split: its key in the files.
 SPLIT_KEYS = {"train": "train", "validation": "valid", "test": "test"}
@@ -47,10 +58,17 @@ def need(ok: object, path: Path, problem: str) -> None:
         raise ValueError(f"{path}: {problem}")
 
 
+def tensor_array(tensor: Tensor) -> NDArray[Any]:
+    """The numbers of a tensor, wherever it is; bfloat16, which NumPy lacks, as float32."""
+    tensor = tensor.detach().cpu()
+    array: NDArray[Any] = (tensor.float() if tensor.dtype is torch.bfloat16 else tensor).numpy()
+    return array
+
+
 def plain_array(value: Any) -> NDArray[Any]:
     """An array of numbers or strings from an array, a tensor, or lists of them; of objects if it is none."""
     if isinstance(value, Tensor):
-        return value.detach().numpy()
+        return tensor_array(value)
     if isinstance(value, np.ndarray) and value.dtype.kind != "O":
         return np.asarray(value)
     try:
@@ -163,15 +181,91 @@ def finish(values: NDArray[np.float32], mask: NDArray[np.bool_]) -> Sequences:
     return Sequences(torch.from_numpy(values), torch.from_numpy(mask), torch.from_numpy(invalid))
 
 
-def report_invalid(path: Path, split: str, name: str, invalid: Tensor) -> None:
-    """Warns of steps that were masked because they were not finite."""
-    if invalid.any():
-        where = f" of the {split} split" if split else ""
+def zero_invalid(
+    values: NDArray[np.float32], mask: NDArray[np.bool_], path: Path, name: str
+) -> None:
+    """Writes 0 in place of values that are not finite, and warns of them; their steps stay (in place)."""
+    wrong = ~np.isfinite(values) & ~mask[..., None]
+    if wrong.any():
         warnings.warn(
-            f"{path}: {int(invalid.sum())} steps of `{name}` in {int(invalid.any(1).sum())} samples{where} "
-            "are not finite and are left out",
+            f"{path}: {wrong.sum()} values of `{name}` in {wrong.any((1, 2)).sum()} samples are not finite "
+            "and are set to 0",
             stacklevel=2,
         )
+        values[wrong] = 0
+
+
+def report_invalid(
+    path: Path, split: str, name: str, invalid: Tensor, padding_mask: Tensor | None = None
+) -> None:
+    """Warns of steps that were masked because they were not finite.
+
+    Args:
+        path: The file, for the message.
+        split: Name of the split, for the message; empty for all samples.
+        name: Name of the modality.
+        invalid: (N, S) bool, steps masked because they were not finite.
+        padding_mask: (N, S) bool, all masked steps; then samples that lose the modality are counted too.
+    """
+    if not invalid.any():
+        return
+    where = f" of the {split} split" if split else ""
+    lost = 0
+    if padding_mask is not None:
+        lost = int((invalid.any(1) & padding_mask.all(1)).sum())
+    warnings.warn(
+        f"{path}: {int(invalid.sum())} steps of `{name}` in {int(invalid.any(1).sum())} samples{where} "
+        "are not finite and are left out" + f"; {lost} samples lose the modality" * (lost > 0),
+        stacklevel=2,
+    )
+    if padding_mask is not None:
+        report_lost(path, split, name, invalid, padding_mask)
+
+
+def report_lost(path: Path, split: str, name: str, invalid: Tensor, padding_mask: Tensor) -> None:
+    """Warns where steps that are not finite leave nothing of a modality."""
+    if invalid.any() and padding_mask.all():
+        where = f"of the {split} split" if split else "at all"
+        warnings.warn(
+            f"{path}: modality `{name}` has no sample left {where}, because its steps are not finite; "
+            'a column that is never finite costs every step, with invalid="value" only itself',
+            stacklevel=2,
+        )
+
+
+def unreadable(path: Path, wanted: str, error: object = "") -> ValueError:
+    """The error for a file of another kind, which is named by its first bytes, or for a damaged one.
+
+    Args:
+        path: The file.
+        wanted: The kind wanted, `".npz"` or `".npy"`.
+        error: What reading it said.
+    """
+    kind = None
+    with suppress(OSError):
+        kind = kind_of(path)
+    if kind not in (None, wanted, "zip"):
+        error = f"this is {kind}"
+    elif "pickle" in str(error):  # NumPy hints at reading it all the same
+        error = "neither numbers nor strings"
+    content = "a plain array" if wanted == ".npy" else "plain arrays"
+    return ValueError(f"{path}: not a readable {wanted} file of {content} ({error})")
+
+
+def named(
+    parts: dict[str, MultimodalDataset], label_names: Sequence[str] | None, path: Path
+) -> dict[str, MultimodalDataset]:
+    """The parts with their labels in the order wanted."""
+    for data in parts.values():
+        need(
+            label_names is None or sorted(data.label_names) == sorted(label_names),
+            path,
+            f"names the labels {data.label_names}, expected {list(label_names or ())}",
+        )
+    return {
+        name: data if label_names is None else data.in_order(label_names)
+        for name, data in parts.items()
+    }
 
 
 def read_modality(
@@ -308,7 +402,7 @@ def assemble(
                 path,
                 f"`{split_key}.{key}` has features of size {dim}, in split `train` {sizes.get(name, 'none')}",
             )
-            report_invalid(path, split, name, each.invalid)
+            report_invalid(path, split, name, each.invalid, each.padding_mask)
             read[name] = each
         ids = part.get("id")
         given = labels[split]

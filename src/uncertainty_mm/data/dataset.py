@@ -2,25 +2,43 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data._utils.collate import default_collate_fn_map
 
-from uncertainty_mm._checks import check_finite, check_labels, check_range, check_tensor
+from uncertainty_mm._checks import (
+    check_finite,
+    check_labels,
+    check_number,
+    check_range,
+    check_tensor,
+    check_unknown,
+    check_validate_args,
+    checks_values,
+)
+
+_CHUNK = 2**22  # numbers of a temporary in MultimodalDataset.statistics
 
 
 class MultimodalBatch(NamedTuple):
     """Samples of a :class:`MultimodalDataset`; a single sample lacks the axis B.
 
+    `torch.utils.data.default_collate`, and with it every stock `DataLoader`, makes a batch of samples: shorter
+    sequences are padded to the longest, and what no sample has stays None.
+
     Attributes:
         features: (B, S_m, D_m) by modality, float32, 0 where masked.
         padding_mask: Bool (B, S_m) by modality, True where a step is to be left out.
-        labels: (B, Q) of 0 and 1.
+        labels: (B, Q) of 0 and 1; 0 where unknown.
         indices: (B,) int64, positions in the data set.
         soft_labels: (B, Q), float32, or None where the data set has none.
+        unknown: Bool (B, Q), True where a label is not known, or None where all are.
     """
 
     features: dict[str, Tensor]
@@ -28,6 +46,36 @@ class MultimodalBatch(NamedTuple):
     labels: Tensor
     indices: Tensor
     soft_labels: Tensor | None = None
+    unknown: Tensor | None = None
+
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> MultimodalBatch:
+        """The batch on a device.
+
+        Args:
+            device: Where to.
+            non_blocking: Does not wait for the copy of pinned memory, as in `torch.Tensor.to`.
+        """
+
+        def moved(part: Any) -> Any:
+            if isinstance(part, dict):
+                return {name: moved(x) for name, x in part.items()}
+            return None if part is None else part.to(device, non_blocking=non_blocking)
+
+        return MultimodalBatch(*map(moved, self))
+
+
+class FeatureStatistics(NamedTuple):
+    """Moments of the features of one modality, over the valid steps of all samples.
+
+    Attributes:
+        mean: (D_m,), float32; 0 where there is no valid step.
+        std: (D_m,), float32, the root of the mean squared deviation; 1 where there is no valid step.
+        count: Number of valid steps.
+    """
+
+    mean: Tensor
+    std: Tensor
+    count: int  # type: ignore[assignment]  # hides a method of tuples that nobody needs
 
 
 class ModalitySummary(NamedTuple):
@@ -56,9 +104,10 @@ class DatasetSummary(NamedTuple):
     Attributes:
         samples: Number of samples N.
         label_counts: Samples with the label, by name.
-        label_shares: The same as a share of all samples, in [0, 1].
-        unlabelled: Samples without any label.
+        label_shares: The same as a share of the samples of which it is known, in [0, 1].
+        unlabelled: Samples without any label, unknown ones aside.
         modalities: A :class:`ModalitySummary` by name.
+        unknown: Samples of which the label is not known, by name.
     """
 
     samples: int
@@ -66,12 +115,14 @@ class DatasetSummary(NamedTuple):
     label_shares: dict[str, float]
     unlabelled: int
     modalities: dict[str, ModalitySummary]
+    unknown: dict[str, int]
 
     def __str__(self) -> str:
         lines = [f"{self.samples} samples, {self.unlabelled} without a label"]
         width = max(map(len, self.label_counts))
         lines += [
             f"  {name:<{width}}  {count:>7}  {self.label_shares[name]:.3f}"
+            + f"  ({self.unknown[name]} unknown)" * (self.unknown[name] > 0)
             for name, count in self.label_counts.items()
         ]
         for name, each in self.modalities.items():
@@ -84,7 +135,7 @@ class DatasetSummary(NamedTuple):
         return "\n".join(lines)
 
 
-def _check_names(argument: str, value: Any, kind: str) -> None:
+def check_names(argument: str, value: Any, kind: str) -> None:
     """Raises unless `value` is a `"mapping"` or a `"sequence"`, such as a list or an array, of names."""
     is_mapping = isinstance(value, Mapping)
     in_order = isinstance(value, Collection) and not isinstance(value, str | Set | Mapping)
@@ -102,7 +153,7 @@ def _check_names(argument: str, value: Any, kind: str) -> None:
 
 def check_parts(parts: Mapping[str, MultimodalDataset]) -> None:
     """Raises unless `parts` holds data sets by the name of their split, at least one."""
-    _check_names("parts", parts, "mapping")
+    check_names("parts", parts, "mapping")
     if not parts:
         raise ValueError("Expected `parts` to name splits, at least one, but got none")
     for name, part in parts.items():
@@ -112,10 +163,19 @@ def check_parts(parts: Mapping[str, MultimodalDataset]) -> None:
             )
 
 
-def _positions(indices: Sequence[int] | Tensor) -> Tensor:
+def check_targets(labels: Tensor, soft_labels: Tensor | None, unknown: Tensor | None) -> None:
+    """Raises unless known labels are 0 or 1, and soft ones at least 0."""
+    hint = "mark a label that is not known in `unknown` (True: leave out), or by NaN in floating labels"
+    check_labels("labels", labels, unknown, hint)
+    if soft_labels is not None:
+        limit = torch.finfo(soft_labels.dtype).max
+        check_range("soft_labels", soft_labels, 0, limit, unknown)
+
+
+def _positions(indices: Sequence[int] | Tensor, device: torch.device) -> Tensor:
     """Rows as a tensor (n,) of int64; a mask or fractions would silently be taken for other rows."""
     try:
-        rows = torch.as_tensor(indices)
+        rows = torch.as_tensor(indices, device=device)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"Expected `indices` to hold integers, but got {indices!r}") from error
     if rows.numel() == 0 and not isinstance(indices, Tensor):
@@ -123,26 +183,39 @@ def _positions(indices: Sequence[int] | Tensor) -> Tensor:
     return check_tensor("indices", rows, "integer", "n", {}).long()
 
 
+def _known(x: Tensor | None, unknown: Tensor | None) -> Tensor | None:
+    """Labels that are 0 where unknown, whatever stood there."""
+    return x if x is None or unknown is None else x.masked_fill(unknown, 0)
+
+
 class MultimodalDataset(Dataset[MultimodalBatch]):
     """Multi-label samples with a sequence for every modality, held as tensors.
 
-    A batch is taken from the tensors at once, without a loop over samples. The tensors may be memory-mapped
-    (:func:`read_folder`); then only the rows of a batch are read.
+    It is a data set of single samples as torch has them: a stock `DataLoader`, `Subset`, `random_split` and
+    `ConcatDataset` take it, and a subclass may override `__getitem__`, to augment samples for instance. The `indices`
+    of a sample stay its position in this data set, also in a part of it or behind another one.
+
+    :meth:`loader` is faster than a stock `DataLoader`: it takes a batch from the tensors at once, without a loop over
+    samples. The tensors may be memory-mapped (:func:`read_folder`); then only the rows of a batch are read.
 
     Args:
         features: (N, S_m, D_m) by modality, floating. Lengths and sizes differ between modalities.
         padding_mask: Bool (N, S_m) by modality, True where a step is to be left out; all True where a sample lacks
             the modality.
-        labels: (N, Q) of 0 and 1.
+        labels: (N, Q) of 0 and 1. NaN in floating labels is unknown.
         label_names: Names of the Q labels, in the order of the columns.
         soft_labels: (N, Q), floating, at least 0: what the labels were made from, such as intensities (0 to 3 in
             CMU-MOSEI) or the share of the raters who named the label.
+        unknown: Bool (N, Q), True where a label is not known; whatever stands in `labels` there is held as 0.
         ids: N names of samples.
+        groups: N integers, such as the user or speaker a sample is of.
         invalid_steps: By modality, steps that are masked because their values were not finite; for the summary.
-        validate_args: False leaves the values of `features` unread (they may lie on a disk).
+        validate_args: Whether to look at the values of features and labels: None on the CPU only, False never (they
+            may lie on a disk), True everywhere.
 
     Raises:
-        ValueError: If shapes disagree, a label is not 0 or 1, a step that is not masked is not finite, or names repeat.
+        ValueError: If shapes disagree, a known label is not 0 or 1, a step that is not masked is not finite, or names
+            repeat.
         TypeError: If an argument has the wrong type.
 
     Example:
@@ -173,25 +246,37 @@ class MultimodalDataset(Dataset[MultimodalBatch]):
         label_names: Sequence[str],
         *,
         soft_labels: Tensor | None = None,
+        unknown: Tensor | None = None,
         ids: Sequence[str] | None = None,
+        groups: Sequence[int] | Tensor | None = None,
         invalid_steps: Mapping[str, int] | None = None,
-        validate_args: bool = True,
+        validate_args: bool | None = None,
     ) -> None:
+        check_validate_args(validate_args)
         for argument, mapping in (("features", features), ("padding_mask", padding_mask)):
-            _check_names(argument, mapping, "mapping")
+            check_names(argument, mapping, "mapping")
         if not features or set(features) != set(padding_mask):
             raise ValueError(
                 "Expected `features` and `padding_mask` to name the same modalities, at least one, "
                 f"but got {sorted(features)} and {sorted(padding_mask)}"
             )
-        _check_names("label_names", label_names, "sequence")
-        if len(set(label_names)) != len(label_names) or not label_names:
+        check_names("label_names", label_names, "sequence")
+        if len(set(label_names)) != len(label_names) or not len(label_names):
             raise ValueError(
                 f"Expected `label_names` to be different names, at least one, but got {list(label_names)}"
             )
         shape = {"Q": len(label_names)}
         device = check_tensor("labels", labels, "number", "N Q", shape).device
-        check_labels("labels", labels)
+        check_unknown(unknown, "N Q", shape, device)
+        if soft_labels is not None:
+            check_tensor("soft_labels", soft_labels, "floating", "N Q", shape, device)
+        if labels.is_floating_point():
+            nan = labels.isnan()
+            if device.type == "meta" or nan.any():
+                unknown = nan if unknown is None else unknown | nan
+        look = checks_values(labels, validate_args)
+        if look:
+            check_targets(labels, soft_labels, unknown)
         for name, x in features.items():
             sizes = {"N": shape["N"]}
             check_tensor(f"features[{name!r}]", x, "floating", "N S D", sizes, device)
@@ -201,28 +286,35 @@ class MultimodalDataset(Dataset[MultimodalBatch]):
                 )
             mask = padding_mask[name]
             check_tensor(f"padding_mask[{name!r}]", mask, "bool", "N S", sizes, device)
-            if validate_args:
+            if look:
                 check_finite(f"features[{name!r}]", x, mask.unsqueeze(2))
-        if soft_labels is not None:
-            check_tensor("soft_labels", soft_labels, "floating", "N Q", shape, device)
-            check_range("soft_labels", soft_labels, 0, torch.finfo(soft_labels.dtype).max)
         if ids is not None:
-            _check_names("ids", ids, "sequence")
+            check_names("ids", ids, "sequence")
             if len(ids) != shape["N"]:
                 raise ValueError(f"Expected `ids` to name {shape['N']} samples, but got {len(ids)}")
+        if groups is not None:
+            try:
+                groups = torch.as_tensor(groups, device=device)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise TypeError(
+                    f"Expected `groups` to hold integers, but got {groups!r}"
+                ) from error
+            groups = check_tensor("groups", groups, "integer", "N", shape, device).long()
         if invalid_steps is not None:
-            _check_names("invalid_steps", invalid_steps, "mapping")
+            check_names("invalid_steps", invalid_steps, "mapping")
             if not set(invalid_steps) <= set(features):
                 raise ValueError(
                     f"Expected `invalid_steps` to name modalities of {list(features)}, "
                     f"but got {list(invalid_steps)}"
                 )
-        self.features = dict(features)
+        self.features = {name: x.detach() for name, x in features.items()}
         self.padding_mask = {name: padding_mask[name] for name in features}
-        self.labels = labels
+        self.labels = labels if unknown is None else labels.masked_fill(unknown, 0)
         self.label_names = list(label_names)
-        self.soft_labels = soft_labels
+        self.soft_labels = _known(soft_labels, unknown)
+        self.unknown = unknown
         self.ids = None if ids is None else list(ids)
+        self.groups: Tensor | None = groups
         self.invalid_steps = {name: (invalid_steps or {}).get(name, 0) for name in features}
 
     def __len__(self) -> int:
@@ -230,18 +322,36 @@ class MultimodalDataset(Dataset[MultimodalBatch]):
 
     def __getitem__(self, index: int) -> MultimodalBatch:
         """One sample, without the axis of the batch."""
-        batch = self.__getitems__([range(len(self))[index]])
-        return MultimodalBatch(
-            {name: x[0] for name, x in batch.features.items()},
-            {name: x[0] for name, x in batch.padding_mask.items()},
-            batch.labels[0],
-            batch.indices[0],
-            None if batch.soft_labels is None else batch.soft_labels[0],
-        )
+        one = self._rows(torch.tensor([range(len(self))[index]], device=self.labels.device))
 
-    def __getitems__(self, indices: Sequence[int] | Tensor) -> MultimodalBatch:
-        """A whole batch at once."""
-        rows = _positions(indices)
+        def first(part: Any) -> Any:
+            if isinstance(part, dict):
+                return {name: x[0] for name, x in part.items()}
+            return None if part is None else part[0]
+
+        return MultimodalBatch(*map(first, one))
+
+    def __getitems__(self, indices: Sequence[int] | Tensor) -> list[MultimodalBatch]:
+        """The samples at these positions, which a `DataLoader` collates."""
+        return [self[int(index)] for index in indices]
+
+    def batch(self, indices: Sequence[int] | Tensor) -> MultimodalBatch:
+        """The samples at these positions as one batch.
+
+        Args:
+            indices: Positions in the data set; negative ones count from the end.
+
+        Raises:
+            IndexError: If there is no such position.
+            TypeError: If `indices` are no integers; a mask is none.
+        """
+        rows = _positions(indices, self.labels.device)
+        if self._overridden():
+            whole: MultimodalBatch = self.collate(self.__getitems__(rows.tolist()))
+            return whole
+        return self._rows(torch.where(rows < 0, rows + len(self), rows))
+
+    def _rows(self, rows: Tensor) -> MultimodalBatch:
         # A masked step is 0 whatever the tensors hold there; NaN would survive a product with a weight of 0.
         padding_mask = {name: x[rows] for name, x in self.padding_mask.items()}
         return MultimodalBatch(
@@ -253,6 +363,16 @@ class MultimodalDataset(Dataset[MultimodalBatch]):
             self.labels[rows],
             rows,
             None if self.soft_labels is None else self.soft_labels[rows].float(),
+            None if self.unknown is None else self.unknown[rows],
+        )
+
+    def _overridden(self) -> bool:
+        """Whether a subclass makes its samples itself, so that they must be asked for one by one."""
+        own = type(self)
+        return (own.__getitem__, own.__getitems__, own.collate) != (
+            MultimodalDataset.__getitem__,
+            MultimodalDataset.__getitems__,
+            MultimodalDataset.collate,
         )
 
     def __repr__(self) -> str:
@@ -260,21 +380,86 @@ class MultimodalDataset(Dataset[MultimodalBatch]):
         return f"{type(self).__name__}({len(self)} samples, {sizes}, labels {self.label_names})"
 
     @staticmethod
-    def collate(batch: Any) -> Any:
-        """The batch as it is: the `collate_fn` of a `DataLoader`, because `__getitems__` has already collated."""
-        return batch
-
-    def loader(self, batch_size: int, **options: Any) -> DataLoader[MultimodalBatch]:
-        """A `torch.utils.data.DataLoader` of batches.
+    def collate(samples: Any) -> Any:
+        """A batch of samples: the `collate_fn` of a `DataLoader`, and what `default_collate` does with them.
 
         Args:
-            batch_size: Samples in a batch.
-            options: Passed to `DataLoader`: `shuffle`, `sampler`, `num_workers`, ...
+            samples: Samples with the same modalities, sizes of steps and labels, such as those of a `ConcatDataset`.
+                Shorter sequences are padded to the longest. Where some lack `unknown`, all their labels are known. A
+                batch is returned as it is; what else a subclass may make is left to `default_collate`.
+
+        Raises:
+            ValueError: If modalities, sizes or number of labels differ, or if some samples have soft labels and others
+                none.
+        """
+        if isinstance(samples, MultimodalBatch):
+            return samples
+        first = samples[0]
+        if not isinstance(first, MultimodalBatch):
+            return default_collate(samples)
+        soft = [each.soft_labels for each in samples if each.soft_labels is not None]
+        if len(soft) not in (0, len(samples)):
+            raise ValueError(
+                f"Expected `soft_labels` in all samples of a batch or in none, "
+                f"but got them in {len(soft)} of {len(samples)}"
+            )
+
+        def form(sample: MultimodalBatch) -> tuple[dict[str, int], int]:
+            return {name: x.shape[1] for name, x in sample.features.items()}, len(sample.labels)
+
+        for each in samples:
+            if form(each) != form(first):
+                raise ValueError(
+                    "Expected all samples of a batch to have the same modalities, sizes and number of labels, "
+                    f"but got {form(first)} and {form(each)}"
+                )
+        unknown = None
+        if any(each.unknown is not None for each in samples):
+            unknown = torch.stack(
+                [
+                    torch.zeros_like(each.labels, dtype=torch.bool)
+                    if each.unknown is None
+                    else each.unknown
+                    for each in samples
+                ]
+            )
+        return MultimodalBatch(
+            {name: _stacked([each.features[name] for each in samples]) for name in first.features},
+            {
+                name: _stacked([each.padding_mask[name] for each in samples], True)
+                for name in first.features
+            },
+            torch.stack([each.labels for each in samples]),
+            torch.stack([each.indices for each in samples]),
+            torch.stack(soft) if soft else None,
+            unknown,
+        )
+
+    def loader(self, batch_size: int | None = 1, **options: Any) -> DataLoader[MultimodalBatch]:
+        """A `torch.utils.data.DataLoader` of batches.
+
+        A batch is taken at once, unless a subclass overrides `__getitem__`, or a `collate_fn` is given: then samples
+        are asked for one by one, as by a stock `DataLoader`.
+
+        Args:
+            batch_size: Samples in a batch. A `batch_sampler` decides itself.
+            options: Passed to `DataLoader`: `shuffle`, `sampler`, `batch_sampler`, `num_workers`, `drop_last`,
+                `pin_memory`, ...
 
         Returns:
             The loader, which yields :class:`MultimodalBatch`.
         """
-        return DataLoader(self, batch_size, collate_fn=self.collate, **options)
+        whole = not self._overridden() and options.get("collate_fn") is None
+        data: Dataset[MultimodalBatch] = _WholeBatches(self) if whole else self
+        if options.get("batch_sampler") is not None:
+            batch_size = 1  # what torch wants to see then
+        return DataLoader(data, batch_size, **{"collate_fn": self.collate} | options)
+
+    def _like(self, **changes: Any) -> MultimodalDataset:
+        """The data set with other tensors, of the same class: what a subclass does to samples is kept."""
+        other = copy.copy(self)
+        vars(other).update(changes)
+        return other
 
     def only(self, modalities: Collection[str]) -> MultimodalDataset:
         """The same samples with the other modalities missing.
@@ -297,19 +482,11 @@ class MultimodalDataset(Dataset[MultimodalBatch]):
             raise ValueError(
                 f"Expected `modalities` to be among {list(self.features)}, but got {modalities!r}"
             )
-        padding_mask = {
-            name: mask if name in modalities else torch.ones_like(mask)
-            for name, mask in self.padding_mask.items()
-        }
-        return MultimodalDataset(
-            self.features,
-            padding_mask,
-            self.labels,
-            self.label_names,
-            soft_labels=self.soft_labels,
-            ids=self.ids,
-            invalid_steps=self.invalid_steps,
-            validate_args=False,
+        return self._like(
+            padding_mask={
+                name: mask if name in modalities else torch.ones_like(mask)
+                for name, mask in self.padding_mask.items()
+            }
         )
 
     def select(self, indices: Sequence[int] | Tensor) -> MultimodalDataset:
@@ -325,15 +502,88 @@ class MultimodalDataset(Dataset[MultimodalBatch]):
             IndexError: If there is no such position.
             TypeError: If `indices` are no integers; a mask is none.
         """
-        rows = _positions(indices)
-        return MultimodalDataset(
-            {name: x[rows] for name, x in self.features.items()},
-            {name: x[rows] for name, x in self.padding_mask.items()},
-            self.labels[rows],
-            self.label_names,
-            soft_labels=None if self.soft_labels is None else self.soft_labels[rows],
+        rows = _positions(indices, self.labels.device)
+
+        def chosen(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x[rows]
+
+        return self._like(
+            features={name: x[rows] for name, x in self.features.items()},
+            padding_mask={name: x[rows] for name, x in self.padding_mask.items()},
+            labels=self.labels[rows],
+            soft_labels=chosen(self.soft_labels),
+            unknown=chosen(self.unknown),
             ids=None if self.ids is None else [self.ids[row] for row in rows.tolist()],
-            validate_args=False,
+            groups=chosen(self.groups),
+            invalid_steps=dict.fromkeys(self.features, 0),
+        )
+
+    def in_order(self, label_names: Sequence[str]) -> MultimodalDataset:
+        """The same samples with the labels in another order.
+
+        Args:
+            label_names: The names of all labels in the order wanted.
+
+        Raises:
+            ValueError: If these are not the names of the labels.
+        """
+        names = list(label_names)
+        if sorted(names) != sorted(self.label_names):
+            raise ValueError(
+                f"Expected `label_names` to be {self.label_names} in some order, but got {names}"
+            )
+        if names == self.label_names:
+            return self
+        columns = [self.label_names.index(name) for name in names]
+
+        def ordered(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x[:, columns]
+
+        return self._like(
+            labels=self.labels[:, columns],
+            label_names=names,
+            soft_labels=ordered(self.soft_labels),
+            unknown=ordered(self.unknown),
+        )
+
+    def statistics(self, min_std: float = 0.0) -> dict[str, FeatureStatistics]:
+        """Mean and standard deviation of the features of every modality, over its valid steps.
+
+        Steps with a value that is not finite do not count. The data may lie on a disk: they are read in
+        pieces, whose moments are joined in float64 (Chan et al. 1983). An overridden `__getitem__` is not asked.
+
+        Args:
+            min_std: The least standard deviation to return. The default 0 is that of a constant feature; whoever
+                divides by it wants a floor, such as 1e-3.
+
+        Returns:
+            :class:`FeatureStatistics` by name.
+
+        Raises:
+            ValueError: If `min_std` is below 0.
+        """
+        check_number("min_std", min_std, "at least 0", 0 <= min_std < float("inf"))
+        return {name: self._statistics(name, min_std) for name in self.features}
+
+    def _statistics(self, name: str, min_std: float) -> FeatureStatistics:
+        features, padding_mask = self.features[name], self.padding_mask[name]
+        mean = torch.zeros(features.shape[2], dtype=torch.float64, device="cpu")
+        squares, total = torch.zeros_like(mean), 0
+        rows = max(1, _CHUNK // features[0].numel()) if len(self) else 1
+        for start in range(0, len(self), rows):
+            piece = slice(start, start + rows)
+            valid = features[piece].cpu()[~padding_mask[piece].cpu()].double()
+            valid = valid[valid.isfinite().all(1)]
+            if count := len(valid):
+                own, total = valid.mean(0), total + count
+                change = own - mean
+                mean += change * (count / total)
+                squares += (valid - own).square().sum(0)
+                squares += change.square() * (count * (1 - count / total))
+        std = (squares / total).sqrt() if total else torch.ones_like(mean)
+        device = features.device
+        return FeatureStatistics(
+            mean.float().to(device), std.clamp_min(min_std).float().to(device), total
         )
 
     @property
@@ -348,8 +598,10 @@ class MultimodalDataset(Dataset[MultimodalBatch]):
 
     def summary(self) -> DatasetSummary:
         """Counts samples, labels, lengths, missing modalities and masked steps. Reads no features."""
-        present = self.labels != 0
+        present = self.labels > 0.5
         counts = present.sum(0).tolist()
+        unknown = torch.zeros_like(present) if self.unknown is None else self.unknown
+        unknown_counts = unknown.sum(0).tolist()
         modalities = {}
         for name, mask in self.padding_mask.items():
             lengths = (~mask).sum(1)
@@ -368,9 +620,54 @@ class MultimodalDataset(Dataset[MultimodalBatch]):
             len(self),
             dict(zip(self.label_names, counts, strict=True)),
             {
-                name: count / max(len(self), 1)
-                for name, count in zip(self.label_names, counts, strict=True)
+                name: count / max(len(self) - not_known, 1)
+                for name, count, not_known in zip(
+                    self.label_names, counts, unknown_counts, strict=True
+                )
             },
-            int((~present.any(1)).sum()),
+            int((~present.any(1) & ~unknown.all(1)).sum()),
             modalities,
+            dict(zip(self.label_names, unknown_counts, strict=True)),
         )
+
+
+def _stacked(rows: Sequence[Tensor], fill: float | bool = 0) -> Tensor:
+    """Rows (S, ...) of different lengths as one tensor, padded at the end."""
+    steps = max(len(row) for row in rows)
+    return torch.stack(
+        [
+            row
+            if len(row) == steps
+            else F.pad(row, [0, 0] * (row.dim() - 1) + [0, steps - len(row)], value=fill)
+            for row in rows
+        ]
+    )
+
+
+def _collated(samples: Sequence[MultimodalBatch], **_: Any) -> Any:
+    return MultimodalDataset.collate(samples)
+
+
+# What torch offers for types of one's own; without it `default_collate` fails at the fields that are None.
+default_collate_fn_map[MultimodalBatch] = _collated
+
+
+class _WholeBatches(Dataset[MultimodalBatch]):
+    """A data set as `loader` gives it to a `DataLoader`: a batch is taken at once. Else it is like the data set."""
+
+    def __init__(self, data: MultimodalDataset) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> MultimodalBatch:
+        return self.data[index]
+
+    def __getitems__(self, indices: Sequence[int]) -> MultimodalBatch:
+        return self.data.batch(indices)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "data":  # looked for before there are data
+            raise AttributeError(name)
+        return getattr(self.data, name)

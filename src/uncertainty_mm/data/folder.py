@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,8 +13,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from uncertainty_mm.data._sequences import need
-from uncertainty_mm.data.dataset import MultimodalDataset, check_parts
+from uncertainty_mm.data._sequences import SPLIT_NAMES, named, need, tensor_array, unreadable
+from uncertainty_mm.data.dataset import (
+    MultimodalDataset,
+    check_names,
+    check_parts,
+    check_targets,
+)
 from uncertainty_mm.data.npz import SPLITS
 
 _UNFINISHED = ".unfinished"
@@ -24,7 +29,8 @@ def write_folder(parts: Mapping[str, MultimodalDataset], folder: str | PathLike[
     """Writes data sets as plain `.npy` files, one folder a split, for :func:`read_folder`.
 
     Args:
-        parts: Data sets by split, as any reader returns them. Features keep their dtype.
+        parts: Data sets by split, as any reader returns them. Features keep their dtype, except bfloat16, which NumPy
+            lacks and which becomes float32.
         folder: The folder to write; it must not exist, or be empty. Where writing fails it is left empty. A file
             `.unfinished` is there until the end, so that :func:`read_folder` knows of a process that was killed.
 
@@ -51,7 +57,10 @@ def write_folder(parts: Mapping[str, MultimodalDataset], folder: str | PathLike[
             plain = Path(name).name == name and not name.startswith(".")
             need(plain, root, f"`{name}` cannot be the name of a file")
     root.mkdir(parents=True, exist_ok=True)
-    (root / _UNFINISHED).touch()
+    try:
+        (root / _UNFINISHED).touch(exist_ok=False)
+    except FileExistsError:
+        raise ValueError(f"{root}: another process writes into this folder") from None
     try:
         for split, data in parts.items():
             _write_split(data, root / split)
@@ -65,18 +74,19 @@ def write_folder(parts: Mapping[str, MultimodalDataset], folder: str | PathLike[
 
 def _write_split(data: MultimodalDataset, folder: Path) -> None:
     arrays: dict[str, NDArray[Any]] = {
-        "labels": data.labels.numpy(),
+        "labels": tensor_array(data.labels),
         "label_names": np.array(data.label_names),
         "modalities": np.array(list(data.features)),
         "invalid_steps": np.array(list(data.invalid_steps.values())),
     }
-    if data.soft_labels is not None:
-        arrays["soft_labels"] = data.soft_labels.numpy()
+    for key in ("soft_labels", "unknown", "groups"):
+        if getattr(data, key) is not None:
+            arrays[key] = tensor_array(getattr(data, key))
     if data.ids is not None:
         arrays["ids"] = np.array(data.ids, np.str_)
     for name, x in data.features.items():
-        arrays[f"features.{name}"] = x.numpy()
-        arrays[f"padding_mask.{name}"] = data.padding_mask[name].numpy()
+        arrays[f"features.{name}"] = tensor_array(x)
+        arrays[f"padding_mask.{name}"] = tensor_array(data.padding_mask[name])
     folder.mkdir()
     for key, array in arrays.items():
         with open(folder / f"{key}.npy", "wb") as file:
@@ -84,17 +94,26 @@ def _write_split(data: MultimodalDataset, folder: Path) -> None:
             np.save(SimpleNamespace(write=file.write), array, allow_pickle=False)
 
 
-def read_folder(folder: str | PathLike[str]) -> dict[str, MultimodalDataset]:
+def read_folder(
+    folder: str | PathLike[str], *, label_names: Sequence[str] | None = None
+) -> dict[str, MultimodalDataset]:
     """Opens a folder of :func:`write_folder`: features stay on disk, and a batch reads its rows alone.
 
     The tensors are private maps: writing into them changes no file. Workers of a `DataLoader` share them where they
-    are forked, as on Linux; where they are spawned each gets a copy in memory.
+    are forked, as on Linux; where they are spawned each gets a copy in memory. The features are not read, so that none
+    is looked for that is not finite.
+
+    New data, of which nothing but `features.<modality>.npy` and `padding_mask.<modality>.npy` is known, need no
+    `labels.npy` and `label_names.npy`: give the names, and all labels are unknown. Files that lie in the folder itself,
+    not in one of a split, are the one part `"all"`.
 
     Args:
         folder: The folder.
+        label_names: Labels in the order wanted; columns of a folder with names are put into it. None for the names of
+            the folder.
 
     Returns:
-        The data sets by the name of their folder.
+        The data sets by the name of their folder; `dev`, `val` and `valid` are `"validation"`.
 
     Raises:
         FileNotFoundError: If there is no such folder.
@@ -104,46 +123,62 @@ def read_folder(folder: str | PathLike[str]) -> dict[str, MultimodalDataset]:
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder")
     need(not (root / _UNFINISHED).exists(), root, "was not written to its end; write it anew")
-    splits = sorted(
-        (each for each in root.iterdir() if each.is_dir()),
-        key=lambda each: (
-            SPLITS.index(each.name) if each.name in SPLITS else len(SPLITS),
-            each.name,
-        ),
-    )
-    need(splits, root, "holds no split, that is, no folder")
-    parts = {}
-    for split in splits:
-        arrays = {}
-        for file in sorted(split.glob("*.npy")):
-            mapped = file.name.startswith("features.")
-            try:
-                arrays[file.stem] = np.load(
-                    file, mmap_mode="c" if mapped else None, allow_pickle=False
-                )
-            except Exception as error:  # a damaged header may raise anything
-                raise ValueError(
-                    f"{file}: not a readable .npy file of a plain array ({error})"
-                ) from error
-        for key in ("modalities", "invalid_steps", "labels", "label_names"):
-            need(key in arrays, split, f"missing `{key}.npy`")
-        names = [str(name) for name in arrays["modalities"].reshape(-1)]
-        for name in names:
-            for key in (f"features.{name}", f"padding_mask.{name}"):
-                need(key in arrays, split, f"missing `{key}.npy`")
+    if label_names is not None:
+        check_names("label_names", label_names, "sequence")
+    found: dict[str, Path] = {"all": root} if any(root.glob("features.*.npy")) else {}
+    if not found:
+        for each in sorted(root.iterdir()):
+            if each.is_dir() and not each.name.startswith("."):
+                name = SPLIT_NAMES.get(each.name, each.name)
+                need(name not in found, root, f"holds the {name} split twice, in `{each.name}` too")
+                found[name] = each
+    need(found, root, "holds no split, that is, no folder")
+    order = [name for name in SPLITS if name in found]
+    order += [name for name in found if name not in SPLITS]
+    return named({name: _read_split(found[name], label_names) for name in order}, label_names, root)
+
+
+def _read_split(split: Path, label_names: Sequence[str] | None) -> MultimodalDataset:
+    arrays: dict[str, NDArray[Any]] = {}
+    for file in sorted(split.glob("*.npy")):
+        mapped = file.name.startswith("features.")
         try:
-            parts[split.name] = MultimodalDataset(
-                {name: torch.from_numpy(arrays[f"features.{name}"]) for name in names},
-                {name: torch.from_numpy(arrays[f"padding_mask.{name}"]) for name in names},
-                torch.from_numpy(arrays["labels"]),
-                [str(name) for name in arrays["label_names"].reshape(-1)],
-                soft_labels=torch.from_numpy(arrays["soft_labels"])
-                if "soft_labels" in arrays
-                else None,
-                ids=[str(name) for name in arrays["ids"]] if "ids" in arrays else None,
-                invalid_steps=dict(zip(names, arrays["invalid_steps"].tolist(), strict=True)),
-                validate_args=False,
-            )
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{split}: {error}") from error
-    return parts
+            arrays[file.stem] = np.load(file, mmap_mode="c" if mapped else None, allow_pickle=False)
+        except Exception as error:  # a damaged header may raise anything
+            raise unreadable(file, ".npy", error) from error
+    if "modalities" in arrays:
+        names = [str(name) for name in arrays["modalities"].reshape(-1)]
+    else:
+        names = [key.removeprefix("features.") for key in arrays if key.startswith("features.")]
+    need(names, split, "holds no `features.<modality>.npy`")
+    wanted = [f"{kind}.{name}" for name in names for kind in ("features", "padding_mask")]
+    for key in [*wanted, *(("labels", "label_names") if label_names is None else ())]:
+        need(key in arrays, split, f"missing `{key}.npy`")
+    tensors = {}
+    try:
+        for key, array in arrays.items():
+            if array.dtype.kind != "U":
+                tensors[key] = torch.from_numpy(array)
+        columns = arrays["label_names"].reshape(-1) if "label_names" in arrays else None
+        file_names = [str(name) for name in (label_names or () if columns is None else columns)]
+        labels, unknown = tensors.get("labels"), tensors.get("unknown")
+        if labels is None:
+            labels = torch.full((len(arrays[wanted[0]]), len(file_names)), torch.nan, device="cpu")
+        data = MultimodalDataset(
+            {name: tensors[f"features.{name}"] for name in names},
+            {name: tensors[f"padding_mask.{name}"] for name in names},
+            labels,
+            file_names,
+            soft_labels=tensors.get("soft_labels"),
+            unknown=unknown,
+            ids=[str(name) for name in arrays["ids"]] if "ids" in arrays else None,
+            groups=tensors.get("groups"),
+            invalid_steps=dict(zip(names, arrays["invalid_steps"].tolist(), strict=True))
+            if "invalid_steps" in arrays
+            else None,
+            validate_args=False,  # of the features, which lie on the disk
+        )
+        check_targets(labels, data.soft_labels, data.unknown)
+    except (TypeError, ValueError, KeyError) as error:
+        raise ValueError(f"{split}: {error}") from error
+    return data

@@ -5,22 +5,40 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from uncertainty_mm._checks import check_choice
 from uncertainty_mm._files import replacing
-from uncertainty_mm.data._sequences import Sequences, beyond, finish, need, report_invalid
-from uncertainty_mm.data.dataset import MultimodalDataset, check_parts
+from uncertainty_mm.data._sequences import (
+    SPLIT_NAMES,
+    Sequences,
+    beyond,
+    finish,
+    integers,
+    named,
+    need,
+    report_invalid,
+    report_lost,
+    tensor_array,
+    unreadable,
+    zero_invalid,
+)
+from uncertainty_mm.data.dataset import MultimodalDataset, check_names, check_parts
 
 SPLITS = ("train", "validation", "test")
 """Names of the splits, in the order of the codes 0, 1 and 2."""
 
 
 def read_npz(
-    path: str | PathLike[str], *, splits: Sequence[str] = SPLITS
+    path: str | PathLike[str],
+    *,
+    splits: Sequence[str] = SPLITS,
+    label_names: Sequence[str] | None = None,
+    invalid: Literal["step", "value"] = "step",
 ) -> dict[str, MultimodalDataset]:
     """Reads a data set from one archive of plain arrays; nothing in it is unpickled.
 
@@ -29,22 +47,28 @@ def read_npz(
     ==========================  ====================  ==========================================================
     ``features.<modality>``     (N, S_m, D_m) number  sequence of this modality, padded at the end
     ``lengths.<modality>``      (N,) integer          number of valid steps; 0 if the sample lacks the modality
-    ``labels``                  (N, Q) 0 or 1         1 where the label is present
+    ``labels``                  (N, Q) 0 or 1         1 where the label is present; NaN (floating) where unknown
     ``label_names``             (Q,) str              names of the labels, in the order of the columns
-    ``split``                   (N,) integer          0 train, 1 validation, 2 test
+    ``split``                   (N,) integer or str   0 train, 1 validation, 2 test; or such names, also dev and val
+    ``unknown`` (optional)      (N, Q) bool           True where a label is not known
     ``soft_labels`` (optional)  (N, Q) number         at least 0; ``label_shares`` means the same
     ``ids`` (optional)          (N,) str              names of the samples
+    ``groups`` (optional)       (N,) integer          who a sample is of, such as a user
     ==========================  ====================  ==========================================================
 
-    Other keys are ignored. Steps with a value that is not finite (COVAREP has -inf) are masked, and a warning counts
-    them.
+    Other keys are ignored. New data, of which nothing but the features is known, need no `labels`, `label_names` and
+    `split`: give the names, and all labels are unknown. Without `split` all samples are the one part `"all"`.
 
     Args:
         path: The file.
-        splits: Splits that must have samples.
+        splits: Splits that must have samples, where the file has splits.
+        label_names: Labels in the order wanted; columns of a file with names are put into it. None for the names of the
+            file.
+        invalid: What a value that is not finite costs (COVAREP has -inf): `"step"` masks its step, `"value"` sets the
+            value alone to 0. A warning counts them, and another says where a modality has lost all its steps.
 
     Returns:
-        The splits `"train"`, `"validation"` and `"test"`.
+        The splits `"train"`, `"validation"` and `"test"`, or `"all"`.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -53,9 +77,10 @@ def read_npz(
     Example:
         >>> import os, tempfile
         >>> path = os.path.join(tempfile.mkdtemp(), "data.npz")
+        >>> features = {"features.text": np.ones((6, 5, 8)), "lengths.text": np.array([5, 4, 3, 2, 1, 0])}
         >>> np.savez(
         ...     path,
-        ...     **{"features.text": np.ones((6, 5, 8)), "lengths.text": np.array([5, 4, 3, 2, 1, 0])},
+        ...     **features,
         ...     labels=np.ones((6, 2)),
         ...     label_names=np.array(["happy", "sad"]),
         ...     split=np.array([0, 0, 0, 1, 1, 2]),
@@ -65,46 +90,24 @@ def read_npz(
         tensor([0, 1, 2])
         >>> parts["test"].summary().modalities["text"].missing
         1
+        >>> np.savez(path, **features)
+        >>> read_npz(path, label_names=["happy", "sad"])["all"].unknown.all()
+        tensor(True)
     """
+    check_choice("invalid", invalid, ("step", "value"))
     if isinstance(splits, str) or not set(splits) <= set(SPLITS):
         raise ValueError(f"Expected `splits` to name splits of {SPLITS}, but got {splits!r}")
-    try:
-        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
-            arrays = {key: file[key] for key in file.files}
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file") from None
-    except Exception as error:  # a damaged archive may raise anything, of zipfile, zlib or NumPy
-        raise ValueError(f"{path}: not a readable .npz file of plain arrays ({error})") from error
-
+    arrays = _arrays(path)
     names = [key.removeprefix("features.") for key in arrays if key.startswith("features.")]
-    wanted = ["labels", "label_names", "split", *(f"lengths.{name}" for name in names)]
-    absent = [key for key in wanted if key not in arrays]
     need(names, path, f"no array `features.<modality>` among {sorted(arrays)}")
-    need(not absent, path, f"missing {', '.join(f'`{key}`' for key in absent)}")
-    labels, split = arrays["labels"], arrays["split"]
-    label_names = [str(name) for name in arrays["label_names"].reshape(-1)]
-    need(labels.ndim == 2, path, f"`labels` must have shape (N, Q), got {labels.shape}")
-    need(
-        len(label_names) == labels.shape[1] > 0,
-        path,
-        f"`label_names` has {len(label_names)} names for {labels.shape[1]} columns of `labels`",
-    )
-    need(
-        len(set(label_names)) == len(label_names),
-        path,
-        f"`label_names` repeats a name: {label_names}",
-    )
-    for column, name in zip(labels.T, label_names, strict=True):
-        wrong = column[~_among(column, (0, 1))]
-        got = wrong[0] if wrong.size else ""
-        need(wrong.size == 0, path, f"label `{name}` must be 0 or 1, got {got}")
-    count = labels.shape[0]
-    need(split.shape == (count,), path, f"`split` must have shape ({count},), got {split.shape}")
-    need(
-        _among(split, (0, 1, 2)).all(),
-        path,
-        "`split` must hold 0 (train), 1 (validation), 2 (test)",
-    )
+    wanted = [f"lengths.{name}" for name in names]
+    if label_names is None:
+        wanted = ["labels", "label_names", *(["split"] if splits else []), *wanted]
+    absent = [f"`{key}`" for key in wanted if key not in arrays]
+    need(not absent, path, f"missing {', '.join(absent)}")
+    labels, unknown, file_names = _labels(arrays, label_names, path)
+    count = len(labels)
+    codes = _codes(arrays.get("split"), count, path)
     soft_key = "soft_labels" if "soft_labels" in arrays else "label_shares"
     soft_labels = arrays.get(soft_key)
     if soft_labels is not None:
@@ -113,14 +116,17 @@ def read_npz(
             path,
             f"`{soft_key}` must hold numbers of shape {labels.shape}, got {soft_labels.dtype} {soft_labels.shape}",
         )
+        known = soft_labels[np.ones_like(labels, np.bool_) if unknown is None else ~unknown]
         need(
-            (np.isfinite(soft_labels) & (soft_labels >= 0)).all(),
+            (np.isfinite(known) & (known >= 0)).all(),
             path,
-            f"`{soft_key}` must be at least 0, got {soft_labels.min()}",
+            f"`{soft_key}` must be at least 0, got {known.min() if known.size else ''}",
         )
-    ids = arrays.get("ids")
+    ids, groups = arrays.get("ids"), arrays.get("groups")
     if ids is not None:
         need(ids.shape == (count,), path, f"`ids` must name {count} samples, got shape {ids.shape}")
+    if groups is not None:
+        groups = integers(groups, count, path, "groups")
 
     read: dict[str, Sequences] = {}
     for name in names:
@@ -149,37 +155,125 @@ def read_npz(
         )
         with np.errstate(over="ignore"):  # becomes infinite, and is left out
             values = values.astype(np.float32, copy=False)
-        read[name] = finish(values, beyond(values.shape[1], lengths))
-        report_invalid(path, "", name, read[name].invalid)
+        mask = beyond(values.shape[1], lengths)
+        if invalid == "value":
+            zero_invalid(values, mask, path, name)
+        read[name] = finish(values, mask)
+
+        report_invalid(path, "", name, read[name].invalid, read[name].padding_mask)
 
     parts = {}
-    for code, part in enumerate(SPLITS):
-        chosen = np.flatnonzero(split == code)
-        rows = torch.from_numpy(chosen)
-        need(len(rows) or part not in splits, path, f"no sample in the {part} split")
+    found = (
+        {"all": np.ones(count, np.bool_)}
+        if codes is None
+        else {part: codes == code for code, part in enumerate(SPLITS)}
+    )
+    for part, chosen in found.items():
+        rows = torch.from_numpy(np.flatnonzero(chosen))
+        needed = part in splits or (part == "all" and splits)
+        need(len(rows) or not needed, path, f"no sample in the {part} split")
+        for name, each in read.items():
+            if not each.padding_mask.all():  # else it has been said
+                report_lost(path, part, name, each.invalid[rows], each.padding_mask[rows])
         parts[part] = MultimodalDataset(
             {name: each.features[rows] for name, each in read.items()},
             {name: each.padding_mask[rows] for name, each in read.items()},
-            torch.from_numpy(labels.astype(np.uint8))[rows],
-            label_names,
+            torch.from_numpy(labels[chosen]),
+            file_names,
             soft_labels=None
             if soft_labels is None
-            else torch.from_numpy(soft_labels.astype(np.float32))[rows],
+            else torch.from_numpy(soft_labels[chosen].astype(np.float32)),
+            unknown=None if unknown is None else torch.from_numpy(unknown[chosen]),
             ids=None if ids is None else [str(name) for name in ids[chosen]],
+            groups=None if groups is None else torch.from_numpy(groups[chosen]),
             invalid_steps={name: int(each.invalid[rows].sum()) for name, each in read.items()},
             validate_args=False,
         )
-    return parts
+    return named(parts, label_names, path)
+
+
+def _arrays(path: str | PathLike[str]) -> dict[str, NDArray[Any]]:
+    try:
+        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
+            arrays = {key: file[key] for key in file.files}
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file") from None
+    except Exception as error:  # a damaged archive may raise anything, of zipfile, zlib or NumPy
+        raise unreadable(path, ".npz", error) from error
+    if not all(isinstance(array, np.ndarray) for array in arrays.values()):
+        raise unreadable(path, ".npz", "it holds other files")
+    return arrays
+
+
+def _labels(
+    arrays: Mapping[str, NDArray[Any]], label_names: Sequence[str] | None, path: str | PathLike[str]
+) -> tuple[NDArray[np.uint8], NDArray[np.bool_] | None, list[str]]:
+    """Labels, 0 where unknown, which of them are unknown if any is, and their names."""
+    if label_names is not None:
+        check_names("label_names", label_names, "sequence")
+    given = arrays.get("label_names")
+    names = list(label_names or ()) if given is None else [str(name) for name in given.reshape(-1)]
+    need(len(set(names)) == len(names) > 0, path, f"`label_names` repeats a name: {names}")
+    labels, unknown = arrays.get("labels"), arrays.get("unknown")
+    if labels is None:
+        count = next(
+            len(x) if x.ndim else 0 for key, x in arrays.items() if key.startswith("features.")
+        )
+        empty = np.zeros((count, len(names)), np.uint8)
+        return empty, np.ones_like(empty, np.bool_), names
+    need(labels.ndim == 2, path, f"`labels` must have shape (N, Q), got {labels.shape}")
+    need(
+        len(names) == labels.shape[1],
+        path,
+        f"`label_names` has {len(names)} names for {labels.shape[1]} columns of `labels`",
+    )
+    need(
+        unknown is None or (unknown.shape == labels.shape and unknown.dtype.kind == "b"),
+        path,
+        "`unknown` must be bool of the shape of `labels`",
+    )
+    if labels.dtype.kind == "f" and np.isnan(labels).any():
+        unknown = np.isnan(labels) if unknown is None else np.isnan(labels) | unknown
+    known = np.ones(labels.shape, np.bool_) if unknown is None else ~unknown
+    for column, there, name in zip(labels.T, known.T, names, strict=True):
+        wrong = column[there & ~_among(column, (0, 1))]
+        got = wrong[0] if wrong.size else ""
+        hint = (
+            "; one that is not known is NaN, or True in `unknown`" if str(got)[:2] == "-1" else ""
+        )
+        need(wrong.size == 0, path, f"label `{name}` must be 0 or 1, got {got}{hint}")
+    return np.where(known, labels, 0).astype(np.uint8), unknown, names
+
+
+def _codes(
+    split: NDArray[Any] | None, count: int, path: str | PathLike[str]
+) -> NDArray[Any] | None:
+    """The place in SPLITS of the split of every sample, from numbers or names."""
+    if split is None:
+        return None
+    need(split.shape == (count,), path, f"`split` must have shape ({count},), got {split.shape}")
+    if split.dtype.kind in "US":
+        if split.dtype.kind == "S":
+            split = np.char.decode(split, "latin1")
+        codes = {name: SPLITS.index(ours) for name, ours in SPLIT_NAMES.items()}
+        split = np.array([codes.get(str(name).lower(), -1) for name in split], np.int64)
+    need(
+        _among(split, (0, 1, 2)).all(),
+        path,
+        "`split` must hold 0 (train), 1 (validation), 2 (test), or these names",
+    )
+    return split
 
 
 def write_npz(parts: Mapping[str, MultimodalDataset], path: str | PathLike[str]) -> None:
     """Writes a data set in the layout of :func:`read_npz`, so that a pickle is read but once.
 
     The layout pads at the end: padding in front of a sequence moves behind it. A masked step inside a sequence is
-    written as NaN, which :func:`read_npz` masks again.
+    written as NaN, which :func:`read_npz` masks again. Features become float32. What only some of the parts have
+    (soft labels, ids, groups) is left out.
 
     Args:
-        parts: Data sets by split, with the same modalities, feature sizes and label names.
+        parts: Data sets by split, with the same modalities, feature sizes and label names; or one data set `"all"`.
         path: The file to write; `.npz` is appended if it has no such end. A file of that name is replaced once the new
             one is complete.
 
@@ -188,9 +282,10 @@ def write_npz(parts: Mapping[str, MultimodalDataset], path: str | PathLike[str])
         TypeError: If `parts` holds anything but data sets.
     """
     check_parts(parts)
-    if not set(parts) <= set(SPLITS):
+    if not set(parts) <= set(SPLITS) and set(parts) != {"all"}:
         raise ValueError(f"Expected `parts` to name splits of {SPLITS}, but got {sorted(parts)}")
-    chosen = [parts[name] for name in SPLITS if name in parts]
+    order = [name for name in (*SPLITS, "all") if name in parts]
+    chosen = [parts[name] for name in order]
     for data in chosen:
         got, first = (data.dims, data.label_names), (chosen[0].dims, chosen[0].label_names)
         if got != first:
@@ -198,22 +293,30 @@ def write_npz(parts: Mapping[str, MultimodalDataset], path: str | PathLike[str])
                 f"Expected all `parts` to have the same features and labels, but got {got} and {first}"
             )
     arrays: dict[str, NDArray[Any]] = {
-        "labels": np.concatenate([data.labels.numpy() for data in chosen]).astype(np.uint8),
-        "label_names": np.array(chosen[0].label_names),
-        "split": np.concatenate(
-            [
-                np.full(len(parts[name]), SPLITS.index(name), np.uint8)
-                for name in SPLITS
-                if name in parts
-            ]
+        "labels": np.concatenate([tensor_array(data.labels > 0.5) for data in chosen]).astype(
+            np.uint8
         ),
+        "label_names": np.array(chosen[0].label_names),
     }
-    if all(data.soft_labels is not None for data in chosen):
-        arrays["soft_labels"] = torch.cat(
-            [data.soft_labels for data in chosen if data.soft_labels is not None]
-        ).numpy()
+    if order != ["all"]:
+        arrays["split"] = np.repeat(
+            np.array([SPLITS.index(name) for name in order], np.uint8), [*map(len, chosen)]
+        )
+    if any(data.unknown is not None for data in chosen):
+        arrays["unknown"] = np.concatenate(
+            [
+                np.zeros(data.labels.shape, np.bool_)
+                if data.unknown is None
+                else tensor_array(data.unknown)
+                for data in chosen
+            ]
+        )
+    for key in ("soft_labels", "groups"):
+        each = [getattr(data, key) for data in chosen]
+        if all(x is not None for x in each):
+            arrays[key] = np.concatenate([tensor_array(x) for x in each])
     if all(data.ids is not None for data in chosen):
-        arrays["ids"] = np.array([name for data in chosen for name in data.ids or ()])
+        arrays["ids"] = np.array([name for data in chosen for name in data.ids or ()], np.str_)
     for name in chosen[0].dims:
         steps = max(data.steps[name] for data in chosen)
         count = sum(map(len, chosen))
@@ -223,13 +326,13 @@ def write_npz(parts: Mapping[str, MultimodalDataset], path: str | PathLike[str])
         for data in chosen:
             rows = slice(start, start + len(data))
             start += len(data)
-            valid = ~data.padding_mask[name].numpy()
+            valid = ~tensor_array(data.padding_mask[name])
             positions = np.arange(valid.shape[1])
             first_step = valid.argmax(1)
             last_step = valid.shape[1] - valid[:, ::-1].argmax(1)
             lengths[rows] = np.where(valid.any(1), last_step - first_step, 0)
             source = (positions + first_step[:, None]) % valid.shape[1]
-            x = np.take_along_axis(data.features[name].float().numpy(), source[..., None], 1)
+            x = np.take_along_axis(tensor_array(data.features[name].float()), source[..., None], 1)
             valid = np.take_along_axis(valid, source, 1)
             x[~valid] = 0
             x[~valid & (positions < lengths[rows, None])] = np.nan

@@ -20,6 +20,7 @@ from uncertainty_mm._checks import (
 
 __all__ = ["Posterior", "SyntheticMMER", "SyntheticModality", "SyntheticSamples"]
 
+_CPU = torch.device("cpu")  # where all is drawn and computed, whatever the default device
 _CHUNK = 2**22  # numbers of a temporary in SyntheticMMER.posterior
 
 
@@ -164,17 +165,19 @@ class SyntheticMMER:
         self.num_labels = num_labels
         self.noise = (float(low), float(high))
         self.missing_rate = missing_rate
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator("cpu").manual_seed(seed)
         self.prototypes = {
-            name: torch.randn(num_labels, each.dim, dtype=torch.float64, generator=generator)
+            name: torch.randn(
+                num_labels, each.dim, dtype=torch.float64, generator=generator, device="cpu"
+            )
             for name, each in self.modalities.items()
         }
-        sets = torch.arange(2**num_labels).unsqueeze(1)
-        self._members = (sets >> torch.arange(num_labels) & 1).double()  # (2^Q, Q)
+        sets = torch.arange(2**num_labels, device="cpu").unsqueeze(1)
+        self._members = (sets >> torch.arange(num_labels, device="cpu") & 1).double()  # (2^Q, Q)
         if prior is None:
             self.prior = self._random_prior(generator)
         else:
-            check_tensor("prior", prior, "floating", "sets", {"sets": 2**num_labels})
+            check_tensor("prior", prior, "floating", "sets", {"sets": 2**num_labels}, _CPU)
             check_range("prior", prior, 0, 1)
             self.prior = prior.double()
             if abs(float(self.prior.sum()) - 1) > 1e-5:
@@ -184,7 +187,7 @@ class SyntheticMMER:
     def _random_prior(self, generator: torch.Generator) -> Tensor:
         """Labels that attract and repel each other in pairs (an Ising model)."""
         pairs = torch.randn(
-            self.num_labels, self.num_labels, dtype=torch.float64, generator=generator
+            self.num_labels, self.num_labels, dtype=torch.float64, generator=generator, device="cpu"
         )
         members = self._members
         energy = torch.einsum("yq,qr,yr->y", members, pairs.triu(1), members) - members.sum(1)
@@ -211,36 +214,49 @@ class SyntheticMMER:
         """
         check_positive_int("num_samples", num_samples)
         check_seed(seed)
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator("cpu").manual_seed(seed)
         shape = (num_samples, len(self.modalities))
         labels = self._members[
             torch.multinomial(self.prior, num_samples, replacement=True, generator=generator)
         ]
         low, high = (math.log(limit) for limit in self.noise)
-        log_noise = low + (high - low) * torch.rand(shape, dtype=torch.float64, generator=generator)
-        missing = torch.rand(shape, generator=generator) < self.missing_rate
+        log_noise = low + (high - low) * torch.rand(
+            shape, dtype=torch.float64, generator=generator, device="cpu"
+        )
+        missing = torch.rand(shape, dtype=torch.float32, generator=generator, device="cpu")
+        missing = missing < self.missing_rate
         if noise is None:
             noise = log_noise.exp()
         else:
-            check_tensor("noise", noise, "floating", "N M", dict(zip("NM", shape, strict=True)))
-            check_range("noise", noise, torch.finfo(torch.float32).tiny, torch.finfo().max)
+            check_tensor(
+                "noise", noise, "floating", "N M", dict(zip("NM", shape, strict=True)), _CPU
+            )
+            check_range(
+                "noise", noise, torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+            )
         features, padding_mask = {}, {}
         for index, (name, each) in enumerate(self.modalities.items()):
             frames = (num_samples, each.steps)
             at_least = (each.steps + 1) // 2
-            lengths = torch.randint(at_least, each.steps + 1, frames[:1], generator=generator)
+            lengths = torch.randint(
+                at_least, each.steps + 1, frames[:1], generator=generator, device="cpu"
+            )
             # the present label with the largest random score, or nothing
-            scores = torch.rand(*frames, self.num_labels, generator=generator)
+            scores = torch.rand(
+                *frames, self.num_labels, dtype=torch.float32, generator=generator, device="cpu"
+            )
             source = (scores * labels.unsqueeze(1)).argmax(2)
-            shown = torch.rand(frames, generator=generator) < each.rate
-            shown = shown & (labels.sum(1, keepdim=True) > 0)
-            intensity = torch.tensor(self.INTENSITIES, dtype=torch.float64)[
-                torch.randint(len(self.INTENSITIES), frames, generator=generator)
+            shown = torch.rand(frames, dtype=torch.float32, generator=generator, device="cpu")
+            shown = (shown < each.rate) & (labels.sum(1, keepdim=True) > 0)
+            intensity = torch.tensor(self.INTENSITIES, dtype=torch.float64, device="cpu")[
+                torch.randint(len(self.INTENSITIES), frames, generator=generator, device="cpu")
             ]
             x = self.prototypes[name][source] * (intensity * shown).unsqueeze(2)
-            errors = torch.randn(*frames, each.dim, dtype=torch.float64, generator=generator)
+            errors = torch.randn(
+                *frames, each.dim, dtype=torch.float64, generator=generator, device="cpu"
+            )
             x = x + noise[:, index, None, None] * errors
-            padded = torch.arange(each.steps) >= lengths.unsqueeze(1)
+            padded = torch.arange(each.steps, device="cpu") >= lengths.unsqueeze(1)
             padded = padded | missing[:, index, None]
             features[name] = x.masked_fill(padded.unsqueeze(2), 0).float()
             padding_mask[name] = padded
@@ -293,20 +309,20 @@ class SyntheticMMER:
                 f"but got {list(samples.features)}"
             )
         sizes = {"Q": self.num_labels, "M": len(samples.features)}
-        check_tensor("samples.labels", samples.labels, "number", "N Q", sizes)
-        check_tensor("samples.noise", samples.noise, "floating", "N M", sizes)
+        check_tensor("samples.labels", samples.labels, "number", "N Q", sizes, _CPU)
+        check_tensor("samples.noise", samples.noise, "floating", "N M", sizes, _CPU)
         check_range("samples.noise", samples.noise, torch.finfo(torch.float32).tiny, math.inf)
         for name, each in self.modalities.items():
             frames = {"N": sizes["N"], "S": each.steps, "D": each.dim}
             x, mask = samples.features[name], samples.padding_mask[name]
-            check_tensor(f"samples.features[{name!r}]", x, "floating", "N S D", frames)
-            check_tensor(f"samples.padding_mask[{name!r}]", mask, "bool", "N S", frames)
+            check_tensor(f"samples.features[{name!r}]", x, "floating", "N S D", frames, _CPU)
+            check_tensor(f"samples.padding_mask[{name!r}]", mask, "bool", "N S", frames, _CPU)
 
     def _log_likelihood(self, samples: SyntheticSamples, rows: slice) -> Tensor:
         """Log-likelihood of every set of labels, up to a constant per sample, (rows, 2^Q)."""
         size = self._members.sum(1)
-        intensity = torch.tensor(self.INTENSITIES, dtype=torch.float64)
-        total = torch.zeros((), dtype=torch.float64)
+        intensity = torch.tensor(self.INTENSITIES, dtype=torch.float64, device="cpu")
+        total = torch.zeros((), dtype=torch.float64, device="cpu")
         for index, (name, each) in enumerate(self.modalities.items()):
             prototypes, variance = self.prototypes[name], samples.noise[rows, index].double() ** 2
             products = samples.features[name][rows].double() @ prototypes.T

@@ -98,14 +98,12 @@ class MultilabelModule(Component, L.LightningModule):
         return {}
 
     def on_fit_start(self) -> None:
-        """Checks what only the data can tell."""
-        data = getattr(self.trainer, "datamodule", None)
-        if (
-            self.hparams["soft_labels"]
-            and data is not None
-            and data.part("train").soft_labels is None
-        ):
-            raise UsageError("soft_labels: the training split has none")
+        """Learns of the data how large soft labels are: shares of raters up to 1, intensities up to 3 in CMU-MOSEI."""
+        if self.hparams["soft_labels"]:
+            soft_labels = self.trainer.datamodule.part("train").soft_labels
+            if soft_labels is None:
+                raise UsageError("soft_labels: the training split has none")
+            self._largest = max(1.0, float(soft_labels.max()))
 
     def configure_optimizers(self) -> Any:
         """Adam with linear warm-up and cosine decay (appendix A.1 of the LDDU paper)."""
@@ -127,7 +125,7 @@ class MultilabelModule(Component, L.LightningModule):
         """What the classifiers are trained towards: the labels, or soft labels in [0, 1], or between the two."""
         labels = batch.labels.float()
         share = self.hparams["soft_labels"]
-        return labels if not share else labels.lerp(batch.soft_labels.clamp(0, 1), share)
+        return labels if not share else labels.lerp(batch.soft_labels / self._largest, share)
 
     def log_losses(self, losses: Mapping[str, Tensor], batch: MultimodalBatch) -> None:
         """Logs the mean of every loss over an epoch."""

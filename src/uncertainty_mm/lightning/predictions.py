@@ -82,7 +82,7 @@ class PredictionWriter(BasePredictionWriter):
         probs = outputs["probs"]
         outputs = {
             "uncertainty": outputs.pop("uncertainty"),
-            "probs": probs,
+            "prob": outputs.pop("probs"),
             "predicted": probs > threshold,
         } | outputs
         names = {"label": data.label_names, "modality": list(data.dims)}

@@ -1,9 +1,23 @@
-"""Measures as torchmetrics classes; their functional half, `uncertainty_mm.metrics.functional`, needs torch alone."""
+"""How good probabilities and uncertainties are, over batches and processes, as `torchmetrics.Metric`.
+
+Their functional half, :mod:`uncertainty_mm.metrics.functional`, needs torch alone; the classes need torchmetrics:
+`pip install 'uncertainty-mm[metrics]'`. They are imported when one of them is asked for.
+"""
 
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from uncertainty_mm.metrics import functional as functional
+
+if TYPE_CHECKING:
+    from uncertainty_mm.metrics.calibration import (
+        MultilabelBrierDecomposition,
+        MultilabelCalibrationError,
+    )
+    from uncertainty_mm.metrics.jaccard import SampleJaccard
+    from uncertainty_mm.metrics.ranking import AURC, DetectionAUROC, SpearmanCorrelation
 
 __all__ = [
     "AURC",
@@ -14,9 +28,17 @@ __all__ = [
     "SpearmanCorrelation",
 ]
 
+_FILES = ("calibration", "jaccard", "ranking")
+
 
 def __getattr__(name: str) -> Any:
-    """Imports the classes, and with them torchmetrics, when one of them is asked for."""
     if name in __all__:
-        return getattr(import_module("uncertainty_mm.metrics.classes"), name)
+        for file in _FILES:
+            module = import_module(f"{__name__}.{file}")
+            if hasattr(module, name):
+                return getattr(module, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,83 +1,82 @@
 """Histograms of predictions, from which calibration error and Brier decomposition are read.
 
-A histogram is a tensor (5, Q, R): for each of Q labels and R bins the sums of 1, y, p, p^2 and p y over the samples.
+A histogram is a tensor (5, Q, R): for each of Q labels and R bins the sums of 1, y, p, p^2 and p y over the samples
+whose label is known.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from uncertainty_mm._checks import (
-    check_choice,
-    check_labels,
-    check_positive_int,
-    check_range,
-    check_tensor,
-)
+from uncertainty_mm._checks import check_choice, check_positive_int
+from uncertainty_mm.metrics._inputs import precision
+
+Binning = Literal["width", "mass"]
+Norm = Literal["l1", "l2", "max"]
+Average = Literal["macro", "none"]
 
 FINE_BINS = 4096  # of which a histogram of constant size makes bins of equal mass
 
 
-def check_predictions(probs: Tensor, labels: Tensor, num_labels: int | None = None) -> None:
-    sizes = {} if num_labels is None else {"Q": num_labels}
-    check_tensor("probs", probs, "floating", "N Q", sizes)
-    check_tensor("labels", labels, "number", "N Q", sizes, probs.device)
-    check_range("probs", probs, 0, 1)
-    check_labels("labels", labels)
-
-
-def check_binning(bins: int, binning: str, average: str) -> None:
-    check_positive_int("bins", bins)
+def check_binning(n_bins: int, binning: str, average: str) -> None:
+    check_positive_int("n_bins", n_bins)
     check_choice("binning", binning, ("width", "mass"))
     check_choice("average", average, ("macro", "none"))
 
 
-def equal_width(probs: Tensor, bins: int) -> Tensor:
-    """Bin of every probability: [0, 1/bins), [1/bins, 2/bins), ..., the last one with its upper end."""
-    edges = torch.arange(1, bins, dtype=torch.float64, device=probs.device) / bins
-    return torch.bucketize(probs.contiguous(), edges.to(probs.dtype), right=True)
+def equal_width(probs: Tensor, n_bins: int) -> Tensor:
+    """Bin of every probability: [0, 1/n_bins), [1/n_bins, 2/n_bins), ..., the last one with its upper end."""
+    edges = torch.arange(1, n_bins, dtype=probs.dtype, device=probs.device) / n_bins
+    return torch.bucketize(probs.contiguous(), edges, right=True)
 
 
-def equal_mass(probs: Tensor, bins: int) -> Tensor:
+def equal_mass(probs: Tensor, known: Tensor, n_bins: int) -> Tensor:
     """Bin of every probability (N, Q), label by label, by its average rank; equal ones share a bin."""
-    columns = probs.T.contiguous()
+    columns = probs.masked_fill(~known, float("inf")).T.contiguous()  # behind all that count
     ordered = columns.sort(dim=1).values
     below = torch.searchsorted(ordered, columns)
     not_above = torch.searchsorted(ordered, columns, right=True)
-    return ((below + not_above) * bins // (2 * max(len(probs), 1))).T
+    twice_count = 2 * known.sum(0).clamp_min(1).unsqueeze(1)
+    return ((below + not_above) * n_bins // twice_count).clamp_max(n_bins - 1).T
 
 
 def fine_bins(probs: Tensor) -> Tensor:
     """Bins of equal width in arcsin(sqrt(p)): narrow near 0 and 1, where probabilities of rare labels crowd."""
-    share: Tensor = probs.double().sqrt().asin() * (2 / math.pi)
+    share: Tensor = probs.to(precision(probs.device)).clamp(0, 1).sqrt().asin() * (2 / math.pi)
     return (share * FINE_BINS).long().clamp_max(FINE_BINS - 1)
 
 
-def histogram(probs: Tensor, labels: Tensor, index: Tensor, bins: int) -> Tensor:
-    """The sums (5, Q, bins) of predictions (N, Q) that fall into the bins `index` (N, Q)."""
-    p, y = probs.double(), labels.double()
-    return _sums_by_bin(torch.stack([torch.ones_like(p), y, p, p * p, p * y]), index, bins)
+def histogram(probs: Tensor, present: Tensor, known: Tensor, index: Tensor, n_bins: int) -> Tensor:
+    """The sums (5, Q, n_bins) of what is known of (N, Q) predictions that fall into the bins `index` (N, Q)."""
+    p, y, one = (x.to(precision(probs.device)) for x in (probs, present, known))
+    return _sums_by_bin(torch.stack([one, y, p, p * p, p * y]), index, n_bins)
 
 
-def merged(fine: Tensor, bins: int) -> Tensor:
-    """Joins neighbouring bins to `bins` of about equal mass, by the average rank of what they hold."""
+def merged(fine: Tensor, n_bins: int) -> Tensor:
+    """Joins neighbouring bins to `n_bins` of about equal mass, by the average rank of what they hold."""
     count = fine[0].long()
     twice_rank = 2 * count.cumsum(1) - count
-    index = twice_rank * bins // (2 * count.sum(1, keepdim=True)).clamp_min(1)
-    index = index.clamp_max(bins - 1)  # empty bins behind the last sample
-    return _sums_by_bin(fine.transpose(1, 2), index.T, bins)
+    index = twice_rank * n_bins // (2 * count.sum(1, keepdim=True)).clamp_min(1)
+    index = index.clamp_max(n_bins - 1)  # empty bins behind the last sample
+    return _sums_by_bin(fine.transpose(1, 2), index.T, n_bins)
 
 
-def _sums_by_bin(values: Tensor, index: Tensor, bins: int) -> Tensor:
-    """Sums (C, Q, bins) of `values` (C, N, Q) with equal `index` (N, Q)."""
+def _sums_by_bin(values: Tensor, index: Tensor, n_bins: int) -> Tensor:
+    """Sums (C, Q, n_bins) of `values` (C, N, Q) with equal `index` (N, Q)."""
     columns, _, num_labels = values.shape
-    place = torch.arange(num_labels, device=index.device) * bins + index
-    flat = values.new_zeros(columns, num_labels * bins)
+    place = torch.arange(num_labels, device=index.device) * n_bins + index
+    flat = values.new_zeros(columns, num_labels * n_bins)
     flat.index_add_(1, place.flatten(), values.flatten(1))
-    return flat.view(columns, num_labels, bins)
+    return flat.view(columns, num_labels, n_bins)
+
+
+def averaged(values: Tensor, average: str) -> Tensor:
+    """The values (Q,) of the labels, or their mean over the labels that have any sample."""
+    return values.nanmean() if average == "macro" else values
 
 
 def calibration_of(sums: Tensor, norm: str) -> Tensor:

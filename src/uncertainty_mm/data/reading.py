@@ -1,0 +1,147 @@
+"""Any layout that the library knows, by one call: :func:`read`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from uncertainty_mm._checks import check_choice
+from uncertainty_mm._files import kind_of
+from uncertainty_mm.data._sequences import named, need
+from uncertainty_mm.data.dataset import MultimodalDataset, check_names
+from uncertainty_mm.data.folder import read_folder
+from uncertainty_mm.data.npz import SPLITS, read_npz
+
+Format = Literal["auto", "npz", "folder", "mmsa", "tailor", "m3ed", "m3ed-dialogue"]
+"""Names of the layouts of files."""
+
+_SUFFIXES: dict[str, Format] = {
+    ".npz": "npz",
+    ".pkl": "mmsa",
+    ".pickle": "mmsa",
+    ".pt": "tailor",
+    ".pth": "tailor",
+}
+# What the files of a layout are by their first bytes; None: the bytes do not tell, which is left to the reader.
+_KINDS: dict[str, tuple[str | None, ...]] = {
+    "npz": (".npz", "zip", None),
+    "mmsa": ("pickle", "torch.save", None),
+    "tailor": ("torch.save", "pickle", "zip", None),
+    "m3ed": ("pickle", "torch.save", None),
+    "m3ed-dialogue": ("pickle", "torch.save", None),
+}
+
+
+def read(
+    path: str | PathLike[str],
+    *,
+    format: Format = "auto",
+    labels: str | PathLike[str] | None = None,
+    label_names: Sequence[str] | None = None,
+    splits: Sequence[str] = SPLITS,
+    **options: Any,
+) -> dict[str, MultimodalDataset]:
+    """Reads a data set in any layout that the library knows.
+
+    ===================  ==========================================  ==================================================
+    `format`             By `"auto"`                                 Reader
+    ===================  ==========================================  ==================================================
+    ``"npz"``            ``.npz``                                    :func:`read_npz`
+    ``"folder"``         a folder                                    :func:`read_folder`
+    ``"mmsa"``           ``.pkl``, ``.pickle``                       :func:`read_mmsa`: MMSA, MulT, released LDDU
+    ``"tailor"``         ``.pt``, ``.pth``                           :func:`read_tailor`: TAILOR, CARAT
+    ``"m3ed"``           never                                       :func:`read_m3ed`, a sample is an utterance
+    ``"m3ed-dialogue"``  never                                       :func:`read_m3ed`, a sample is a dialogue
+    ===================  ==========================================  ==================================================
+
+    New data, without labels and splits, are read from an archive or a folder where `label_names` are given: all their
+    labels are unknown, and their one part is `"all"`.
+
+    Args:
+        path: The file or folder.
+        format: Its layout; `"auto"` goes by the suffix.
+        labels: The file with the labels, where they are not in the first (`"mmsa"` only).
+        label_names: Labels in the order wanted, whatever their order in the file; None for the order of the file.
+        splits: Splits that must have samples; `()` for none. New data (`"all"`) are not asked for them.
+        options: Passed to the reader, such as `invalid="value"` of :func:`read_npz` or `padding` of :func:`read_mmsa`.
+
+    Returns:
+        Data sets by the name of their split.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is of another kind, cannot be read, breaks its layout or lacks a split. The message is
+            one line that begins with the file.
+
+    Example:
+        >>> import os, tempfile
+        >>> import numpy as np
+        >>> path = os.path.join(tempfile.mkdtemp(), "new.npz")
+        >>> np.savez(path, **{"features.text": np.ones((6, 5, 8)), "lengths.text": np.full(6, 5)})
+        >>> read(path, label_names=["happy", "sad"])
+        {'all': MultimodalDataset(6 samples, {'text': (5, 8)}, labels ['happy', 'sad'])}
+    """
+    check_choice("format", format, get_args(Format))
+    if isinstance(splits, str):
+        raise TypeError(f"Expected `splits` to be a sequence of names, but got {splits!r}")
+    if label_names is not None:
+        check_names("label_names", label_names, "sequence")
+    path = Path(path)
+    for each in (path, *([] if labels is None else [Path(labels)])):
+        if not each.exists():
+            raise FileNotFoundError(f"{each}: no such file or folder")
+    if format == "auto":
+        known = path.is_dir() or path.suffix.lower() in _SUFFIXES
+        need(
+            known, path, f"its suffix does not tell the format, give one of {get_args(Format)[1:]}"
+        )
+        format = "folder" if path.is_dir() else _SUFFIXES[path.suffix.lower()]
+    need(
+        labels is None or format == "mmsa",
+        path,
+        f"`labels` go with the format mmsa, got {format} and {labels}",
+    )
+    what = "folder" if path.is_dir() else "file"
+    need(
+        (what == "folder") == (format == "folder"), path, f"a {what} is not of the format {format}"
+    )
+    try:
+        if format in _KINDS:
+            kind = kind_of(path)
+            need(kind in _KINDS[format], path, f"this is {kind}, not a file of the format {format}")
+        if labels is not None:
+            options["labels"] = labels
+        parts = _open(path, format, label_names, options)
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror or error}") from error
+    except ValueError as error:
+        message = " ".join(str(error).split())
+        of_a_file = str(path) in message or str(labels) in message
+        raise ValueError(message if of_a_file else f"{path}: {message}") from error
+    parts = named(parts, label_names, path)
+    new = set(parts) == {"all"} and label_names is not None
+    for split in ["all"] if new and splits else splits:
+        need(len(parts.get(split, ())), path, f"no sample in the {split} split")
+    return parts
+
+
+def _open(
+    path: Path, format: Format, label_names: Sequence[str] | None, options: dict[str, Any]
+) -> dict[str, MultimodalDataset]:
+    if format == "npz":
+        return read_npz(path, splits=(), label_names=label_names, **options)
+    if format == "folder":
+        return read_folder(path, label_names=label_names, **options)
+    # Foreign files are rare; their readers are imported where one is met.
+    from uncertainty_mm.data.convert.m3ed import read_m3ed
+    from uncertainty_mm.data.convert.mmsa import read_mmsa
+    from uncertainty_mm.data.convert.tailor import read_tailor
+
+    if format in ("m3ed", "m3ed-dialogue"):
+        level = "utterance" if format == "m3ed" else "dialogue"
+        return read_m3ed(path, level=level, **options)
+    if label_names is not None:
+        options["label_names"] = label_names
+    return read_mmsa(path, **options) if format == "mmsa" else read_tailor(path, **options)

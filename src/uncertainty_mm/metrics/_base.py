@@ -1,0 +1,103 @@
+"""What all metrics share with each other, beside what `torchmetrics.Metric` gives them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from uncertainty_mm._checks import check_validate_args
+from uncertainty_mm._component import FixedSettings
+from uncertainty_mm.metrics._inputs import check_predictions, precision
+
+
+class Accumulated(FixedSettings, Metric):
+    """A metric that a refused batch leaves as it was, and whose state keeps its precision.
+
+    The state is in float64 where the device has it. `model.to(torch.bfloat16)`, which rounds the sums of other metrics,
+    moves it only.
+    """
+
+    is_differentiable = False
+    full_state_update = False
+    validate_args: bool | None
+
+    def __init__(self, validate_args: bool | None, settings: dict[str, Any]) -> None:
+        super().__init__(**settings)
+        check_validate_args(validate_args)
+        self._set(validate_args=validate_args)
+        self.set_dtype(precision(self.device))  # also what a process without samples hands on
+
+    def _check(self, *args: Any, **kwargs: Any) -> None:
+        """Raises for a batch that cannot be added."""
+        raise NotImplementedError
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Adds a batch and gives the measure of that batch alone."""
+        # Before torchmetrics hands on a batch it resets the metric; what then raises would lose all batches so far.
+        self._check(*args, **kwargs)
+        return super().forward(*args, **kwargs)
+
+    def plot(self, val: Any = None, ax: Any = None) -> Any:
+        """Draws one value or several, as all metrics of torchmetrics do.
+
+        Args:
+            val: What `compute` or `forward` gave, or a list of such results; None draws what has been accumulated.
+            ax: Axes to draw into.
+
+        Returns:
+            Figure (None if `ax` is given) and Axes.
+        """
+        return self._plot(val, ax)
+
+    def _apply(
+        self,
+        fn: Callable[[Tensor], Tensor],
+        exclude_state: Sequence[str] = "",
+        recurse: bool = True,
+    ) -> Any:
+        if self._dtype_convert:  # `set_dtype`
+            return super()._apply(fn, exclude_state)
+        device = fn(torch.zeros(0, device=self.device)).device
+        dtype = precision(device)
+
+        def move(state: Tensor) -> Tensor:
+            if state.is_meta and device.type != "meta":  # `to_empty`; every state begins with zeros
+                state = torch.zeros_like(state, device=device)
+            if not state.is_floating_point():
+                return state.to(device)
+            narrow = state.to(dtype) if dtype == torch.float32 else state  # before it is there
+            return narrow.to(device).to(dtype)
+
+        return super()._apply(move, exclude_state)
+
+
+class OfPredictions(Accumulated):
+    """A metric of probabilities and labels."""
+
+    num_labels: int | None = None
+
+    def _check(self, probs: Tensor, labels: Tensor, unknown: Tensor | None = None) -> None:
+        check_predictions(probs, labels, unknown, self.validate_args, self.num_labels)
+
+    def update(self, probs: Tensor, labels: Tensor, unknown: Tensor | None = None) -> None:
+        """Adds a batch.
+
+        Args:
+            probs: Tensor (N, Q) of probabilities in [0, 1].
+            labels: Tensor (N, Q) of 0 and 1, any real dtype.
+            unknown: Bool tensor (N, Q), True where a label is not known.
+
+        Raises:
+            ValueError: If shapes or devices disagree, or values are out of range.
+            TypeError: If a dtype is wrong.
+        """
+        self._check(probs, labels, unknown)
+        self._add(probs.detach(), labels.detach(), unknown)
+
+    def _add(self, probs: Tensor, labels: Tensor, unknown: Tensor | None) -> None:
+        """Adds a batch that has been checked."""
+        raise NotImplementedError
