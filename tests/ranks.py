@@ -188,7 +188,7 @@ def left_alone(rank, how, timeout):
     latent = umm.DiagonalGaussian(torch.randn(4, 2, 3, 4), torch.ones(4, 2, 3, 4))
     contrastive = umm.DistributionSupConLoss(2, 3, 4, queue_size=50, gather=True)
     contrastive(latent, torch.ones(4, 3))  # all are well
-    before = contrastive.queue.clone()
+    before = contrastive.queue.rows.clone()
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout))
     if rank:
         if how == "dies":
@@ -211,5 +211,5 @@ def left_alone(rank, how, timeout):
             met[name] = type(error).__name__, time.monotonic() - begin
         else:
             met[name] = None, time.monotonic() - begin
-    unchanged = torch.equal(contrastive.queue, before)
+    unchanged = torch.equal(contrastive.queue.rows, before)
     return met, unchanged, tracker.counts(torch.arange(5)).tolist()

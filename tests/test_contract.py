@@ -446,6 +446,7 @@ PUBLIC_NAMES = [
     "CorrectnessTracker",
     "DiagonalGaussian",
     "DistributionSupConLoss",
+    "EmbeddingQueue",
     "EmotionQueryAttention",
     "FusedPrediction",
     "GaussianDecoupler",

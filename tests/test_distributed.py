@@ -145,8 +145,8 @@ def test_no_samples_anywhere_change_nothing(ranks, max_batch_size):
     settings = {"gather": True, "max_batch_size": max_batch_size, "queue_size": 10}
     for steps, state in ranks.run(contrast, nowhere, [random_batch()], settings):
         assert steps[0][0] == 0
-        assert (state["queue_classes"] == -1).all()
-        assert state["queue_pointer"] == 0
+        assert (state["queue.classes"] == -1).all()
+        assert state["queue.pointer"] == 0
 
 
 def test_no_anchor_anywhere_gives_zero_with_zero_gradient(ranks):

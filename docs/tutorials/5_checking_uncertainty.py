@@ -76,7 +76,7 @@ class Model(nn.Module):
 
 
 model = Model()
-contrastive = umm.DistributionSupConLoss(3, 4, 16, queue_size=512, joint=True)
+contrastive = umm.DistributionSupConLoss(3, 4, 16, queue_size=512)
 tracker, ordinality = (
     umm.CorrectnessTracker(3000, 3),
     umm.SoftRankOrdinalityLoss(pairs=["SR"]),
