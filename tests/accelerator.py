@@ -408,7 +408,7 @@ def predict_model(device, file, name):
     there = batch(0).to(device)
     with torch.no_grad():
         moved.predict_step(there, 0)
-        with strict(device, float64=False):
+        with strict(device):
             answers = moved.predict_step(there, 0)
     assert answers.keys() == expected.keys()
     for key, answer in answers.items():
