@@ -552,7 +552,9 @@ MEASURES = {
     "brier_decomposition": _function(measures.brier_decomposition, draw_probs),
     "calibration_error": _function(measures.calibration_error, draw_probs),
     "evaluate": _function(
-        lambda *given: torch.tensor(list(measures.evaluate(*given, threshold=0.4).values())),
+        lambda *given: torch.tensor(
+            [-9 if x is None else x for x in measures.evaluate(*given, threshold=0.4).values()]
+        ),
         draw_probs,
     ),
     "modality_attribution": _function(

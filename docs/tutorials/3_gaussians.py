@@ -44,7 +44,7 @@ def vectors(samples) -> torch.Tensor:
 # mean frame of the sequence and the name of the label that asks.
 
 decoupler = GaussianDecoupler(
-    num_modalities=1, in_dim=19, latent_dim=2, dropout=0.0
+    num_modalities=1, in_dim=19, latent_dim=2, dropout=0.0, normalize_mean=False
 )
 contrastive = DistributionSupConLoss(
     1, 3, latent_dim=2, queue_size=512, anchors="all"

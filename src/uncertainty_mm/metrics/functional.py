@@ -553,7 +553,7 @@ def evaluate(
         "AURC": risk_coverage(uncertainty, error, validate_args=False).aurc,
         "rho": spearman(uncertainty, error, validate_args=False),
     }
-    values = {name: round(float(value), 4) for name, value in measures.items()}
+    values = {name: round(float(value.detach()), 4) for name, value in measures.items()}
     return {name: None if value != value else value for name, value in values.items()}
 
 
