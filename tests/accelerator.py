@@ -37,7 +37,7 @@ RAISED += ("cumsum", "log_softmax.int", "softmax.int", "layer_norm", "logsumexp"
 TOLD = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 
-class Refused(RuntimeError):
+class RefusedError(RuntimeError):
     """What the device does not do without making the host wait, or not at all."""
 
 
@@ -51,7 +51,7 @@ class Strict:
     def wait(cls, why):
         cls.allowed -= 1
         if cls.waits and cls.allowed < 0:
-            raise Refused(why)
+            raise RefusedError(why)
 
 
 class Pretended(torch.Tensor):
@@ -95,7 +95,7 @@ class Pretended(torch.Tensor):
         if Strict.float64 and torch.float64 not in {x.dtype for x in leaves}:
             made = {x.dtype for x in pytree.tree_leaves(result) if isinstance(x, torch.Tensor)}
             if torch.float64 in made:
-                raise Refused(f"{function} makes float64, which not every device has")
+                raise RefusedError(f"{function} makes float64, which not every device has")
         return return_and_correct_aliasing(function, args, kwargs, result)
 
 
@@ -104,7 +104,7 @@ def refuse(function, args, kwargs, leaves):
     strange = [x for x in leaves if type(x) is not Pretended]
     copies = function in (aten.copy_.default, aten._to_copy.default, aten._copy_from.default)
     if not copies and any(x.dim() for x in strange):
-        raise Refused(f"{function}: expected all tensors to be on one device")
+        raise RefusedError(f"{function}: expected all tensors to be on one device")
     if strange and not (copies and kwargs.get("non_blocking", len(args) > 2 and args[2])):
         Strict.wait(f"{function} takes a tensor of the host")
     if torch.device(kwargs.get("device") or "pretend").type == "cpu":
@@ -172,16 +172,16 @@ def register():
 
 @contextmanager
 def strict(device, *, allowed=0, float64=True):
-    """Within it the host has to wait for the device exactly `allowed` times; no float64 is made where `float64` is False.
+    """Within it the host has to wait for the device exactly `allowed` times.
 
-    Float64 is refused by the pretended device alone.
+    Without `float64` the pretended device makes no such tensor unless it was given one.
     """
     if device == "pretend":
         Strict.waits, Strict.allowed, Strict.float64 = True, allowed, not float64
         try:
             yield
             if Strict.allowed:
-                raise Refused(f"the host waited {Strict.allowed} times less than {allowed}")
+                raise RefusedError(f"the host waited {Strict.allowed} times less than {allowed}")
         finally:
             Strict.waits = Strict.float64 = False
         return
@@ -191,7 +191,9 @@ def strict(device, *, allowed=0, float64=True):
         with warnings.catch_warnings(record=allowed > 0) as seen:
             yield
         if allowed and len([x for x in seen if "synchronizing" in str(x.message)]) != allowed:
-            raise Refused(f"the host did not wait {allowed} times: {[str(x.message) for x in seen]}")
+            raise RefusedError(
+                f"the host did not wait {allowed} times: {[str(x.message) for x in seen]}"
+            )
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -278,8 +280,8 @@ def waiting():
         "set by mask": lambda x: x.__setitem__(x[:, 0] > -99, x.clone()),
         "nonzero": lambda x: x.nonzero(),
         "unique": lambda x: x.unique(),
-        "repeats": lambda x: torch.arange(3).to(x.device, non_blocking=True).repeat_interleave(
-            (x > 0).sum(1)
+        "repeats": lambda x: (
+            torch.arange(3).to(x.device, non_blocking=True).repeat_interleave((x > 0).sum(1))
         ),
         "equal": lambda x: torch.equal(x, x),
         "cholesky": lambda x: torch.linalg.cholesky(x @ x.mT + 9 * torch.eye(3, device=x.device)),
@@ -461,5 +463,7 @@ def update_metric(device, name):
         moved = [x.to(device) for x in batch]
         with nullcontext() if step == 0 else strict(device):
             there.update(*moved)
-    for x, y in zip(*(pytree.tree_leaves(metric.compute()) for metric in (there, here)), strict=True):
+    for x, y in zip(
+        *(pytree.tree_leaves(metric.compute()) for metric in (there, here)), strict=True
+    ):
         close(x, y)
