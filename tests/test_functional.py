@@ -368,6 +368,81 @@ def test_supcon_mean_is_over_anchors_with_a_positive():
     close(functional.supcon_loss(embeddings, classes), sum(rows.values()) / 4)
 
 
+def tight_pairs(spread):
+    """16 pairs of unit rows, each far nearer to each other than to the rest."""
+    rows = torch.randn(16, 64).repeat_interleave(2, 0) + spread * torch.randn(32, 64)
+    return F.normalize(rows, dim=1), torch.arange(32) // 2
+
+
+@pytest.mark.parametrize("spread", [0.1, 0.001])
+@pytest.mark.parametrize("in_bank", [False, True])
+def test_supcon_keeps_its_digits_where_it_is_next_to_nothing(spread, in_bank):
+    rows, classes = tight_pairs(spread)
+    bank = {}
+    if in_bank:
+        bank = {"bank": rows[1::2], "bank_classes": classes[1::2]}
+        rows, classes = rows[::2], classes[::2]
+    rows.requires_grad_()
+    exact = rows.detach().double().requires_grad_()
+    loss = functional.supcon_loss(rows, classes, **bank)
+    keys = (bank["bank"].double(), bank["bank_classes"]) if in_bank else ((), ())
+    expected = naive_supcon(exact, classes, None, *keys)
+    assert expected < 1e-3
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+    (actual,), (wanted,) = gradient(loss, rows), gradient(expected, exact)
+    assert (actual - wanted).norm() < 1e-5 * wanted.norm()
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_supcon_of_one_row_far_longer_than_its_class(count):
+    rows, classes = torch.randn(4 * count, 16), torch.arange(4 * count) % 4
+    rows[0] *= 1e5
+    rows.requires_grad_()
+    exact = rows.detach().double().requires_grad_()
+    losses = functional.supcon_loss(rows, classes, temperature=1e7, reduction="none")
+    expected = functional.supcon_loss(exact, classes, temperature=1e7, reduction="none")
+    torch.testing.assert_close(losses.double(), expected, rtol=1e-6, atol=0)
+    for actual, wanted in zip(*gradient(losses, rows), *gradient(expected, exact), strict=True):
+        assert (actual - wanted).norm() < 2e-6 * wanted.norm()
+
+
+@pytest.mark.parametrize("bf16_products", [False, True])
+@pytest.mark.parametrize("count", [2, 3])
+def test_supcon_is_at_least_the_logarithm_of_the_number_of_positives(bf16_products, count):
+    rows = torch.randn(20, 48).repeat_interleave(count, 0) + 0.01 * torch.randn(20 * count, 48)
+    rows = F.normalize(rows, dim=1).requires_grad_()
+    options = {"reduction": "none", "bf16_products": bf16_products}
+    losses = functional.supcon_loss(rows, torch.arange(20).repeat_interleave(count), **options)
+    assert (losses >= torch.tensor(count - 1.0).log()).all()
+    assert (gradient(losses, rows)[0].norm(dim=1) > 0).all()  # also where the value is at its bound
+
+
+OPERATORS = {
+    "forward": lambda x, c, a, b, bc: torch.library.opcheck(
+        torch.ops.uncertainty_mm.supcon.default, (x, c, a, b, bc, 0.07, "mean", False, True)
+    ),
+    "forward none": lambda x, c, a, b, bc: torch.library.opcheck(
+        torch.ops.uncertainty_mm.supcon.default, (x, c, a, b, bc, 0.07, "none", True, True)
+    ),
+    "backward": lambda x, c, a, b, bc: torch.library.opcheck(
+        torch.ops.uncertainty_mm.supcon_backward.default,
+        (x.detach(), c, a, b, bc, 0.07, False, torch.rand(len(c))),
+    ),
+    "scale": lambda x, *_: torch.library.opcheck(
+        torch.ops.uncertainty_mm.supcon_scale.default,
+        (x.detach(), torch.tensor(2.0), torch.float32),
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", [torch.Tensor.contiguous, lambda x: x.t().contiguous().t()])
+@pytest.mark.parametrize("name", OPERATORS)
+def test_supcon_operators_pass_the_checks_of_torch(name, layout):
+    rows = layout(torch.randn(6, 4)).requires_grad_()
+    bank, anchors = torch.randn(3, 4), torch.ones(6, dtype=torch.bool)
+    OPERATORS[name](rows, torch.arange(6) % 2, anchors, bank, torch.tensor([0, 1, -1]))
+
+
 def test_supcon_reads_classes_as_names_only():
     embeddings, classes = supcon_batch()
     renamed = torch.tensor([7, 123456789, 3])[classes]
