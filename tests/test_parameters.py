@@ -24,7 +24,7 @@ def outputs(case, module, step=0):
 
 def test_settings_are_read_only(case):
     module = case.build()
-    settings = set(type(module).__annotations__)
+    settings = type(module).__annotations__.keys() - module.state_dict().keys()
     assert "validate_args" in settings
     for name in settings:
         with pytest.raises(AttributeError, match=f"`{name}` is a setting of"):
@@ -45,7 +45,7 @@ def test_meta_device_and_reset_parameters_make_a_module_as_new(case, whole):
         parameter = module.get_parameter(name)
         if name == "prior_mean":
             assert not parameter.any()
-        elif not name.endswith("bias"):  # some of them the case sets
+        elif not name.endswith("bias") and new.std() > 0:  # some biases the case sets
             assert 1 / 3 < parameter.std() / new.std() < 3
     assert all(x.isfinite().all() for x in outputs(case, module))
 
@@ -113,8 +113,8 @@ def test_sharded_parameters_compute_the_same(case, mesh, parts, dtype):
         fully_shard(module, mesh=mesh, mp_policy=policy)
     for name, part in module.named_children():
         if parts in (name, "children") and [*part.parameters()]:
-            if isinstance(part, nn.ModuleDict):  # it has no forward pass of its own
-                for each in part.values():
+            if isinstance(part, (nn.ModuleDict, nn.ModuleList)):  # without a forward pass
+                for each in part.children():
                     fully_shard(each, mesh=mesh, mp_policy=policy)
             else:
                 fully_shard(part, mesh=mesh, mp_policy=policy)
