@@ -26,15 +26,10 @@ import uncertainty_mm as umm
 from support import Bad
 from uncertainty_mm import DiagonalGaussian, functional, measures
 from uncertainty_mm.data import (
-    LabelTable,
     MultimodalDataset,
     SyntheticMMER,
     read_folder,
-    read_label_csv,
-    read_m3ed,
-    read_mmsa,
     read_npz,
-    read_tailor,
     write_folder,
     write_npz,
 )
@@ -1778,10 +1773,6 @@ def good_files():
 def write_files(folder):
     write_npz(parts(), folder / "good.npz")
     write_folder(parts(), folder / "good")
-    (folder / "good.csv").write_text("id,happy,sad\na,0,1\nb,2,0\n")
-    (folder / "good.pkl").write_bytes(pickle.dumps(mmsa()))
-    (folder / "good_m3ed.pkl").write_bytes(pickle.dumps(m3ed()))
-    torch.save(tailor(), folder / "good.pt")
     return folder
 
 
@@ -1796,31 +1787,6 @@ def contents(folder):
 def read_all(folder):
     read = read_npz(folder / "good.npz"), read_folder(folder / "good")
     return [tuple(each[split][0]) for each in read for split in each]
-
-
-def mmsa(**change):
-    sequences = {name: np.ones((2, 3, 4)) for name in ("text", "audio", "vision")}
-    part = sequences | {"id": ["v$_$0", "v$_$1"], "tgt": [[2, 4, 3], [2, 3]]} | change
-    part = {key: value for key, value in part.items() if value is not None}
-    return {"train": dict(part), "valid": dict(part), "test": dict(part)}
-
-
-def tailor(vocabulary=None, **change):
-    names = ("src-text", "src-audio", "src-visual")
-    part = {name: torch.ones(2, 3, 4) for name in names} | {"tgt": [[2, 4, 3], [2, 5, 3]]} | change
-    vocabulary = vocabulary or {"<s>": 2, "</s>": 3, "happy": 4, "sad": 5}
-    return {"train": part, "valid": part, "test": part, "dict": {"tgt": vocabulary}}
-
-
-def m3ed(**change):
-    content = [{}, {}, {}, {}, {}, {}, {}, ["d0"], ["d1"], ["d2"]]
-    for name in ("d0", "d1", "d2"):
-        content[0][name], content[2][name] = ["u0", "u1"], [0, 6]
-        for position in (3, 4, 5):
-            content[position][name] = np.ones((2, 3))
-    for position, value in change.items():
-        content[int(position[1:])] = value
-    return content
 
 
 class Evil:
@@ -1851,18 +1817,6 @@ def raw(name, content, read):
     def call(folder):
         (folder / name).write_bytes(content)
         return read(folder / name)
-
-    return call
-
-
-def pickled(content, read=lambda path: read_mmsa(path, label_names=("happy", "sad"))):
-    return raw("bad.pkl", pickle.dumps(content), read)
-
-
-def saved(content):
-    def call(folder):
-        torch.save(content, folder / "bad.pt")
-        return read_tailor(folder / "bad.pt")
 
     return call
 
@@ -1910,15 +1864,6 @@ def unknown_compression(content):
     """Gives every entry of an archive another method of compression."""
     for entry in re.finditer(rb"PK\x01\x02", bytes(content)):
         content[entry.start() + 10] = 99
-
-
-def changed_bit(content):
-    """Of the first tensor of a file of `torch.save`."""
-    content[content.index(torch.ones(6).numpy().tobytes())] ^= 1
-
-
-def csv_of(text, label_names=("happy", "sad")):
-    return raw("bad.csv", text.encode(), lambda path: read_label_csv(path, label_names))
 
 
 def names_file(name, call, message, error=ValueError):
@@ -2103,162 +2048,6 @@ FOLDER = [
     ),
 ]
 
-NOT_PICKLE = "not a readable pickle"
-
-PICKLES = [
-    names_file("mmsa: truncated", damaged("good.pkl", lambda b: b[:-20], read_mmsa), NOT_PICKLE),
-    names_file(
-        "mmsa: malicious", pickled({"train": Evil()}), "refused, because it names `builtins.exec`"
-    ),
-    names_file("mmsa: a list", pickled([1]), "must hold a dict, got list"),
-    names_file("mmsa: a split lacking", pickled({"train": {}}), "missing split `valid`"),
-    names_file(
-        "mmsa: no modality, keys of two types",
-        pickled({key: {1: 0, "x": 0} for key in ("train", "valid", "test")}),
-        "no modality in split `train`",
-    ),
-    names_file(
-        "mmsa: one sample less",
-        pickled(mmsa(audio=np.ones((1, 3, 4)))),
-        "`train.audio` has 1 samples, other modalities 2",
-    ),
-    names_file(
-        "mmsa: features of words",
-        pickled(mmsa(audio=np.full((2, 3, 4), "x"))),
-        "`train.audio` must hold numbers of shape",
-    ),
-    names_file(
-        "mmsa: token unknown",
-        pickled(mmsa(tgt=[[2, 99, 3], [2, 3]])),
-        "`train.tgt` of sample 0 holds the token 99",
-    ),
-    names_file("mmsa: no emotion", pickled(mmsa(tgt=None)), "no emotions: missing `train.tgt`"),
-    names_file(
-        "mmsa: lengths too long",
-        pickled(mmsa(audio_lengths=[9, 9])),
-        r"`train.audio_lengths` must be in \[0, 3\], got 9 to 9",
-    ),
-    rejects(
-        "mmsa: padding unknown",
-        lambda f: read_mmsa(f / "good.pkl", padding="no"),
-        r"`padding` to be one of \['auto', 'none', 'zeros'\], but got 'no'",
-    ),
-    rejects(
-        "mmsa: join_by unknown",
-        lambda f: read_mmsa(f / "good.pkl", join_by="name"),
-        r"`join_by` to be one of \['auto', 'id', 'order'\], but got 'name'",
-    ),
-    rejects(
-        "mmsa: table with too many ids",
-        lambda f: read_mmsa(
-            f / "good.pkl",
-            LabelTable(torch.zeros(1, 2), ("happy", "sad"), ids=["v$_$0", "v$_$1"]),
-            ("happy", "sad"),
-        ),
-        "`labels.ids` to name 1 samples, but got 2",
-    ),
-    rejects(
-        "mmsa: table of label 2",
-        lambda f: read_mmsa(
-            f / "good.pkl", LabelTable(torch.full((2, 2), 2), ("happy", "sad")), ("happy", "sad")
-        ),
-        "`labels.labels` to hold only 0 and 1, but got 2",
-    ),
-    Bad("mmsa: absent", lambda f: read_mmsa(f / "none.pkl"), FileNotFoundError, "none.pkl"),
-    names_file(
-        "tailor: truncated",
-        damaged("good.pt", lambda b: b[:-100], read_tailor),
-        r"not a readable file of torch\.save",
-    ),
-    names_file(
-        "tailor: a bit changed",
-        damaged("good.pt", changed_bit, read_tailor),
-        r"not a readable file of torch\.save \(the check sum of `.*` is wrong\)",
-    ),
-    names_file(
-        "tailor: malicious",
-        saved(tailor(tgt=[Evil(), Evil()])),
-        r"refused, because it names `(builtins\.)?exec`",
-    ),
-    names_file("tailor: no vocabulary", saved(tailor() | {"dict": {}}), "missing `dict.tgt`"),
-    names_file(
-        "tailor: names of two types",
-        saved(tailor({("a",): 4, "b": 4, "<s>": 2})),
-        "`dict.tgt` must give every label a number",
-    ),
-    names_file(
-        "tailor: codes of two types",
-        saved(tailor({"happy": 4, "sad": None})),
-        "`dict.tgt` must give every label a number",
-    ),
-    names_file(
-        "tailor: other labels wanted",
-        lambda f: read_tailor(f / "good.pt", ["happy", "bored"]),
-        r"`dict.tgt` names the labels .* expected \['happy', 'bored'\]",
-    ),
-    names_file(
-        "m3ed: truncated",
-        damaged("good_m3ed.pkl", lambda b: b[: len(b) // 2], read_m3ed),
-        NOT_PICKLE,
-    ),
-    names_file(
-        "m3ed: a list of nine",
-        pickled(m3ed()[:9], read_m3ed),
-        "must hold a list of 10, got list of 9",
-    ),
-    names_file(
-        "m3ed: code 7",
-        pickled(m3ed(_2={name: [0, 7] for name in ("d0", "d1", "d2")}), read_m3ed),
-        r"\[2\] of dialogue 'd0' must be in \[0, 6\], got 0 to 7",
-    ),
-    names_file(
-        "m3ed: dialogue unknown", pickled(m3ed(_7=["d9"]), read_m3ed), r"\[0\] lacks dialogue 'd9'"
-    ),
-    names_file(
-        "m3ed: dialogue without a name",
-        pickled(m3ed(_7=[["d0"]]), read_m3ed),
-        r"\[7\] must list the dialogues of the train split",
-    ),
-    rejects(
-        "m3ed: level unknown",
-        lambda f: read_m3ed(f / "good_m3ed.pkl", level="word"),
-        r"`level` to be one of \['dialogue', 'utterance'\], but got 'word'",
-    ),
-    names_file("csv: empty", csv_of(""), "no row below the header"),
-    names_file(
-        "csv: bytes", raw("bad.csv", b"\xff\xfe\x00", read_label_csv), "not a readable .csv file"
-    ),
-    names_file(
-        "csv: a label lacking", csv_of("id,happy\na,1\n"), r"no column for the labels \['sad'\]"
-    ),
-    names_file(
-        "csv: intensity 4",
-        csv_of("happy,sad\n4,0\n"),
-        r"`happy` of row 0 must be a number in \[0, 3\], got '4'",
-    ),
-    names_file(
-        "csv: nan",
-        csv_of("happy,sad\n0,nan\n"),
-        r"`sad` of row 0 must be a number in \[0, 3\], got 'nan'",
-    ),
-    names_file("csv: ragged", csv_of("happy,sad\n0\n"), "row 0 has 1 fields, the header 2"),
-    names_file(
-        "csv: split unknown",
-        csv_of("happy,sad,mode\n0,0,dev2\n"),
-        "`mode` of row 0 must be train, valid or test, got 'dev2'",
-    ),
-    names_file(
-        "csv: tokens nested without end",
-        csv_of("tgt\n" + "[" * 100_000 + "\n"),
-        "`tgt` of row 0 must be a list of tokens",
-    ),
-    names_file(
-        "csv: token of 5000 digits",
-        csv_of("tgt\n" + '"[2, ' + "9" * 5000 + ', 3]"\n'),
-        "`tgt` of row 0 must be a list of tokens",
-    ),
-]
-
 # ---------------------------------------------------------------------------------------- the tests
 
 
@@ -2333,7 +2122,6 @@ COMPONENTS = {
     ),
     "npz files": Component(NPZ, folder_of_files, contents, read_all),
     "folders of arrays": Component(FOLDER, folder_of_files),
-    "pickles and tables": Component(PICKLES, folder_of_files, contents, read_all),
 }
 
 

@@ -1,14 +1,5 @@
 """Data sets: what people have on disk, read into one form, and synthetic data whose uncertainty is known."""
 
-from uncertainty_mm.data.convert.label_table import (
-    M3ED_LABELS,
-    MOSEI_LABELS,
-    LabelTable,
-    read_label_csv,
-)
-from uncertainty_mm.data.convert.m3ed import read_m3ed
-from uncertainty_mm.data.convert.mmsa import read_mmsa
-from uncertainty_mm.data.convert.tailor import read_tailor
 from uncertainty_mm.data.dataset import (
     DatasetSummary,
     ModalitySummary,
@@ -25,11 +16,8 @@ from uncertainty_mm.data.synthetic import (
 )
 
 __all__ = [
-    "M3ED_LABELS",
-    "MOSEI_LABELS",
     "SPLITS",
     "DatasetSummary",
-    "LabelTable",
     "ModalitySummary",
     "MultimodalBatch",
     "MultimodalDataset",
@@ -38,11 +26,7 @@ __all__ = [
     "SyntheticModality",
     "SyntheticSamples",
     "read_folder",
-    "read_label_csv",
-    "read_m3ed",
-    "read_mmsa",
     "read_npz",
-    "read_tailor",
     "write_folder",
     "write_npz",
 ]

@@ -150,7 +150,7 @@ def read_npz(
         with np.errstate(over="ignore"):  # becomes infinite, and is left out
             values = values.astype(np.float32, copy=False)
         read[name] = finish(values, beyond(values.shape[1], lengths))
-        report_invalid(path, "", name, read[name].invalid)
+        report_invalid(path, "", name, read[name])
 
     parts = {}
     for code, part in enumerate(SPLITS):
