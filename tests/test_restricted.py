@@ -2,13 +2,17 @@
 
 import argparse
 import builtins
+import bz2
 import codecs
 import contextlib
 import ctypes
+import gzip
 import io
 import itertools
+import lzma
 import os
 import pickle
+import re
 import zipfile
 from collections import ChainMap, Counter, OrderedDict, defaultdict
 from datetime import datetime
@@ -70,20 +74,25 @@ TRANSPOSED = [
 ]
 
 
-@pytest.mark.parametrize("package", [b"numpy.core.numeric", b"numpy._core.numeric"])
-def test_arrays_of_protocol_5_in_every_order(tmp_path, package):
-    path = tmp_path / "data.pkl"
-    for array in (*TRANSPOSED, np.asfortranarray(TRANSPOSED[0]), TRANSPOSED[0][:, ::2]):
-        # as NumPy 2.3 and later write it; older ones write C and F alone
-        path.write_bytes(pickle.dumps(array, 5).replace(b"numpy._core.numeric", package, 1))
-        content = bytearray(path.read_bytes())
-        with contextlib.suppress(ValueError):  # the length of the name precedes it
-            content[content.index(package) - 1] = len(package)
-        path.write_bytes(content)
-        check_same(load_pickle(path), array)
-    order_k = Reduce(frombuffer, np.arange(6.0).tobytes(), F8, (2, 3), "K", (1, 0))
-    path.write_bytes(pickle.dumps(order_k, 5))
-    check_same(load_pickle(path), np.arange(6.0).reshape(2, 3).T)
+@pytest.mark.parametrize(
+    "array", [*TRANSPOSED, np.asfortranarray(TRANSPOSED[0]), TRANSPOSED[3][:, ::2]]
+)
+def test_arrays_of_protocol_5_in_every_order(tmp_path, array):
+    (tmp_path / "data.pkl").write_bytes(pickle.dumps(array, 5))
+    check_same(load_pickle(tmp_path / "data.pkl"), array)
+
+
+@pytest.mark.parametrize("package", [b"numpy.core", b"numpy._core"])
+@pytest.mark.parametrize(
+    ("order", "shape"), [(("C",), (2, 3)), (("F",), (2, 3)), (("K", (1, 0)), (3, 2))]
+)
+def test_arrays_of_protocol_5_by_any_numpy(tmp_path, package, order, shape):
+    value = Reduce(frombuffer, np.arange(6.0).tobytes(), F8, (2, 3), *order)
+    content = pickle.dumps(value, 2).replace(b"numpy._core", package)
+    (tmp_path / "data.pkl").write_bytes(content)
+    loaded = load_pickle(tmp_path / "data.pkl")
+    assert loaded.shape == shape
+    check_same(loaded, frombuffer(*value.call[1]))
 
 
 @pytest.mark.parametrize("protocol", [2, 4, 5])
@@ -122,6 +131,7 @@ def test_containers_of_the_standard_library(tmp_path, protocol):
         "counts": defaultdict(int, b=2),
         "none": defaultdict(None, c=3),
         "dicts": defaultdict(dict),
+        "texts": defaultdict(str, d="x"),
     }
     (tmp_path / "data.pkl").write_bytes(pickle.dumps(content, protocol))
     assert load_pickle(tmp_path / "data.pkl") == content
@@ -199,7 +209,7 @@ REFUSED = {
     "torch._utils._rebuild_from_type_v2": Reduce(
         torch._tensor._rebuild_from_type_v2, eval, int, ("1/0",), {}
     ),
-    "torch._utils._rebuild_sparse_tensor": torch.eye(2).to_sparse(),
+    "torch._utils._rebuild_sparse_tensor": Reduce(torch._utils._rebuild_sparse_tensor, 0, ()),
     "torch.load": Reduce(torch.load, "x.pt"),
     "torch.serialization.add_safe_globals": Reduce(torch.serialization.add_safe_globals, [eval]),
     "ctypes.string_at": Reduce(ctypes.string_at, 1, 1),
@@ -469,3 +479,71 @@ def test_damaged_torch_files_end_in_one_error(tmp_path):
         file.writestr("a", "b")
     with pytest.raises(ValueError, match=r"not a readable file of torch\.save"):
         load_torch(path)
+
+
+# --- Other formats ----------------------------------------------------------------------------------------------------
+
+
+def zipped(*names):
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for name in names:
+            archive.writestr(name, b"x")
+    return file.getvalue()
+
+
+def archived(save, *content, **options):
+    file = io.BytesIO()
+    save(file, *content, **options)
+    return file.getvalue()
+
+
+CONTAINERS = {
+    "gzip": (gzip.compress(pickle.dumps(CONTENT)), "a gzip file; unpack it"),
+    "bzip2": (bz2.compress(b"x"), "a bzip2 file; unpack it"),
+    "xz": (lzma.compress(b"x"), "an xz file; unpack it"),
+    "hdf5": (b"\x89HDF\r\n\x1a\n" + bytes(504), "an HDF5 file"),
+    "npy": (archived(np.save, np.ones(2)), r"a \.npy file of NumPy"),
+    "npz": (archived(np.savez, np.ones(2)), r"a \.npz archive of NumPy"),
+    "zip": (zipped("readme.txt"), "a zip archive; unpack it"),
+    "zip, damaged": (zipped("readme.txt")[:40], "a zip archive, damaged"),
+    "excel": (zipped("xl/workbook.xml"), r"an Excel workbook; export it as \.csv"),
+    "torchscript": (zipped("m/data.pkl", "m/constants.pkl"), "a TorchScript archive"),
+    "tar": (bytes(257) + b"ustar" + bytes(250), "a tar archive; unpack it"),
+    "lfs": (b"version https://git-lfs.github.com/spec/v1\noid", "a pointer of Git LFS"),
+    "html": (b"<!DOCTYPE html><html>", "a page of HTML"),
+    "safetensors": ((2).to_bytes(8, "little") + b"{}", "a file of safetensors"),
+}
+TORCH = {
+    "torch": (archived(lambda file: torch.save(CONTENT, file)), r"a file of torch\.save"),
+    "old torch": (torch_bytes(CONTENT), r"an old file of torch\.save"),
+}
+PICKLE = {"pickle": (pickle.dumps(CONTENT), "a pickle")}
+
+
+@pytest.mark.parametrize(
+    ("load", "what", "content", "found"),
+    [
+        pytest.param(load, what, *case, id=f"{what}: {name}")
+        for load, what, cases in (
+            (load_pickle, "pickle", CONTAINERS | TORCH),
+            (load_torch, r"file of torch\.save", CONTAINERS | PICKLE),
+        )
+        for name, case in cases.items()
+    ],
+)
+def test_another_format_is_named(tmp_path, load, what, content, found):
+    (tmp_path / "data").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"data: not a readable {what} \(it is {found}"):
+        load(tmp_path / "data")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("value", [np.float64, datetime(2020, 1, 1), Reduce(os.system, "x")])
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_nobody_is_advised_to_load_unsafely(tmp_path, value, zipped, protocol):
+    path = tmp_path / "data.pt"
+    torch.save(value, path, pickle_protocol=protocol, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(ValueError, match=r"data\.pt: (refused|not a readable)") as error:
+        load_torch(path)
+    assert not re.search(r"weights_only|trust|safe_globals|Re-running", str(error.value))

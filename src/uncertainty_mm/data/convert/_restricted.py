@@ -11,6 +11,7 @@ import io
 import math
 import pickle
 import re
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Collection
 from os import PathLike
@@ -187,7 +188,7 @@ _ADMITTED: dict[str, Callable[..., Any]] = {
     "numpy.dtype": _Dtype,
     "numpy.ndarray": _Array,
 }
-for _name in ("bool", "dict", "float", "int", "list", "str", "tuple"):
+for _name in ("bool", "dict", "float", "int", "list", "long", "str", "tuple", "unicode"):
     _ADMITTED[f"builtins.{_name}"] = _default
 for _package in ("numpy.core", "numpy._core"):  # NumPy 1 and 2
     _ADMITTED[f"{_package}.multiarray._reconstruct"] = _reconstruct
@@ -219,14 +220,16 @@ def _torch_load(file: IO[bytes]) -> Any:
     """`torch.load` of nothing but what is admitted, with errors that do not advise to admit more."""
     admitted: list[Any] = [(value, name) for name, value in _ADMITTED.items()]
     try:
-        with torch.serialization.safe_globals(admitted):
+        with torch.serialization.safe_globals(admitted), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         refused = re.search(r"GLOBAL ([\w.]+)", str(error))
         if refused:
             raise _Refused(refused[1]) from None
-        reason = re.search(r"WeightsUnpickler error: (.*)", str(error))
-        raise ValueError(reason[1] if reason else "damaged") from None
+        if "Unsupported operand" in str(error):
+            raise ValueError("damaged, or written with another `pickle_protocol` than 2") from None
+        raise ValueError("damaged, or it holds other things than tensors and arrays") from None
 
 
 def _read(
