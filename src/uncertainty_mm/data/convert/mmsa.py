@@ -101,13 +101,14 @@ def read_mmsa(
             for name, split in splits.items()
         }
     else:
-        table = _table(labels, label_names)
+        table = read_table(labels, label_names)
         ids = {name: sample_ids(split, counts[name], path) for name, split in splits.items()}
         by_split = join(table, ids, counts, path, join_by)
     return assemble(splits, path, by_split, label_names, padding, invalid)
 
 
-def _table(labels: str | PathLike[str] | LabelTable, label_names: Sequence[str]) -> LabelTable:
+def read_table(labels: str | PathLike[str] | LabelTable, label_names: Sequence[str]) -> LabelTable:
+    """The labels of a `.csv` file, of a `.pt` file of TAILOR or CARAT, or of a table, in the order of `label_names`."""
     if isinstance(labels, LabelTable):
         return checked(labels, label_names)
     if not fspath(labels).endswith(".pt") and format_of(labels) not in (TORCH, OLD_TORCH):
