@@ -462,7 +462,7 @@ FUNCTION_NAMES = [
     "supcon_loss",
 ]
 # Submodules that `import uncertainty_mm` leaves alone: for evaluation, some with more than torch.
-SUBMODULES = ["data", "measures", "metrics", "plots"]
+SUBMODULES = ["data", "data.convert", "measures", "metrics", "plots"]
 
 
 def names_of(submodule):
