@@ -3,14 +3,17 @@
 import csv
 import gzip
 import pickle
+import subprocess
+import sys
 import warnings
 from collections import Counter, OrderedDict, defaultdict
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from uncertainty_mm.data import read_npz, write_npz
+from uncertainty_mm.data import read_folder, read_npz, write_npz
 from uncertainty_mm.data.convert import (
     M3ED_LABELS,
     MOSEI_LABELS,
@@ -20,6 +23,7 @@ from uncertainty_mm.data.convert import (
     read_mmsa,
     read_tailor,
 )
+from uncertainty_mm.data.convert.__main__ import main
 from uncertainty_mm.data.convert.label_table import checked, join
 from uncertainty_mm.data.convert.mmsa import read_table
 
@@ -842,7 +846,7 @@ def tailor(seed=0, front=False, tokens=None):
         content[split] = {
             "src-visual": list(padded(rng, lengths, 60, 35, front)),
             "src-audio": torch.from_numpy(padded(rng, lengths, 60, 74, front, np.float64)),
-            "src-text": padded(rng, lengths, 60, 300, front).tolist(),
+            "src-text": padded(rng, lengths, 60, 30, front).tolist(),
             "tgt": tokens[split] if tokens else token_lists(rng, count)[0],
         }
     return content
@@ -861,7 +865,7 @@ def test_tailor_values_masks_and_labels(tmp_path, zipped, front):
     parts = read_tailor(path)
     for key, split in SPLITS.items():
         data = parts[split]
-        assert data.dims == {"text": 300, "audio": 74, "vision": 35}
+        assert data.dims == {"text": 30, "audio": 74, "vision": 35}
         assert data.label_names == list(MOSEI_LABELS)
         for name, source in (
             ("text", "src-text"),
@@ -1097,3 +1101,148 @@ def test_a_pickle_is_converted_once(tmp_path, front):
                     again[split].features[name][row][now], data.features[name][row][kept]
                 )
                 assert not now[int(kept.sum()) :].any()
+
+
+# --- The command ------------------------------------------------------------------------------------------------------
+
+
+def command(capsys, *arguments):
+    """Exit code, stdout and the lines on stderr of `python -m uncertainty_mm.data.convert`."""
+    code = 0
+    try:
+        main([str(each) for each in arguments])
+    except SystemExit as stop:
+        code = stop.code
+    out, err = capsys.readouterr()
+    return code, out, err.splitlines()
+
+
+def write_example(folder, name):
+    """A file to convert in one of the layouts, and what its reader makes of it."""
+    path = folder / f"data.{'pt' if name == 'tailor' else 'pkl'}"
+    if name == "tailor":
+        save(tailor(), path)
+        return path, read_tailor(path)
+    if name == "mmsa":
+        return lddu(folder).rename(path), read_mmsa(path)
+    dump(m3ed(), path)
+    return path, read_m3ed(path, "dialogue" if name == "m3ed-dialogue" else "utterance")
+
+
+@pytest.mark.parametrize("name", ["mmsa", "tailor", "m3ed", "m3ed-dialogue"])
+@pytest.mark.parametrize("target", ["out.npz", "out"])
+def test_the_command_writes_what_the_reader_reads(tmp_path, capsys, name, target):
+    source, expected = write_example(tmp_path, name)
+    options = ["--format", name] if name == "m3ed-dialogue" else []
+    code, out, err = command(capsys, source, tmp_path / target, *options)
+    assert (code, err) == (0, [])
+    for split, data in expected.items():
+        assert f"{split}: {data.summary()}" in out
+    read = read_npz if target.endswith(".npz") else read_folder
+    equal_parts(read(tmp_path / target), expected)
+    # once more: a file is replaced, a folder is not
+    code, out, err = command(capsys, source, tmp_path / target, *options)
+    assert code == (0 if target.endswith(".npz") else 2)
+
+
+def test_the_options_of_the_command(tmp_path, capsys):
+    content, path = with_infinite(tmp_path, bad_columns)
+    _, rows = intensities(content)
+    labels = write_csv(
+        tmp_path / "labels.csv", ["video_id", "clip_id", "mode", *MOSEI_LABELS], rows
+    )
+    options = ["--labels", labels, "--label-names", ",".join(MOSEI_LABELS[::-1])]
+    options += ["--padding", "none", "--invalid", "value"]
+    code, _, err = command(capsys, path, tmp_path / "out.npz", *options)
+    assert code == 0
+    assert ["never finite: column 3, 70" in each for each in err] == [True] * 3
+    assert all(each.startswith("warning: ") for each in err)
+    expected, _ = messages(
+        lambda: read_mmsa(path, labels, MOSEI_LABELS[::-1], padding="none", invalid="value")
+    )
+    equal_parts(read_npz(tmp_path / "out.npz"), expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("none.pkl out.npz", "none.pkl: no such file"),
+        ("data.pkl data.pkl", "data.pkl: is what is read"),
+        ("data.npz data.npz", "data.npz: is what is read"),
+        ("link.pkl data.pkl", "data.pkl: is what is read"),
+        ("data.pkl labels.csv --labels labels.csv", "labels.csv: is what is read"),
+        ("data.pkl out.h5", "out.h5: must be a file .npz, or a folder without a suffix"),
+        ("data.pkl none/out.npz", "none/out.npz: there is no folder"),
+        ("data.pkl full", "full: is there already"),
+        ("data.pkl folder.npz", "folder.npz: is a folder"),
+        ("full out.npz", "full: Is a directory"),
+        ("data.npz out.npz", "data.npz: neither a pickle nor a file of torch.save (it is a .npz archive of NumPy)"),
+        ("data.pkl out.npz --format m3ed", "data.pkl: must hold a list of 10, got dict of 3"),
+        ("data.pkl out.npz --format tailor", "data.pkl: not a readable file of torch.save (it is a pickle)"),
+        ("labels.csv out.npz", "labels.csv: not a readable pickle"),
+        ("data.pkl out.npz --labels none.csv", "none.csv: no such file"),
+        ("data.pkl out.npz --labels data.npz", "data.npz: not a readable .csv file (it is a .npz archive"),
+        ("data.pkl out.npz --label-names happy,sad", "holds the token 7, the labels are [4, 5]"),
+        ("m3ed.pkl out.npz --padding none", "--padding has no meaning for this layout"),
+        ("data.pkl out.npz --invalid row", "argument --invalid: invalid choice: 'row'"),
+        ("evil.pkl out.npz", "evil.pkl: refused, because it names `builtins.exec`"),
+        ("data.pkl", "the following arguments are required: OUT"),
+    ],
+)  # fmt: skip
+def test_what_a_user_can_do_wrong_is_one_line(tmp_path, capsys, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    lddu(tmp_path).rename("data.pkl")
+    dump(m3ed(), tmp_path / "m3ed.pkl")
+    dump({"train": Evil()}, tmp_path / "evil.pkl")
+    Path("link.pkl").symlink_to("data.pkl")
+    Path("full/train").mkdir(parents=True)
+    Path("folder.npz").mkdir()
+    np.savez("data.npz", np.ones(2))
+    write_csv(tmp_path / "labels.csv", MOSEI_LABELS, [["1"] * 6])
+    before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
+    code, out, err = command(capsys, *arguments.split())
+    assert (code, out, len(err)) == (2, "", 1)
+    assert message in err[0]
+    assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
+
+
+@pytest.mark.parametrize("target", ["out.npz", "out"])
+def test_a_full_disk_leaves_nothing_half_written(tmp_path, capsys, target):
+    resource = pytest.importorskip("resource")
+    source, _ = write_example(tmp_path, "tailor")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+    try:
+        code, _, err = command(capsys, source, tmp_path / target)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (code, len(err)) == (2, 1)
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == [source.name]
+
+
+def test_other_ends_of_the_command(tmp_path, capsys, monkeypatch):
+    source, _ = write_example(tmp_path, "tailor")
+    for error, code, text in (
+        (MemoryError, 2, "not enough memory"),
+        (KeyboardInterrupt, 130, "interrupted"),
+    ):
+
+        def write(*_, error=error):
+            raise error
+
+        monkeypatch.setattr("uncertainty_mm.data.convert.__main__.write_npz", write)
+        got, out, err = command(capsys, source, tmp_path / "out.npz")
+        assert (got, out, len(err)) == (code, "", 1)
+        assert text in err[0]
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+
+
+def test_the_command_as_a_module(tmp_path):
+    path = dump([1], tmp_path / "data.pkl")
+    called = [sys.executable, "-m", "uncertainty_mm.data.convert", path, tmp_path / "out.npz"]
+    done = subprocess.run(called, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        f"python -m uncertainty_mm.data.convert: error: {path}: must hold a list of 10, got list of 1\n"
+    )

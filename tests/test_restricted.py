@@ -412,6 +412,12 @@ def test_damaged_pickles_end_in_one_error(tmp_path):
             load_pickle(path)
 
 
+def test_a_refusal_is_one_line_whatever_the_name(tmp_path):
+    (tmp_path / "data.pkl").write_bytes(b"\x80\x04\x8c\x02a\n\x8c\x02\n`\x93.")
+    with pytest.raises(ValueError, match=r"refused, because it names `a\\n\.\\n``;"):
+        load_pickle(tmp_path / "data.pkl")
+
+
 def test_absent_files_stay_absent(tmp_path):
     for load in (load_pickle, load_torch):
         with pytest.raises(FileNotFoundError):

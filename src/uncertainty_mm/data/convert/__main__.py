@@ -99,18 +99,18 @@ def _layout(path: Path) -> str:
 
 def _check_target(target: Path, read: Sequence[Path]) -> None:
     """Raises where nothing could be written, before hours of reading."""
+    if target.exists():
+        for path in read:
+            need(not path.exists() or not target.samefile(path), target, "is what is read")
     need(target.suffix in ("", ".npz"), target, "must be a file .npz, or a folder without a suffix")
     parent = target.parent
     need(parent.is_dir(), target, f"there is no folder {parent}")
     if not os.access(parent, os.W_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(parent))
-    if target.exists():
-        for path in read:
-            need(not path.exists() or not target.samefile(path), target, "is what is read")
-        if target.suffix:
-            need(not target.is_dir(), target, "is a folder")
-        else:
-            need(target.is_dir() and not any(target.iterdir()), target, "is there already")
+    if target.suffix:
+        need(not target.is_dir(), target, "is a folder")
+    elif target.exists():
+        need(target.is_dir() and not any(target.iterdir()), target, "is there already")
 
 
 def convert(

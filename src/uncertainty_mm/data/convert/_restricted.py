@@ -244,7 +244,7 @@ def _read(
             return load(file)
         except _Refused as error:
             raise ValueError(
-                f"{path}: refused, because it names `{error}`; "
+                f"{path}: refused, because it names `{ascii(str(error))[1:-1]}`; "
                 "only arrays, tensors, numbers, strings and plain containers are read"
             ) from None
         except Exception as error:  # a broken file may raise anything
