@@ -466,7 +466,10 @@ FUNCTION_NAMES = [
     "supcon_loss",
 ]
 # Submodules that `import uncertainty_mm` leaves alone: for evaluation, some with more than torch.
-SUBMODULES = ["data", "encoder", "metrics", "metrics.functional", "plots"]
+SUBMODULES = [
+    *("data", "data.convert", "data.transforms", "distributed", "encoder"),
+    *("lightning", "metrics", "metrics.functional", "plots"),
+]
 
 
 def names_of(submodule):

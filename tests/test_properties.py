@@ -42,14 +42,11 @@ from uncertainty_mm import (
 from uncertainty_mm.data import (
     MultimodalDataset,
     read_folder,
-    read_label_csv,
-    read_m3ed,
-    read_mmsa,
     read_npz,
-    read_tailor,
     write_folder,
     write_npz,
 )
+from uncertainty_mm.data.convert import read_label_csv, read_m3ed, read_mmsa, read_tailor
 from uncertainty_mm.metrics import functional as measures
 
 MODALITIES, LABELS, LATENT = 3, 2, 4
