@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -120,7 +120,7 @@ def supcon_loss(
     check_tensor("bank", bank, "floating", "Q E", sizes, device)
     check_tensor("bank_classes", bank_classes, "integer", "Q", sizes, device)
     check_positive("temperature", temperature)
-    check_choice("reduction", reduction, get_args(Reduction))
+    check_choice("reduction", reduction, ("none", "mean", "sum"))
     check_flag("bf16_products", bf16_products)
     check_validate_args(validate_args)
     if checks_values(embeddings, validate_args):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from numbers import Real
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -110,7 +110,7 @@ class DiagonalGaussian(NamedTuple):
             ValueError: If `kind` is unknown, shapes or devices disagree, a value is not finite, or `std` is negative.
             TypeError: If a dtype is wrong.
         """
-        check_choice("kind", kind, get_args(EmbeddingKind))
+        check_choice("kind", kind, ("joint", "both", "mean", "std"))
         check_gaussian(self.mean, self.std)
         return embed(self.mean, self.std, kind)
 

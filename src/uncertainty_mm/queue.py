@@ -16,6 +16,7 @@ from uncertainty_mm._checks import (
     checks_values,
 )
 from uncertainty_mm._component import Component
+from uncertainty_mm._recompute import in_first_pass, may_be_recomputed, recomputing
 
 _CHANGED = (
     "The queue may no longer be what a checkpointed forward pass saw that is now computed again, so the gradient would "
@@ -136,7 +137,7 @@ class EmbeddingQueue(Component):
             check_finite("rows", rows, (classes < 0).unsqueeze(1))
         classes = classes.long()
         if torch.compiler.is_compiling():
-            classes = _in_first_pass(classes)
+            classes = in_first_pass(classes, _CHANGED)
         elif recomputing():
             raise RuntimeError(_CHANGED)
         elif torch.is_grad_enabled():
@@ -178,9 +179,9 @@ class EmbeddingQueue(Component):
         if self.size == 0:
             return self.rows, self.classes
         if torch.compiler.is_compiling():
-            return self.rows, _in_first_pass(self.classes)
+            return self.rows, in_first_pass(self.classes, _CHANGED)
         version, again = self._age(), recomputing()
-        lasting = not again and not _may_be_recomputed()
+        lasting = not again and not may_be_recomputed()
         if lasting or torch._C._functorch.is_functorch_wrapped_tensor(batch):
             return self.rows, self.classes
         mark = batch.detach().nan_to_num(0, 0, 0).sum(0)
@@ -226,27 +227,3 @@ class EmbeddingQueue(Component):
         """A number that every change of the rows changes."""
         untracked = torch.compiler.is_compiling() or self.rows.is_inference()
         return 0 if untracked else self.rows._version
-
-
-def recomputing() -> bool:
-    """Whether gradient checkpointing computes a forward pass again: nothing else does during a backward pass."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-
-def _may_be_recomputed() -> bool:
-    """Whether checkpointing may surround a forward pass, which it runs without gradients or with hooks."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    return not torch.is_grad_enabled() or hooks is not None
-
-
-@torch.library.custom_op("uncertainty_mm::in_first_pass", mutates_args=())
-def _in_first_pass(classes: Tensor) -> Tensor:
-    """A copy; an operator, because what a compiler makes of Python does not notice a recomputation."""
-    if torch._C._current_graph_task_id() != -1:
-        raise RuntimeError(_CHANGED)
-    return classes.clone()
-
-
-@_in_first_pass.register_fake
-def _(classes: Tensor) -> Tensor:
-    return torch.empty_like(classes)
