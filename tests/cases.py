@@ -50,6 +50,14 @@ def weighted(outputs):
     return total
 
 
+def run_steps(case, module, steps):
+    return [x for step in steps for x in case.results(module, case.inputs(step))]
+
+
+def all_equal(left, right):
+    return len(left) == len(right) and all(map(torch.equal, left, right))
+
+
 class Function(nn.Module):
     """A function as a module without parameters."""
 

@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import uncertainty_mm as umm
+from cases import MODULES, run_steps
 from uncertainty_mm import distributed, functional
 
 START, JOB, COLLECTIVE = 120, 60, 30  # seconds that each may take
@@ -34,6 +35,13 @@ def _serve(rank, world_size, meeting_point, connection):
             answer = (False, traceback.format_exc())
         connection.send_bytes(pickle.dumps(answer))
     dist.destroy_process_group()
+
+
+def go_on(modules, connection):
+    """Sends what the components of `cases.py` do in a process of their own."""
+    torch.set_num_threads(1)
+    answers = {name: run_steps(MODULES[name], module, range(3)) for name, module in modules.items()}
+    connection.send_bytes(pickle.dumps(answers))
 
 
 class Ranks:

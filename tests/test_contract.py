@@ -26,7 +26,9 @@ from cases import (
     SMALL,
     WIDTH,
     Sizes,
+    all_equal,
     flattened,
+    run_steps,
     weighted,
 )
 from support import HALF, TOLERANCE, all_close, close, gradient
@@ -56,14 +58,6 @@ class Run(nn.Module):
 
     def forward(self, *inputs):
         return self.run(self.module, *inputs)
-
-
-def run_steps(case, module, steps):
-    return [x for step in steps for x in case.results(module, case.inputs(step))]
-
-
-def all_equal(left, right):
-    return len(left) == len(right) and all(map(torch.equal, left, right))
 
 
 def test_every_public_component_has_a_case():

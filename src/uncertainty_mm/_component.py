@@ -32,18 +32,27 @@ class Component(FixedSettings, nn.Module):
     """A module with fixed settings and with state that is saved and moved like buffers, but is none.
 
     State (the queue, a history, a fitted scale) is in `state_dict()`, follows `.to()`, `to_empty()`, `deepcopy` and
-    pickling, and loads whole or not at all. It is kept out of `buffers()`, because tools take buffers for statistics:
+    pickling, and loads whole or not at all; with `strict=False` a state of which a part is missing stays as it was. It is kept out of `buffers()`, because tools take buffers for statistics:
     weight averaging would average class numbers and counts, and `DistributedDataParallel` would replace the state of
     every rank by that of rank 0.
     """
 
     _states: tuple[str, ...] = ()
+    _is_replica = False  # True in the copies that `DataParallel` makes for one forward pass
 
     def _keep(self, **states: Tensor) -> None:
         """Registers state by name, with the values that it has now."""
         for name, value in states.items():
             object.__setattr__(self, name, value)
         object.__setattr__(self, "_states", (*self._states, *states))
+
+    def _check_remembers(self) -> None:
+        """Refuses to change the state of all from within a copy that sees a part of the batch."""
+        if self._is_replica:
+            raise RuntimeError(
+                f"This {type(self).__name__} is a copy that `DataParallel` makes for one forward pass, and cannot "
+                "remember its part of the batch: call it outside of `DataParallel`, or use `DistributedDataParallel`"
+            )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Component:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -83,10 +92,7 @@ class Component(FixedSettings, nn.Module):
         unexpected_keys[:] = [key for key in unexpected_keys if key not in own]
         given = {key: state_dict[key] for key in own if key in state_dict}
         problems = [
-            f"Expected `{key}` to have shape {tuple(own[key].shape)}, "
-            f"but got {tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__}"
-            for key, value in given.items()
-            if not isinstance(value, Tensor) or value.shape != own[key].shape
+            problem for key in given if (problem := _mismatch(key, given[key], own[key])) is not None
         ]
         absent = [key for key in own if key not in given]
         missing_keys += absent if strict else []
@@ -100,9 +106,21 @@ class Component(FixedSettings, nn.Module):
                 if value is None:
                     continue
                 if assign or current.is_meta:
-                    object.__setattr__(self, name, value.detach().clone())
+                    dtype = value.dtype if value.is_floating_point() else current.dtype
+                    object.__setattr__(self, name, value.detach().to(dtype, copy=True))
                 else:
                     current.copy_(value)
+
+
+def _mismatch(key: str, value: object, own: Tensor) -> str | None:
+    """Why a value cannot be loaded as a state: classes and counts that were made floating are not what they were."""
+    if not isinstance(value, Tensor) or value.shape != own.shape:
+        got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        return f"Expected `{key}` to have shape {tuple(own.shape)}, but got {got}"
+    if value.is_floating_point() != own.is_floating_point():
+        kind = "a floating" if own.is_floating_point() else "an integer"
+        return f"Expected `{key}` to have {kind} dtype, but got {value.dtype}"
+    return None
 
 
 def states(module: nn.Module) -> dict[str, Tensor]:

@@ -114,11 +114,12 @@ class PlattScaling(Component):
             TypeError: If the dtype is wrong.
         """
         sizes = {"Q": self.num_labels}
-        check_tensor("logits", logits, "floating", "B Q", sizes, self.scale.device)
+        device = None if self._is_replica else self.scale.device
+        check_tensor("logits", logits, "floating", "B Q", sizes, device)
         if checks_values(logits, self.validate_args):
             check_finite("logits", logits)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return logits * self.scale + self.shift
+        return logits * self.scale.to(logits.device) + self.shift.to(logits.device)
 
     @torch.no_grad()
     def fit(self, logits: Tensor, labels: Tensor, unknown: Tensor | None = None) -> PlattScaling:

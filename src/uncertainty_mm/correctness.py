@@ -211,6 +211,7 @@ class CorrectnessTracker(Component):
             TypeError: If a dtype is wrong.
             RuntimeError: In a repeated forward pass, if the first pass did not have these indices.
         """
+        self._check_remembers()
         sizes = {} if self.num_labels is None else {"Q": self.num_labels}
         self._check_indices(indices, sizes)
         dims = "B" if self.num_labels is None else "B Q"

@@ -259,7 +259,8 @@ class SequenceEncoder(Component):
         mask = ~padding | padding.all(dim=1, keepdim=True)
         sample = steps.rows // x.shape[1]
         step = steps.rows - sample * x.shape[1]  # %, which ONNX lacks for sizes that vary
-        features = steps.pack((x - self.mean) / self.std)
+        mean, std = self.mean.to(x.device), self.std.to(x.device)  # `DataParallel` leaves state where it is
+        features = steps.pack((x - mean) / std)
         embedded = F.embedding(step, self.positions)
         if self.size is not None:
             features = features.to(torch.promote_types(features.dtype, torch.float32))

@@ -151,6 +151,7 @@ class EmbeddingQueue(Component):
         All shapes are static: as many slots are written as there might be rows. Slots beyond the actual rows repeat
         the first row, in its own slot.
         """
+        self._check_remembers()
         room = min(self.size, classes.shape[0])
         if room == 0:
             return
