@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from numbers import Integral, Real
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 _BOOL = {torch.bool}
 _INTEGER = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
@@ -265,37 +264,3 @@ def check_missing(
     if missing is not None:
         check_tensor("missing", missing, "bool", "B M", sizes, device)
     return missing
-
-
-def load_all_or_nothing(
-    module: nn.Module,
-    state_dict: dict[str, Any],
-    prefix: str,
-    local_metadata: object,
-    strict: bool,
-    missing_keys: list[str],
-    unexpected_keys: list[str],
-    error_msgs: list[str],
-) -> bool:
-    """A hook for `register_load_state_dict_pre_hook`: of a state that does not fit no part is loaded.
-
-    `load_state_dict` raises `RuntimeError` for buffers of other shapes, but loads the others, which belong to them.
-    Returns whether the state fits.
-    """
-    own = {
-        prefix + name: buffer
-        for name, buffer in module.named_buffers(recurse=False)
-        if name not in module._non_persistent_buffers_set
-    }
-    given = {key: state_dict[key] for key in own if key in state_dict}
-    problems = [
-        f"Expected `{key}` to have shape {tuple(own[key].shape)}, "
-        f"but got {tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__}"
-        for key, value in given.items()
-        if not isinstance(value, Tensor) or value.shape != own[key].shape
-    ]
-    fits = not problems and not (strict and len(given) < len(own))
-    if not fits:
-        error_msgs += problems
-        state_dict |= {key: own[key] for key in given}
-    return fits

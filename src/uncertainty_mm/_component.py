@@ -92,7 +92,9 @@ class Component(FixedSettings, nn.Module):
         unexpected_keys[:] = [key for key in unexpected_keys if key not in own]
         given = {key: state_dict[key] for key in own if key in state_dict}
         problems = [
-            problem for key in given if (problem := _mismatch(key, given[key], own[key])) is not None
+            problem
+            for key in given
+            if (problem := _mismatch(key, given[key], own[key])) is not None
         ]
         absent = [key for key in own if key not in given]
         missing_keys += absent if strict else []
