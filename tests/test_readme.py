@@ -22,10 +22,13 @@ def test_composing_example_runs_as_shown():
     assert names["latent"].std.shape == (8, 2, 6, 64)
     assert names["prediction"].logits.shape == (8, 6)
     assert names["attention"].label_embedding.weight.grad.abs().sum() > 0
+    assert names["first"].weight.grad.abs().sum() > 0
 
 
 def test_composing_example_is_short():
-    assert len(block("snippet: compose").strip().splitlines()) <= 15
+    lines = [line for line in block("snippet: compose").splitlines() if line]
+    assert len(lines) <= 15
+    assert max(map(len, lines)) <= 110
 
 
 def test_exactly_two_commands():

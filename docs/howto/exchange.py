@@ -19,11 +19,16 @@ class MeanFusion(nn.Module):
 
     mean_weight = "certainty"
 
-    def __init__(self, num_modalities: int, num_labels: int, latent_dim: int, *, hidden_dim: int = 64):
+    def __init__(
+        self, num_modalities: int, num_labels: int, latent_dim: int, *, hidden_dim: int = 64
+    ):
         super().__init__()
-        self.head = nn.Sequential(nn.Linear(latent_dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, 1))
+        self.head = nn.Sequential(
+            nn.Linear(latent_dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, 1)
+        )
 
     def forward(self, latent, uncertainty, missing):
+        """Logits (B, Q) from the Gaussians (B, M, Q, K) of the modalities that are there; no gate."""
         there = (~missing)[:, :, None, None]
         mean = (latent.mean * there).sum(1) / there.sum(1).clamp_min(1)
         logits = self.head(mean).squeeze(-1).float()

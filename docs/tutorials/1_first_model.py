@@ -6,7 +6,7 @@ A classifier of several labels from several modalities, composed from the layers
 
 .. code-block:: console
 
-   $ pip install 'uncertainty-mm[plots]'
+   $ pip install -e '.[plots]'
 
 The data are made: six labels that occur together or not, and three modalities, each a short sequence of noisy frames.
 How noisy a sequence is differs from sample to sample. Because the data are made, the best possible prediction is

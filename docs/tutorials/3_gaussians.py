@@ -46,9 +46,7 @@ def vectors(samples) -> torch.Tensor:
 decoupler = GaussianDecoupler(
     num_modalities=1, in_dim=19, latent_dim=2, dropout=0.0, normalize_mean=False
 )
-contrastive = DistributionSupConLoss(
-    1, 3, latent_dim=2, queue_size=512, anchors="all"
-)
+contrastive = DistributionSupConLoss(1, 3, latent_dim=2, queue_size=512)
 z_train, z_test = vectors(train), vectors(test)
 with torch.no_grad():
     before = decoupler(z_test)

@@ -49,9 +49,9 @@ def features_of(samples, rows=slice(None)):
 # The model
 # ---------
 #
-# As in :doc:`1_first_model`, with two changes that make the standard deviations mean something. The Gaussians of the
-# modalities are multiplied, so a modality that is unsure counts less. And each modality makes a prediction of its
-# own: where that has often been wrong in the past, its standard deviation should be large
+# As in :doc:`1_first_model`, where a modality that is unsure counts less, because Gaussians are multiplied. Here the
+# standard deviations are also trained to be right: each modality makes a prediction of its own, and where that has
+# often been wrong in the past, its standard deviation should be large
 # (:class:`~uncertainty_mm.SoftRankOrdinalityLoss`).
 
 
@@ -79,7 +79,7 @@ model = Model()
 contrastive = umm.DistributionSupConLoss(3, 4, 16, queue_size=512)
 tracker, ordinality = (
     umm.CorrectnessTracker(3000, 3),
-    umm.SoftRankOrdinalityLoss(pairs=["SR"]),
+    umm.SoftRankOrdinalityLoss(),
 )
 optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
 for epoch in range(6):

@@ -170,7 +170,7 @@ assert seen["contrastive"].dtype == torch.float32
 # Several processes
 # -----------------
 #
-# Two components know of other processes. The loops above ran in one; this is not run here:
+# Three components know of other processes, two of them here. The loops above ran in one; this is not run here:
 #
 # .. code-block:: python
 #
