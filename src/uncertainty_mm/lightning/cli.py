@@ -371,7 +371,8 @@ class ModelCLI(LightningCLI):
             before |= {name: was[name] for name in _OF_A_TRAINING if name in was}
             now |= {name: given[name] for name in _OF_A_TRAINING if name in was}
         for name in before | now:
-            if before.get(name) != now.get(name):
+            # what was a tuple comes from config.yaml as a list
+            if json.dumps(before.get(name)) != json.dumps(now.get(name)):
                 raise UsageError(
                     f"{path}: cannot resume, `{name}` is {now.get(name)} now and was {before.get(name)}"
                 )
