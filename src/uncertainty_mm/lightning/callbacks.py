@@ -18,9 +18,9 @@ from uncertainty_mm.lightning.checkpoints import UsageError
 
 
 def place(seed: int, trainer: L.Trainer) -> int:
-    """A number for seed, process and training batch, the same whenever a run comes there."""
+    """A number below 2^62 for seed, process and training batch, the same whenever a run comes there."""
     batch = trainer.fit_loop.total_batch_idx
-    return ((seed * 1000 + trainer.global_rank) * 10**9 + batch) % 2**63
+    return ((seed * 1000 + trainer.global_rank) * 10**9 + batch) % 2**62
 
 
 class DeterministicDropout(L.Callback):

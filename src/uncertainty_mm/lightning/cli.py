@@ -15,6 +15,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -46,13 +47,23 @@ from uncertainty_mm.lightning.predictions import PredictionWriter
 from uncertainty_mm.metrics.functional import evaluate
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
-_FOLDER = "UNCERTAINTY_MM_RUN_FOLDER"  # where the first process of a run tells it to the others
 _OF_ONE_CALL = (
     "config",
     "ckpt_path",
     "output",
     "weights_only",
 )  # options that config.yaml leaves out
+# what a resumed run must have as before, besides the model, to go on to the same bit
+_OF_A_TRAINING = (
+    "seed_everything",
+    "data.batch_size",
+    "data.drop_modality",
+    "data.corrupt_modality",
+    "trainer.precision",
+    "trainer.accumulate_grad_batches",
+    "trainer.gradient_clip_val",
+    "trainer.gradient_clip_algorithm",
+)
 
 
 class Parser(LightningArgumentParser):
@@ -68,7 +79,7 @@ def one_line_errors() -> Iterator[None]:
     """Ends the program with exit code 2 and one line where an option or a file cannot be used, or a disk is full."""
     try:
         yield
-    except (UsageError, OSError) as error:
+    except (UsageError, OSError, MisconfigurationException) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
 
@@ -78,7 +89,7 @@ def _as_usage_errors() -> Iterator[None]:
     """What constructors and readers refuse is an error of who wrote the command."""
     try:
         yield
-    except (ValueError, TypeError, MisconfigurationException) as error:
+    except (ValueError, TypeError) as error:
         raise UsageError(" ".join(str(error).split())) from error
 
 
@@ -87,6 +98,22 @@ def options_of(part: Callable[..., Any], fixed: Sequence[str] = ()) -> set[str]:
     parameters = inspect.signature(part).parameters.values()
     named = {each.name for each in parameters if each.default is not each.empty}
     return named - {"validate_args", "process_group", *fixed}
+
+
+class _RunFolder(Callback):
+    """Claims the folder of a run when nothing that can be known before stands in the way of the training."""
+
+    def __init__(self, claim: Callable[[], Path]) -> None:
+        self.claim = claim
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        claimed = self.claim() if trainer.is_global_zero else None
+        folder: Any = trainer.strategy.broadcast(claimed)
+        for each in trainer.callbacks:  # type: ignore[attr-defined] # set by a connector
+            if isinstance(each, MovableCheckpoint):
+                each.dirpath = str(folder)
+            if isinstance(each, History):
+                each.path = folder / "metrics.csv"
 
 
 class ModelCLI(LightningCLI):
@@ -196,6 +223,10 @@ class ModelCLI(LightningCLI):
         if parser is self.parser:  # without a subcommand
             parser.add_argument("--ckpt_path", type=str | None, help="resume from this checkpoint")
 
+    def _set_seed(self) -> None:
+        with _as_usage_errors():
+            super()._set_seed()
+
     def _parse_ckpt_path(self) -> None:
         """Options are not taken from a checkpoint: a resumed run reads them from its own config.yaml."""
 
@@ -215,8 +246,13 @@ class ModelCLI(LightningCLI):
         self.config = self.given.clone()
         options = self.options
         for name in self.kind.parts:
-            options.model[name] = options.model[name].as_dict()
+            given = options.model.get(name)  # None: the part has no options
+            options.model[name] = {} if given is None else given.as_dict()
         checkpoint = options.ckpt_path
+        if self.trains and not (options.trainer.max_epochs or 0) >= 1:
+            raise UsageError(
+                f"trainer.max_epochs must be at least 1, got {options.trainer.max_epochs}"
+            )
         if not self.trains and checkpoint is None:
             raise UsageError(f"{self.subcommand}: --ckpt_path must name a checkpoint")
         if checkpoint is not None:
@@ -236,22 +272,27 @@ class ModelCLI(LightningCLI):
         options = self.options
         callbacks: list[Callback] = [DeterministicDropout()]
         if self.trains and not options.trainer.fast_dev_run:
-            self.folder = self._claim_folder()
+            self._check_output()
+            resumed = None if options.ckpt_path is None else Path(options.ckpt_path).parent
+            self.folder = resumed  # a new one is claimed when the training starts
             callbacks += [
-                History(self.folder / "metrics.csv"),
+                _RunFolder(self._claim_folder),
+                History(None if resumed is None else resumed / "metrics.csv"),
                 MovableCheckpoint(
-                    self.folder,
+                    resumed,
                     "best",
                     monitor="val/miF1",
                     mode="max",
                     enable_version_counter=False,
                 ),
                 MovableCheckpoint(
-                    self.folder, "last", save_on_train_epoch_end=True, enable_version_counter=False
+                    resumed, "last", save_on_train_epoch_end=True, enable_version_counter=False
                 ),
             ]
         if self.subcommand == "predict":
-            callbacks.append(PredictionWriter(output_file(options), self.kind.axes))
+            path = output_file(options)
+            if not options.trainer.fast_dev_run:
+                callbacks.append(PredictionWriter(path, self.kind.axes))
         if options.trainer.enable_progress_bar is not False:
             callbacks.append(TQDMProgressBar(refresh_rate=5))
         config = {**self._get(self.config_init, "trainer"), **kwargs}
@@ -260,38 +301,47 @@ class ModelCLI(LightningCLI):
         plugins = plugins if isinstance(plugins, list) else [plugins]
         config["plugins"] = [*plugins, WholeCheckpointIO()]
         extra = [self._get(self.config_init, key) for key in ("early_stopping", "finite_guard")]
-        return self._instantiate_trainer(config, extra)
+        trainer = self._instantiate_trainer(config, extra)
+        if self.subcommand in ("test", "predict") and trainer.world_size > 1:
+            raise UsageError(f"{self.subcommand}: --trainer.devices must be 1")
+        return trainer
+
+    def _check_output(self) -> None:
+        """Raises UsageError if the folder that --output names cannot be that of this run."""
+        output, checkpoint = self.options.output, self.options.ckpt_path
+        if output is None:
+            return
+        if (
+            checkpoint is None
+            and not int(os.environ.get("LOCAL_RANK", 0))
+            and Path(output).exists()
+        ):
+            raise UsageError(f"--output {output}: exists already; a run never writes over another")
+        if checkpoint is not None and Path(output).resolve() != Path(checkpoint).parent.resolve():
+            folder = Path(checkpoint).parent
+            raise UsageError(f"--output {output}: a run resumes where its checkpoint is, {folder}")
 
     def _claim_folder(self) -> Path:
         """The folder of a run: that of the checkpoint to resume, or a new one that no other run has."""
-        options = self.options
-        if options.ckpt_path is not None:
-            folder = Path(options.ckpt_path).parent
-            if options.output is not None and Path(options.output).resolve() != folder.resolve():
-                raise UsageError(
-                    f"--output {options.output}: a run resumes where its checkpoint is, {folder}"
-                )
-            return folder
-        if int(os.environ.get("LOCAL_RANK", 0)):  # a further process of the run
-            return Path(options.output or os.environ.get(_FOLDER, "runs"))
+        if self.folder is not None:
+            return self.folder
+        output = self.options.output
         name = Path("runs") / f"{self.datamodule.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-        folder = Path(options.output) if options.output is not None else name
+        folder = name if output is None else Path(output)
         try:
-            for attempt in range(1000):
+            for attempt in count(1):
                 try:
                     folder.mkdir(parents=True)
                     break
                 except FileExistsError:
-                    if options.output is not None:
-                        raise UsageError(
-                            f"--output {folder}: exists already; a run never writes over another"
-                        ) from None
-                    folder = name.with_name(f"{name.name}-{attempt + 1}")
+                    if output is not None:
+                        raise
+                    folder = name.with_name(f"{name.name}-{attempt}")
+            write_text(folder / "config.yaml", self._saved_options())
+            write_text(folder / "environment.json", json.dumps(environment(), indent=2) + "\n")
         except OSError as error:
             raise UsageError(f"{folder}: cannot write there ({error.strerror})") from error
-        os.environ[_FOLDER] = str(folder)
-        write_text(folder / "config.yaml", self._saved_options())
-        write_text(folder / "environment.json", json.dumps(environment(), indent=2) + "\n")
+        self.folder = folder
         return folder
 
     def _saved_options(self) -> str:
@@ -308,18 +358,31 @@ class ModelCLI(LightningCLI):
         A run that was ended between its last epoch and metrics.json, its last file, has the evaluation left.
         """
         checkpoint = read_checkpoint(path)
-        saved, own = checkpoint["hyper_parameters"], dict(self.model.hparams)
-        for name in own:
-            if saved.get(name) != own[name]:
-                raise UsageError(
-                    f"{path}: cannot resume, `{name}` is {own[name]} now and was {saved.get(name)}"
-                )
         if "epoch" not in checkpoint or "optimizer_states" not in checkpoint:
             raise UsageError(f"{path}: cannot resume, it has no state of a training")
+        check_fits(self.datamodule, checkpoint["hyper_parameters"])
+        before = _flat({"model": checkpoint["hyper_parameters"]})
+        now = _flat({"model": dict(self.model.hparams)})
+        config = path.with_name("config.yaml")
+        if config.is_file():
+            was, given = (
+                _flat(yaml.safe_load(text)) for text in (config.read_text(), self._saved_options())
+            )
+            before |= {name: was[name] for name in _OF_A_TRAINING if name in was}
+            now |= {name: given[name] for name in _OF_A_TRAINING if name in was}
+        for name in before | now:
+            # what was a tuple comes from config.yaml as a list
+            if json.dumps(before.get(name)) != json.dumps(now.get(name)):
+                raise UsageError(
+                    f"{path}: cannot resume, `{name}` is {now.get(name)} now and was {before.get(name)}"
+                )
         done, epochs = checkpoint["epoch"] + 1, self.options.trainer.max_epochs
         complete = self.subcommand == "fit" or (path.parent / "metrics.json").exists()
         if done > epochs or (done == epochs and complete):
             raise UsageError(f"{path}: {done} epochs are done, trainer.max_epochs is {epochs}")
+        stopped = any(x.get("stopped_epoch") for x in checkpoint.get("callbacks", {}).values())
+        if stopped and complete:
+            raise UsageError(f"{path}: stopped early after {done} epochs, nothing is left to do")
 
     def train_and_test(self) -> dict[str, Any]:
         """Trains, picks the checkpoint on the validation split, and evaluates it once on the test split."""
@@ -332,6 +395,8 @@ class ModelCLI(LightningCLI):
             print(f"{data.name}: {sizes}; for training\n{data.part('train').summary()}", flush=True)
         trainer.fit(self.model, data, ckpt_path=options.ckpt_path)
         trainer.strategy.barrier()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()  # the first process goes on alone
         if not trainer.is_global_zero:
             return {}
         best = self.model
@@ -409,6 +474,8 @@ class ModelCLI(LightningCLI):
 
     def after_predict(self) -> None:
         """Says what was written."""
+        if self.options.trainer.fast_dev_run:
+            return
         thresholds = [round(value, 2) for value in self.model.threshold.tolist()]
         loader: Any = self.trainer.predict_dataloaders
         count = len(loader.dataset)
@@ -420,8 +487,11 @@ def output_file(options: Any) -> Path:
     path = Path(options.output or "predictions.csv")
     if path.is_dir() or not path.parent.is_dir():
         raise UsageError(f"{path}: --output must be a file in a folder that exists")
-    for source in (options.data.path, options.ckpt_path):
-        if source is not None and path.resolve() == Path(source).resolve():
+    for source in (options.data.path, options.data.labels, options.ckpt_path):
+        if source is None or not Path(source).exists():
+            continue
+        inside = Path(source).resolve() in path.resolve().parents
+        if inside or (path.exists() and path.samefile(source)):
             raise UsageError(f"{path}: --output would replace what is read")
     return path
 
@@ -441,6 +511,14 @@ def check_fits(data: MultimodalDataModule, hparams: Mapping[str, Any]) -> None:
             raise UsageError(
                 f"{data.name}: modality `{name}` has {data.max_steps[name]} steps, the checkpoint knows {steps}"
             )
+
+
+def _flat(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested options by their names on the command line, `model.fusion.dropout`."""
+    flat: dict[str, Any] = {}
+    for name, x in options.items():
+        flat |= _flat(x, f"{prefix}{name}.") if isinstance(x, Mapping) else {prefix + name: x}
+    return flat
 
 
 def names_in(configs: Path) -> list[str]:

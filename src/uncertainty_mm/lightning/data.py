@@ -65,6 +65,8 @@ class MultimodalDataModule(L.LightningDataModule):
             raise ValueError(
                 f"Expected `batch_size` to be a positive integer, but got {batch_size}"
             )
+        if num_workers < 0:
+            raise ValueError(f"Expected `num_workers` to be at least 0, but got {num_workers}")
         for name, share in (
             ("drop_modality", drop_modality),
             ("corrupt_modality", corrupt_modality),
@@ -166,7 +168,8 @@ class MultimodalDataModule(L.LightningDataModule):
         if self.trainer is None or not self.trainer.training:
             return batch
         generator = torch.Generator(batch.labels.device)
-        generator.manual_seed(place(self.seed, self.trainer) + 1)
+        # numbers of its own: those of dropout would drop the same samples' units and modalities together
+        generator.manual_seed(2**62 + place(self.seed, self.trainer))
         if self.drop_modality:
             batch = transforms.drop_modalities(batch, self.drop_modality, generator=generator)
         if self.corrupt_modality:

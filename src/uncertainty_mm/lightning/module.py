@@ -7,7 +7,6 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from itertools import product
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import lightning as L
@@ -106,7 +105,7 @@ class MultilabelModule(Component, L.LightningModule):
             soft_labels = data.part("train").soft_labels
             if soft_labels is None:
                 raise UsageError("soft_labels: the training split has none")
-            self._largest = max(1.0, float(soft_labels.max()))
+            self._largest = max(1.0, float(soft_labels.nan_to_num(0).max()))  # NaN: not known
 
     def configure_optimizers(self) -> Any:
         """Adam with linear warm-up and cosine decay (appendix A.1 of the LDDU paper)."""
@@ -126,20 +125,22 @@ class MultilabelModule(Component, L.LightningModule):
 
     def targets(self, batch: MultimodalBatch) -> Tensor:
         """What the classifiers are trained towards: the labels, or soft labels in [0, 1], or between the two."""
-        labels = batch.labels.float()
-        share = self.hparams["soft_labels"]
-        if not share or batch.soft_labels is None:
-            return labels
-        return labels.lerp(batch.soft_labels / self._largest, share)
+        target, share = batch.labels.float(), self.hparams["soft_labels"]
+        if share and batch.soft_labels is not None:
+            target = target.lerp(batch.soft_labels / self._largest, share)
+        return target if batch.unknown is None else target.masked_fill(batch.unknown, 0)
 
     def log_losses(self, losses: Mapping[str, Tensor], batch: MultimodalBatch) -> None:
-        """Logs the mean of every loss over an epoch."""
+        """Logs the mean of every loss over an epoch, without batches in which one is not finite."""
+        finite = torch.stack([loss.detach().isfinite() for loss in losses.values()]).all()
+        weight: Any = finite * len(batch.labels)  # a tensor: nobody waits for the device
         self.log_dict(
-            {f"loss/{name}": loss.detach() for name, loss in losses.items()},
+            {f"loss/{name}": loss.detach().nan_to_num(0, 0, 0) for name, loss in losses.items()},
             on_step=False,
             on_epoch=True,
             prog_bar=True,
-            batch_size=len(batch.labels),
+            batch_size=weight,
+            sync_dist=True,
         )
 
     def validation_step(self, batch: MultimodalBatch, batch_idx: int) -> None:
@@ -254,9 +255,13 @@ class MultilabelModule(Component, L.LightningModule):
         batch: dict[str, Tensor] = {}
         for name, dim in dims.items():
             x = torch.as_tensor(features.get(name, torch.zeros(1, dim)))
-            if x.dim() != 2 or x.shape[1] != dim:
+            if x.dim() != 2 or x.shape[1] != dim or not len(x):
                 raise ValueError(
                     f"Expected `features[{name!r}]` to have shape (S, {dim}), but got {tuple(x.shape)}"
+                )
+            if not x.isfinite().all():
+                raise ValueError(
+                    f"Expected `features[{name!r}]` to be finite, but got NaN or infinity"
                 )
             batch[name] = x.to(self.threshold).unsqueeze(0)
         padding = {
@@ -281,10 +286,11 @@ class MultilabelModule(Component, L.LightningModule):
         Raises:
             UsageError: If the file is no checkpoint, is damaged, or is of another model or version.
         """
-        read_checkpoint(path)
-        try:
-            module = cls.load_from_checkpoint(Path(path), map_location="cpu", weights_only=True)
-        except (RuntimeError, TypeError, KeyError, ValueError) as error:
+        content = read_checkpoint(path)
+        try:  # not `load_from_checkpoint`, which calls what the hyper-parameter `_instantiator` names
+            module = cls(**content["hyper_parameters"])
+            module.load_state_dict(content["state_dict"])
+        except Exception as error:  # whatever foreign hyper-parameters bring about
             reason = " ".join(str(error).split())
             raise UsageError(f"{path}: of another model or version ({reason})") from error
         return module.eval()

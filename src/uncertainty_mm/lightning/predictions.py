@@ -18,6 +18,7 @@ from torch import Tensor
 
 from uncertainty_mm._files import replacing
 from uncertainty_mm.data import MultimodalDataset
+from uncertainty_mm.lightning.checkpoints import UsageError
 
 
 class PredictionWriter(BasePredictionWriter):
@@ -44,6 +45,8 @@ class PredictionWriter(BasePredictionWriter):
         predictions: Sequence[Any],
         batch_indices: Sequence[Any],
     ) -> None:
+        if trainer.world_size > 1:
+            raise UsageError("predictions are written by one process: devices must be 1")
         loader: Any = trainer.predict_dataloaders
         module: Any = pl_module
         outputs = {key: torch.cat([each[key] for each in predictions]) for key in predictions[0]}
