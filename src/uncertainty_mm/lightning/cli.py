@@ -157,7 +157,8 @@ class ModelCLI(LightningCLI):
         parser.add_lightning_class_args(MultimodalDataModule, "data")
         parser.link_arguments("seed_everything", "data.seed")
         for name in sizes:
-            parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
+            if name in inspect.signature(model).parameters:
+                parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
         for name, part in model.parts.items():
             given = options_of(part, model.fixed.get(name, ()))
             every = inspect.signature(part).parameters.keys()
