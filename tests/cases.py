@@ -193,14 +193,14 @@ def plain_decoupler(module, z, missing):
     return torch.stack(means, 1), torch.stack(stds, 1)
 
 
-def plain_supcon(_, rows, classes, bank, bank_classes, temperature=0.125, anchors=None):
+def plain_supcon(_, rows, classes, bank, bank_classes, temperature=0.125):
     keys, of_keys = torch.cat([rows, bank.detach()]), torch.cat([classes, bank_classes])
     scores = rows @ keys.T / temperature
     own = torch.eye(*scores.shape, dtype=torch.bool)
     normaliser = scores.masked_fill(own | (of_keys < 0), -1e300).logsumexp(1)
     positive = (classes.unsqueeze(1) == of_keys) & ~own & (of_keys >= 0)
     losses = normaliser - (scores * positive).sum(1) / positive.sum(1).clamp_min(1)
-    anchors = positive.any(1) & (True if anchors is None else anchors)
+    anchors = positive.any(1)
     return (losses * anchors).sum() / anchors.sum().clamp_min(1)
 
 
@@ -209,9 +209,18 @@ def plain_distribution_supcon(module, latent, labels, missing):
     classes = torch.arange(present).view(1, module.num_modalities, module.num_labels)
     classes = torch.where(labels.unsqueeze(1) > 0, classes, classes + present)
     classes = classes.masked_fill(missing.unsqueeze(2), -1).flatten()
-    rows = torch.cat([F.normalize(latent.mean, dim=-1), F.normalize(latent.std, dim=-1)], -1)
-    queue = module.queue, module.queue_classes, module.temperature
-    return plain_supcon(None, rows.flatten(0, 2), classes, *queue, classes < present)
+    rows = F.normalize(torch.cat(latent, -1), dim=-1)
+    queue = module.queue.rows, module.queue.classes, module.temperature
+    return plain_supcon(None, rows.flatten(0, 2), classes, *queue)
+
+
+def plain_queue(queue, rows, classes):
+    keys, of_keys, slot = queue.rows.clone(), queue.classes + 1, int(queue.pointer)
+    for row, class_id in zip(rows, classes, strict=True):
+        if class_id >= 0:
+            keys[slot], of_keys[slot] = row.detach(), class_id + 1
+            slot = (slot + 1) % queue.size
+    return keys.sum(0), of_keys.to(keys.dtype)
 
 
 def plain_mixture(fused, mean_logits, std_logits, uncertainty):
@@ -321,6 +330,11 @@ def expected_distance(probs, _):
     return functional.expected_distance(probs)
 
 
+def enqueue(queue, rows, classes):
+    queue.enqueue(rows, classes)
+    return queue.rows.sum(0), (queue.classes + 1).to(rows.dtype)
+
+
 def prediction_distance(probs, labels, unknown):
     return functional.prediction_distance(probs, labels, unknown)
 
@@ -331,7 +345,7 @@ def reduced_chi2(latent, missing):
 
 def properties_of(latent, missing):
     product = latent.inflated(1.0 + missing.to(latent.std.dtype)).product(missing)
-    joint = latent.embedding(joint=True)
+    joint = latent.embedding("joint")
     return product, latent.variance, latent.log_var, latent.kl_to_standard_normal(), joint
 
 
@@ -388,6 +402,14 @@ MODULES = {
         plain_distribution_supcon,
         "temperature=0.125",
         untransformed="supcon",
+    ),
+    "EmbeddingQueue": Case(
+        lambda sizes, **kwargs: umm.EmbeddingQueue(50, WIDTH, **kwargs),
+        lambda sizes: draw_embeddings(sizes)[:2],
+        plain_queue,
+        "size=50, dim=6",
+        enqueue,
+        "index_put_",
     ),
     "UncertaintyGatedFusion": Case(
         lambda sizes, **kwargs: steady(
@@ -492,7 +514,9 @@ MEASURES = {
     "brier_decomposition": _function(measures.brier_decomposition, draw_probs),
     "calibration_error": _function(measures.calibration_error, draw_probs),
     "evaluate": _function(
-        lambda *given: torch.tensor(list(measures.evaluate(*given, threshold=0.4).values())),
+        lambda *given: torch.tensor(
+            [-9 if x is None else x for x in measures.evaluate(*given, threshold=0.4).values()]
+        ),
         draw_probs,
     ),
     "modality_attribution": _function(

@@ -131,6 +131,39 @@ def average_gradient(rank, shares, batch, settings):
     return encoder.weight.grad
 
 
+def rank_errors(rank, shares, views, correctness, mask, settings):
+    """Loss, and gradient of a weight under DistributedDataParallel, of a loss that sees this rank's share."""
+    share = slice(*shares[rank])
+    encoder = torch.nn.Linear(3, 2, bias=False).double()
+    torch.nn.init.eye_(encoder.weight)
+    parallel = torch.nn.parallel.DistributedDataParallel(encoder)
+    std_norm, distance = parallel(views[share]).sigmoid().unbind(1)
+    loss = umm.SoftRankOrdinalityLoss(gather=True, **settings)(
+        std_norm=std_norm, distance=distance, correctness=correctness[share], mask=mask[share]
+    )
+    loss.backward()
+    return loss.detach(), encoder.weight.grad
+
+
+def track_in_parallel(rank):
+    """History of this rank after a forward pass of DistributedDataParallel as it is by default."""
+    model = torch.nn.Linear(2, 2)
+    model.tracker = umm.CorrectnessTracker(4)
+    parallel = torch.nn.parallel.DistributedDataParallel(model)
+    model.tracker.update(torch.tensor([rank]), torch.tensor([True]))
+    parallel(torch.ones(1, 2)).sum().backward()
+    return model.tracker.counts(torch.arange(4)).tolist()
+
+
+def synchronize_two(rank):
+    """History of this rank after only the first two have merged theirs."""
+    tracker, pair = umm.CorrectnessTracker(4), dist.new_group([0, 1])
+    tracker.update(torch.tensor([rank]), torch.tensor([True]))
+    if rank < 2:
+        tracker.synchronize(pair)
+    return tracker.counts(torch.arange(4)).tolist()
+
+
 def track(rank, histories, every):
     """A tracker after histories[round][rank] = [(index, correct)], synchronised each round.
 
@@ -188,7 +221,7 @@ def left_alone(rank, how, timeout):
     latent = umm.DiagonalGaussian(torch.randn(4, 2, 3, 4), torch.ones(4, 2, 3, 4))
     contrastive = umm.DistributionSupConLoss(2, 3, 4, queue_size=50, gather=True)
     contrastive(latent, torch.ones(4, 3))  # all are well
-    before = contrastive.queue.clone()
+    before = contrastive.queue.rows.clone()
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout))
     if rank:
         if how == "dies":
@@ -211,5 +244,5 @@ def left_alone(rank, how, timeout):
             met[name] = type(error).__name__, time.monotonic() - begin
         else:
             met[name] = None, time.monotonic() - begin
-    unchanged = torch.equal(contrastive.queue, before)
+    unchanged = torch.equal(contrastive.queue.rows, before)
     return met, unchanged, tracker.counts(torch.arange(5)).tolist()

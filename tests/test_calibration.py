@@ -9,10 +9,15 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
+from torch import nn
 from torch.autograd import gradcheck
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from support import HALF, close, gradient
+from support import HALF, close, gradient, poisoned
 from uncertainty_mm import PlattScaling
+from uncertainty_mm.calibration import best_threshold
 
 LABELS = 3
 SCALE = torch.tensor([0.3, 1.0, 2.5]).double()
@@ -216,6 +221,160 @@ def test_overconfident_logits_become_calibrated():
     assert expected_calibration_error(module(held_out), truth) < 0.02
 
 
+# ------------------------------------------------------------------------------------- what is not known
+
+
+@pytest.mark.parametrize("wrong", [math.nan, -1.0])
+@pytest.mark.parametrize("settings", [{}, {"shift": False}, {"per_label": False}])
+def test_fit_with_unknown_samples_is_that_of_the_rest(settings, wrong):
+    logits, labels = simulate(60)
+    rows = torch.rand(60) < 0.5
+    spoilt = poisoned(logits, rows, math.nan), poisoned(labels, rows, wrong)
+    fit = build(**settings).fit(*spoilt, rows.unsqueeze(1).expand(-1, LABELS))
+    expected = build(**settings).fit(logits[~rows], labels[~rows])
+    close(fit.scale, expected.scale)
+    close(fit.shift, expected.shift)
+
+
+def test_gradient_of_both_objectives_over_what_is_known_is_zero_at_the_fit():
+    logits, labels = simulate(60)
+    unknown = torch.rand(60, LABELS) < torch.tensor([0.0, 0.5, 1.0])
+    batch = poisoned(logits, unknown), poisoned(labels, unknown), unknown
+    shared, own = build(per_label=False).fit(*batch), build().fit(*batch)
+    log_scale = own.scale.log() - shared.scale.log()
+    shift = own.shift - log_scale.exp() * shared.shift
+    pair = [shared.scale[:1].log().requires_grad_(), shared.shift[:1].clone().requires_grad_()]
+    whole = objective(logits[~unknown], labels[~unknown], *pair, 1.0)
+    assert all(grad.abs().max() < 1e-6 for grad in gradient(whole, *pair))
+    for q in range(LABELS - 1):
+        known = ~unknown[:, q]
+        pair = [x[q].clone().requires_grad_() for x in (log_scale, shift)]
+        value = objective(shared(logits)[known, q], labels[known, q], *pair, 20.0)
+        assert all(grad.abs().max() < 1e-6 for grad in gradient(value, *pair))
+    close(own.scale[-1], shared.scale[-1])  # nothing is known of the last label
+    close(own.shift[-1], shared.shift[-1])
+
+
+def test_fit_leaves_out_what_is_not_finite_where_values_are_not_looked_at():
+    logits, labels = simulate(40)
+    bad = torch.rand(40, LABELS) < 0.2
+    fit = build(validate_args=False).fit(poisoned(logits, bad, math.inf), labels)
+    expected = build().fit(logits, labels, bad)
+    assert torch.equal(fit.scale, expected.scale)
+    assert torch.equal(fit.shift, expected.shift)
+
+
+# -------------------------------------------------------------------------------------------- state
+
+
+def test_default_device_does_not_matter():
+    module, (logits, labels) = build(), simulate(50)
+    expected = build().fit(logits, labels)
+    threshold = best_threshold(logits.sigmoid(), labels)
+    try:
+        torch.set_default_device("meta")
+        module.fit(logits, labels)
+        assert torch.equal(best_threshold(logits.sigmoid(), labels), threshold)
+    finally:
+        torch.set_default_device(None)
+    assert torch.equal(module.scale, expected.scale)
+    assert torch.equal(module.shift, expected.shift)
+
+
+def test_averaging_of_weights_averages_no_fit():
+    first = simulate(50)
+    model = nn.Sequential(nn.Linear(LABELS, LABELS), PlattScaling(LABELS).fit(*first))
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
+    for _ in range(3):
+        model[1].fit(*simulate(50, scale=3))
+        average.update_parameters(model)
+    assert torch.equal(average.module[1].scale, PlattScaling(LABELS).fit(*first).scale)
+
+
+def test_module_of_the_meta_device_is_as_new_after_reset_parameters():
+    with torch.device("meta"):
+        module = PlattScaling(LABELS)
+    module.to_empty(device="cpu")
+    module.scale.fill_(7)
+    module.shift.fill_(7)
+    module.reset_parameters()
+    logits = torch.randn(4, LABELS)
+    assert torch.equal(module(logits), logits)
+
+
+def test_settings_are_read_only():
+    with pytest.raises(AttributeError, match="`per_label` is a setting"):
+        PlattScaling(LABELS).per_label = False
+
+
+# --------------------------------------------------------------------------------------- thresholds
+
+
+def grid_search(probs, labels, unknown, per_label=False):
+    """Every threshold tried on every label, in whole numbers."""
+    columns = range(probs.shape[1])
+    found = []
+    for group in [[q] for q in columns] if per_label else [list(columns)]:
+        scores = []
+        for threshold in torch.linspace(0.01, 0.99, 99).split(1):
+            hits = wrong = missed = 0
+            for q in group:
+                known = ~unknown[:, q]
+                predicted, present = probs[known, q] > threshold, labels[known, q] > 0.5
+                hits += int((predicted & present).sum())
+                wrong += int((predicted & ~present).sum())
+                missed += int((~predicted & present).sum())
+            scores.append(2 * hits / max(2 * hits + wrong + missed, 1))
+        nobody = not any((labels[~unknown[:, q], q] > 0.5).any() for q in group)
+        found.append(0.5 if nobody else 0.01 + 0.01 * scores.index(max(scores)))
+    return torch.tensor(found)
+
+
+@pytest.mark.parametrize("per_label", [False, True])
+@pytest.mark.parametrize("dtype", [*HALF, torch.float32, torch.float64])
+@given(seed=st.integers(0, 2**16), samples=st.integers(0, 9))
+def test_best_threshold_is_the_first_best_of_the_grid(seed, samples, dtype, per_label):
+    torch.manual_seed(seed)
+    probs = torch.rand(samples, LABELS).to(dtype)
+    labels, unknown = torch.randint(2, (samples, LABELS)), torch.rand(samples, LABELS) < 0.3
+    labels[:, 0] = 0  # a label that nobody has
+    expected = grid_search(probs, labels, unknown, per_label)
+    dirty = poisoned(probs, unknown), labels.masked_fill(unknown, -1), unknown
+    close(best_threshold(*dirty, per_label=per_label), expected)
+
+
+def test_best_threshold_of_probabilities_on_the_grid_leaves_these_out():
+    grid = torch.linspace(0.01, 0.99, 99).unsqueeze(1)
+    labels = grid > 0.305
+    close(best_threshold(grid, labels), [0.3])
+
+
+def test_best_threshold_takes_little_memory():
+    """A comparison with every threshold would take 99 numbers an entry."""
+    probs, labels = torch.rand(1000, 20), torch.randint(2, (1000, 20))
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            result = function(*args, **(kwargs or {}))
+            largest = max(
+                [largest, *(x.numel() for x in tree_leaves(result) if hasattr(x, "numel"))]
+            )
+            return result
+
+    with Watch():
+        best_threshold(probs, labels, per_label=True)
+    assert largest <= 2 * probs.numel()
+
+
+def test_best_threshold_leaves_out_nan_and_smooth_labels_are_cut_where_values_are_not_looked_at():
+    probs, labels = torch.rand(50, LABELS), torch.randint(2, (50, LABELS))
+    bad = torch.rand(50, LABELS) < 0.2
+    actual = best_threshold(poisoned(probs, bad), 0.1 + 0.8 * labels, validate_args=False)
+    assert torch.equal(actual, best_threshold(probs, labels, bad))
+
+
 # ---------------------------------------------------------------------------------------- precision
 
 
@@ -245,6 +404,7 @@ def test_scale_stays_above_zero_in_the_dtype_of_the_module():
         ({"num_labels": 2.0}, TypeError, "num_labels"),
         ({"per_label": 1}, TypeError, "per_label"),
         ({"shift": None}, TypeError, "shift"),
+        ({"validate_args": 0}, TypeError, "validate_args"),
     ],
 )
 def test_constructor_rejects(change, error, name):

@@ -446,6 +446,7 @@ PUBLIC_NAMES = [
     "CorrectnessTracker",
     "DiagonalGaussian",
     "DistributionSupConLoss",
+    "EmbeddingQueue",
     "EmotionQueryAttention",
     "FusedPrediction",
     "GaussianDecoupler",
@@ -534,3 +535,18 @@ def test_import_is_silent_and_light():
     command = [sys.executable, "-W", "error", "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "[]", "")
+
+
+def test_rooms_open_when_they_are_asked_for():
+    code = (
+        "import sys, uncertainty_mm as umm\n"
+        "assert {'data', 'metrics', 'plots'} <= set(dir(umm))\n"
+        "assert 'uncertainty_mm.metrics' not in sys.modules\n"
+        "umm.metrics.functional.auroc, umm.data.MultimodalDataset\n"
+        "assert 'torchmetrics' not in sys.modules\n"
+        "assert 'AURC' in dir(umm.metrics)\n"
+        "umm.metrics.AURC, umm.plots.risk_coverage\n"
+        "print(hasattr(umm, 'measures'), hasattr(umm.metrics, 'aurc'))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.stdout.strip(), done.stderr) == ("False False", "")

@@ -6,9 +6,11 @@ from collections import deque
 import pytest
 import torch
 from torch.autograd import gradcheck
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.checkpoint import checkpoint
 
-from support import HALF, close, gradient, poisoned, random_latent, record_validate_args
-from uncertainty_mm import DiagonalGaussian, DistributionSupConLoss
+from support import HALF, Bad, close, gradient, poisoned, random_latent, record_validate_args
+from uncertainty_mm import DiagonalGaussian, DistributionSupConLoss, EmbeddingQueue, functional
 
 BATCH, MODALITIES, LABELS, LATENT = 4, 2, 3, 5
 WIDTH = 2 * LATENT
@@ -16,9 +18,12 @@ ROWS = BATCH * MODALITIES * LABELS
 MISSING = torch.tensor([[False, False], [True, False], [False, True], [True, True]])
 
 
+PAPER = {"anchors": "present", "embedding": "both"}
+
+
 def build(**kwargs):
-    loss = DistributionSupConLoss(MODALITIES, LABELS, LATENT, **({"queue_size": 40} | kwargs))
-    return loss.double()
+    settings = {"queue_size": 40} | PAPER | kwargs
+    return DistributionSupConLoss(MODALITIES, LABELS, LATENT, **settings).double()
 
 
 def random_batch(requires_grad=False, batch=BATCH, dtype=torch.float64):
@@ -71,10 +76,10 @@ def queued(rows):
 
 def contents(loss):
     """(embeddings, classes) of the queue, oldest first."""
-    size, pointer = loss.queue_classes.shape[0], int(loss.queue_pointer)
+    size, pointer = loss.queue.classes.shape[0], int(loss.queue.pointer)
     slots = [(pointer + i) % size for i in range(size)]
-    filled = [s for s in slots if loss.queue_classes[s] != -1]
-    return loss.queue[filled], loss.queue_classes[filled].tolist()
+    filled = [s for s in slots if loss.queue.classes[s] != -1]
+    return loss.queue.rows[filled], loss.queue.classes[filled].tolist()
 
 
 # ------------------------------------------------------------------------------------ the equations
@@ -93,18 +98,18 @@ def test_joint_embedding_is_that_of_a_mean_of_twice_the_size():
     both = torch.cat(latent, dim=-1)
     alone = DiagonalGaussian(both, torch.ones_like(both))
     sizes = latent.mean.shape[1:]
-    expected = DistributionSupConLoss(sizes[0], sizes[1], both.shape[-1], use_std=False).double()
-    loss = DistributionSupConLoss(*sizes, joint=True).double()
+    expected = DistributionSupConLoss(sizes[0], sizes[1], both.shape[-1], embedding="mean").double()
+    loss = DistributionSupConLoss(*sizes).double()
     for _ in range(2):  # without and with keys in the queue
         close(loss(latent, labels), expected(alone, labels))
-    close(loss.queue, expected.queue)
+    close(loss.queue.rows, expected.queue.rows)
 
 
-@pytest.mark.parametrize(("use_mean", "use_std"), [(True, False), (False, True)])
-def test_equals_the_loops_with_one_half_of_the_embedding(use_mean, use_std):
-    (latent, labels), loss = random_batch(), build(use_mean=use_mean, use_std=use_std)
-    rows = naive_rows(latent, labels, use_mean=use_mean, use_std=use_std)
-    assert loss.queue.shape == (40, LATENT)
+@pytest.mark.parametrize("half", ["mean", "std"])
+def test_equals_the_loops_with_one_half_of_the_embedding(half):
+    (latent, labels), loss = random_batch(), build(embedding=half)
+    rows = naive_rows(latent, labels, use_mean=half == "mean", use_std=half == "std")
+    assert loss.queue.rows.shape == (40, LATENT)
     close(loss(latent, labels), mean_of(naive_losses(rows)))
 
 
@@ -115,7 +120,7 @@ def test_equals_the_loops_at_other_temperatures(temperature):
     close(loss(latent, labels), mean_of(naive_losses(rows, temperature=temperature)))
 
 
-def test_anchors_are_the_present_ones_by_default():
+def test_anchors_can_be_the_present_ones():
     (latent, labels), loss = random_batch(), build(reduction="none")
     losses = naive_losses(naive_rows(latent, labels), anchors="present")
     rows = loss(latent, labels)
@@ -216,8 +221,8 @@ def test_two_forwards_before_the_backwards_give_the_sum_of_gradients():
 def test_queue_holds_no_graph():
     loss = build()
     loss(*random_batch(requires_grad=True))
-    assert not loss.queue.requires_grad
-    assert loss.queue.grad_fn is None
+    assert not loss.queue.rows.requires_grad
+    assert loss.queue.rows.grad_fn is None
 
 
 def test_without_anchors_the_loss_is_zero_with_zero_gradient():
@@ -242,7 +247,7 @@ def test_without_samples_the_loss_is_zero():
     value = loss(latent, labels)
     value.backward()
     assert value == 0
-    assert int(loss.queue_length) == 0
+    assert int(loss.queue.length) == 0
 
 
 # -------------------------------------------------------------------------------- missing modalities
@@ -252,7 +257,7 @@ def test_missing_modality_equals_a_model_without_it():
     (latent, labels), (other, other_labels) = random_batch(requires_grad=True), random_batch()
     missing = torch.tensor([[False, True]] * BATCH)
     loss = build()
-    smaller = DistributionSupConLoss(1, LABELS, LATENT, queue_size=40).double()
+    smaller = DistributionSupConLoss(1, LABELS, LATENT, queue_size=40, **PAPER).double()
     loss(other, other_labels, missing)
     smaller(DiagonalGaussian(*(x[:, :1] for x in other)), other_labels)
     actual = loss(latent, labels, missing)
@@ -269,7 +274,7 @@ def test_missing_modality_does_not_influence_the_loss_or_the_queue(value):
     rows = naive_rows(latent, labels, MISSING)
     result = loss(dirty, labels, MISSING)
     close(result, mean_of(naive_losses(rows)))
-    assert loss.queue.isfinite().all()
+    assert loss.queue.rows.isfinite().all()
     for grad in gradient(result, *dirty):
         assert grad.isfinite().all()
         assert (grad[MISSING] == 0).all()
@@ -281,29 +286,29 @@ def test_missing_modality_does_not_influence_the_loss_or_the_queue(value):
 
 def test_defaults_are_those_of_the_contract():
     assert repr(DistributionSupConLoss(MODALITIES, LABELS, LATENT)) == (
-        "DistributionSupConLoss(queue_size=8192, temperature=0.07, anchors='present', use_mean=True, "
-        "use_std=True, joint=False, reduction='mean', gather=False, max_batch_size=None, "
-        "bf16_products=False)"
+        "DistributionSupConLoss(\n  temperature=0.07, anchors='all', embedding='joint', reduction='mean', "
+        "gather=False, max_batch_size=None, bf16_products=False\n"
+        "  (queue): EmbeddingQueue(size=8192, dim=10)\n)"
     )
 
 
 def test_queue_starts_empty():
     loss = DistributionSupConLoss(MODALITIES, LABELS, LATENT)
-    assert loss.queue.shape == (8192, WIDTH)
-    assert loss.queue_classes.dtype == torch.int64
-    assert (loss.queue_classes == -1).all()
-    assert loss.queue_pointer.shape == ()
-    assert int(loss.queue_pointer) == 0
-    assert int(loss.queue_length) == 0
+    assert loss.queue.rows.shape == (8192, WIDTH)
+    assert loss.queue.classes.dtype == torch.int64
+    assert (loss.queue.classes == -1).all()
+    assert loss.queue.pointer.shape == ()
+    assert int(loss.queue.pointer) == 0
+    assert int(loss.queue.length) == 0
 
 
 def test_rows_are_queued_in_the_order_sample_modality_label():
     (latent, labels), loss = random_batch(), build()
     loss(latent, labels)
     rows = naive_rows(latent, labels)
-    close(loss.queue[:ROWS], torch.stack([embedding for _, embedding, _, _ in rows]))
-    assert loss.queue_classes[:ROWS].tolist() == [class_id for _, _, class_id, _ in rows]
-    assert int(loss.queue_pointer) == ROWS
+    close(loss.queue.rows[:ROWS], torch.stack([embedding for _, embedding, _, _ in rows]))
+    assert loss.queue.classes[:ROWS].tolist() == [class_id for _, _, class_id, _ in rows]
+    assert int(loss.queue.pointer) == ROWS
 
 
 def test_missing_modalities_are_not_queued():
@@ -318,18 +323,18 @@ def test_missing_modalities_are_not_queued():
 def test_wholly_missing_batch_leaves_a_full_queue_alone():
     (latent, labels), loss = random_batch(), build(queue_size=7)
     loss(*random_batch())
-    before = {name: buffer.clone() for name, buffer in loss.named_buffers()}
+    before = {name: state.clone() for name, state in loss.state_dict().items()}
     loss(latent, labels, torch.ones(BATCH, MODALITIES, dtype=torch.bool))
-    assert all(torch.equal(buffer, before[name]) for name, buffer in loss.named_buffers())
+    assert all(torch.equal(state, before[name]) for name, state in loss.state_dict().items())
 
 
 def test_a_single_row_is_queued():
-    loss = DistributionSupConLoss(2, 1, LATENT, queue_size=4).double()
+    loss = DistributionSupConLoss(2, 1, LATENT, queue_size=4, **PAPER).double()
     latent = random_latent(1, 2, 1, LATENT)
     loss(latent, torch.ones(1, 1), torch.tensor([[True, False]]))
-    close(loss.queue[0], naive_rows(latent, torch.ones(1, 1))[1][1])
-    assert loss.queue_classes.tolist() == [1, -1, -1, -1]
-    assert int(loss.queue_pointer) == 1
+    close(loss.queue.rows[0], naive_rows(latent, torch.ones(1, 1))[1][1])
+    assert loss.queue.classes.tolist() == [1, -1, -1, -1]
+    assert int(loss.queue.pointer) == 1
 
 
 def test_newest_rows_of_a_batch_larger_than_the_queue_are_kept():
@@ -345,7 +350,7 @@ def test_newest_rows_of_a_batch_larger_than_the_queue_are_kept():
 def test_queue_fills_in_training_only(training, length):
     loss = build().train(training)
     loss(*random_batch())
-    assert int(loss.queue_length) == length
+    assert int(loss.queue.length) == length
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -353,7 +358,7 @@ def test_queue_fills_in_training_only(training, length):
 def test_enqueue_overrides_the_mode(training, enqueue, length):
     loss = build().train(training)
     loss(*random_batch(), enqueue=enqueue)
-    assert int(loss.queue_length) == length
+    assert int(loss.queue.length) == length
 
 
 def test_queue_is_read_in_evaluation_too():
@@ -368,9 +373,9 @@ def test_queue_is_read_in_evaluation_too():
 def test_reset_empties_the_queue():
     loss, (latent, labels) = build(), random_batch()
     loss(*random_batch())
-    loss.reset_queue()
-    assert int(loss.queue_length) == 0
-    assert int(loss.queue_pointer) == 0
+    loss.queue.reset()
+    assert int(loss.queue.length) == 0
+    assert int(loss.queue.pointer) == 0
     close(loss(latent, labels), mean_of(naive_losses(naive_rows(latent, labels))))
 
 
@@ -382,7 +387,7 @@ def test_state_dict_resumes_mid_stream_to_the_bit():
     for _ in range(3):
         batch = random_batch()
         assert torch.equal(fresh(*batch), loss(*batch))
-    assert torch.equal(fresh.queue, loss.queue)
+    assert torch.equal(fresh.queue.rows, loss.queue.rows)
 
 
 def test_gather_without_a_process_group_changes_nothing():
@@ -395,7 +400,7 @@ def test_gather_without_a_process_group_changes_nothing():
 
 @pytest.mark.parametrize("dtype", HALF)
 def test_half_precision_is_near_float64(dtype):
-    loss = DistributionSupConLoss(MODALITIES, LABELS, LATENT, queue_size=40)
+    loss = build().float()
     (first, first_labels), (second, second_labels) = (
         random_batch(dtype=dtype),
         random_batch(dtype=dtype),
@@ -409,7 +414,7 @@ def test_half_precision_is_near_float64(dtype):
 
 @pytest.mark.parametrize("dtype", HALF)
 def test_autocast_computes_in_float32(dtype):
-    loss = DistributionSupConLoss(MODALITIES, LABELS, LATENT, queue_size=40)
+    loss = build().float()
     latent, labels = random_batch(dtype=torch.float32)
     with torch.autocast("cpu", dtype=dtype):
         result = loss(latent, labels)
@@ -426,73 +431,161 @@ def test_module_of_half_precision_still_computes_in_float32():
 
 # --------------------------------------------------------------------------------------- bad inputs
 
-
-@pytest.mark.parametrize(
-    ("change", "error", "name"),
-    [
-        ({"num_modalities": 0}, ValueError, "num_modalities"),
-        ({"num_labels": -1}, ValueError, "num_labels"),
-        ({"latent_dim": 2.0}, TypeError, "latent_dim"),
-        ({"queue_size": -1}, ValueError, "queue_size"),
-        ({"queue_size": 1.5}, TypeError, "queue_size"),
-        ({"queue_size": False}, TypeError, "queue_size"),
-        ({"temperature": 0.0}, ValueError, "temperature"),
-        ({"temperature": "0.07"}, TypeError, "temperature"),
-        ({"anchors": "absent"}, ValueError, "anchors"),
-        ({"use_mean": 1}, TypeError, "use_mean"),
-        ({"use_std": 1}, TypeError, "use_std"),
-        ({"joint": 1}, TypeError, "joint"),
-        ({"gather": "yes"}, TypeError, "gather"),
-        ({"max_batch_size": 0}, ValueError, "max_batch_size"),
-        ({"max_batch_size": 8.0}, TypeError, "max_batch_size"),
-        ({"reduction": "avg"}, ValueError, "reduction"),
-        ({"use_mean": False, "use_std": False}, ValueError, "use_mean"),
-    ],
-)
-def test_constructor_rejects(change, error, name):
-    arguments = {"num_modalities": 2, "num_labels": 3, "latent_dim": 4}
-    with pytest.raises(error, match=f"`{name}`"):
-        DistributionSupConLoss(**(arguments | change))
+SIZES = {"num_modalities": MODALITIES, "num_labels": LABELS, "latent_dim": LATENT}
+PRESENT = torch.ones(BATCH, LABELS)
 
 
-@pytest.mark.parametrize(
-    ("labels", "error"),
-    [
-        (torch.zeros(BATCH, LABELS + 1, dtype=torch.long), ValueError),
-        (torch.zeros(BATCH + 1, LABELS, dtype=torch.long), ValueError),
-        (torch.zeros(BATCH, dtype=torch.long), ValueError),
-        (torch.full((BATCH, LABELS), 2), ValueError),
-        (torch.full((BATCH, LABELS), -1), ValueError),
-        (torch.full((BATCH, LABELS), 0.5), ValueError),
-        (torch.full((BATCH, LABELS), math.nan), ValueError),
-        ([[0, 1, 0]] * BATCH, TypeError),
-        (torch.zeros(BATCH, LABELS, dtype=torch.long, device="meta"), ValueError),
-    ],
-)
-def test_rejects_labels(labels, error):
-    with pytest.raises(error, match="`labels`"):
-        build()(random_batch()[0], labels)
+def made(**change):
+    return lambda _: DistributionSupConLoss(**(SIZES | change))
 
 
-@pytest.mark.parametrize(
-    ("mean_shape", "std_shape"),
-    [
-        ((BATCH, MODALITIES, LABELS, LATENT + 1), (BATCH, MODALITIES, LABELS, LATENT + 1)),
-        ((BATCH, MODALITIES + 1, LABELS, LATENT), (BATCH, MODALITIES + 1, LABELS, LATENT)),
-        ((BATCH, MODALITIES, LABELS, LATENT), (BATCH, MODALITIES, LABELS, LATENT + 1)),
-        ((BATCH, LABELS, LATENT), (BATCH, LABELS, LATENT)),
-    ],
-)
-def test_rejects_shapes_of_latent(mean_shape, std_shape):
-    latent = DiagonalGaussian(torch.randn(mean_shape).double(), torch.rand(std_shape).double())
-    with pytest.raises(ValueError, match="`latent"):
-        build()(latent, random_batch()[1])
+def called(labels=PRESENT, missing=None, mean=None, std=None, **options):
+    """A call with one argument changed."""
+    latent = random_latent(BATCH, MODALITIES, LABELS, LATENT)
+    latent = DiagonalGaussian(
+        latent.mean if mean is None else mean(latent.mean),
+        latent.std if std is None else std(latent.std),
+    )
+    return lambda loss: loss(latent, labels, missing, **options)
 
 
-def test_rejects_another_number_of_labels_though_latent_and_labels_agree():
-    latent = random_latent(BATCH, MODALITIES, LABELS + 1, LATENT)
-    with pytest.raises(ValueError, match=r"`latent\.mean` to have shape"):
-        build()(latent, torch.ones(BATCH, LABELS + 1))
+def spoilt(value):
+    return lambda x: poisoned(x, (0, 0, 0, 0), value)
+
+
+def loading(**change):
+    state = DistributionSupConLoss(**SIZES, queue_size=20).state_dict() | change
+    kept = {name: value for name, value in state.items() if value is not None}
+    return lambda loss: loss.load_state_dict(kept)
+
+
+def entering(rows, classes):
+    return lambda loss: loss.queue.enqueue(rows, classes)
+
+
+WHOLE, NO = "to be a positive integer, but got", torch.zeros
+ROWS_2, CLASSES_2 = torch.ones(2, WIDTH), torch.tensor([0, 1])
+BAD = [
+    Bad("no modality", made(num_modalities=0), ValueError, f"`num_modalities` {WHOLE} 0"),
+    Bad("labels negative", made(num_labels=-1), ValueError, f"`num_labels` {WHOLE} -1"),
+    Bad("dimensions float", made(latent_dim=2.0), TypeError, f"`latent_dim` {WHOLE} 2.0"),
+    Bad("queue negative", made(queue_size=-1), ValueError, f"`queue_size` {WHOLE} -1"),
+    Bad("queue False", made(queue_size=False), TypeError, f"`queue_size` {WHOLE} False"),
+    Bad("queue a fraction", made(queue_size=0.5), TypeError, f"`queue_size` {WHOLE} 0.5"),
+    Bad("temperature 0", made(temperature=0.0), ValueError, "`temperature` .* above 0, but got 0"),
+    Bad("temperature nan", made(temperature=math.nan), ValueError, "`temperature` .* but got nan"),
+    Bad("temperature a word", made(temperature="1"), TypeError, "`temperature` .* but got '1'"),
+    Bad("anchors", made(anchors="absent"), ValueError, r"`anchors` .* \['all', 'present'\], but"),
+    Bad("embedding", made(embedding="std_mean"), ValueError, "`embedding` .* but got 'std_mean'"),
+    Bad("reduction", made(reduction=None), ValueError, "`reduction` .* but got None"),
+    Bad("gather a word", made(gather="yes"), TypeError, "`gather` to be True or False"),
+    Bad("group a number", made(process_group=3), TypeError, "`process_group` .* but got 3"),
+    Bad("largest batch 0", made(max_batch_size=0), ValueError, f"`max_batch_size` {WHOLE} 0"),
+    Bad("largest batch 8.0", made(max_batch_size=8.0), TypeError, f"`max_batch_size` {WHOLE} 8.0"),
+    Bad("bf16_products 1", made(bf16_products=1), TypeError, "`bf16_products` to be True or False"),
+    Bad(
+        "validate_args 1", made(validate_args=1), TypeError, "`validate_args` to be True, False or"
+    ),
+    Bad("size of a queue", lambda _: EmbeddingQueue(-1, 2), ValueError, f"`size` {WHOLE} -1"),
+    Bad("rows without width", lambda _: EmbeddingQueue(4, 0), ValueError, f"`dim` {WHOLE} 0"),
+    Bad(
+        "latent a tuple", lambda loss: loss((PRESENT,) * 2, PRESENT), TypeError, "`latent` .* tuple"
+    ),
+    Bad("mean short", called(mean=lambda x: x[..., 1:]), ValueError, r"`latent\.mean` .* K=5"),
+    Bad("mean flat", called(mean=lambda x: x[:, 0]), ValueError, r"`latent\.mean` to have shape"),
+    Bad("mean of more labels", called(mean=lambda x: x.repeat(1, 1, 2, 1)), ValueError, "Q=3, K"),
+    Bad("std short", called(std=lambda x: x[..., 1:]), ValueError, r"`latent\.std` to have shape"),
+    Bad("mean nan", called(mean=spoilt(math.nan)), ValueError, r"`latent\.mean` to be finite"),
+    Bad("std infinite", called(std=spoilt(math.inf)), ValueError, r"`latent\.std` to be finite"),
+    Bad("std negative", called(std=spoilt(-0.5)), ValueError, r"`latent\.std` .* but got -0.5"),
+    Bad(
+        "std elsewhere",
+        called(std=lambda x: x.to("meta")),
+        ValueError,
+        r"`latent\.std` to be on cpu",
+    ),
+    Bad("a label of 2", called(2 * PRESENT), ValueError, "`labels` .* only 0 and 1, but got 2"),
+    Bad("a label of -1", called(-PRESENT), ValueError, "but got -1.0; mark a label .* `unknown`"),
+    Bad("a label of 0.5", called(PRESENT / 2), ValueError, "`labels` .* but got 0.5"),
+    Bad("a label of nan", called(PRESENT * math.nan), ValueError, "but got nan; mark .* `unknown`"),
+    Bad("complex labels", called(PRESENT + 0j), TypeError, "`labels` to have a number dtype"),
+    Bad("labels a list", called([[0, 1, 0]] * BATCH), TypeError, "`labels` to be a tensor"),
+    Bad("labels of another batch", called(PRESENT[1:]), ValueError, r"`labels` .* \(3, 3\)"),
+    Bad("labels of one class", called(PRESENT[:, 0]), ValueError, r"`labels` .* got \(4,\)"),
+    Bad("labels elsewhere", called(PRESENT.to("meta")), ValueError, "`labels` to be on cpu"),
+    Bad(
+        "missing of numbers", called(missing=NO(4, 2)), TypeError, "`missing` to have a bool dtype"
+    ),
+    Bad(
+        "missing of labels", called(missing=NO(4, 3).bool()), ValueError, "`missing` to have shape"
+    ),
+    Bad(
+        "unknown of numbers", called(unknown=NO(4, 3)), TypeError, "`unknown` to have a bool dtype"
+    ),
+    Bad("unknown of modalities", called(unknown=NO(4, 2).bool()), ValueError, "`unknown` .* Q=3"),
+    Bad("enqueue a word", called(enqueue="no"), TypeError, "`enqueue` to be True or False"),
+    Bad("rows too wide", entering(torch.ones(2, 11), CLASSES_2), ValueError, "`rows` .* E=10"),
+    Bad(
+        "rows of integers",
+        entering(ROWS_2.int(), CLASSES_2),
+        TypeError,
+        "`rows` to have a floating",
+    ),
+    Bad("rows nan", entering(ROWS_2 * math.nan, CLASSES_2), ValueError, "`rows` to be finite"),
+    Bad(
+        "rows elsewhere", entering(ROWS_2.to("meta"), CLASSES_2), ValueError, "`rows` to be on cpu"
+    ),
+    Bad(
+        "classes of floats",
+        entering(ROWS_2, ROWS_2[:, 0]),
+        TypeError,
+        "`classes` to have an integer",
+    ),
+    Bad(
+        "classes too many",
+        entering(ROWS_2, torch.arange(3)),
+        ValueError,
+        r"`classes` to have shape \(N=2\)",
+    ),
+    Bad(
+        "state of a longer queue",
+        loading(**{"queue.rows": NO(30, WIDTH)}),
+        RuntimeError,
+        "queue.rows",
+    ),
+    Bad(
+        "state of other rows",
+        loading(**{"queue.rows": NO(20, 5)}),
+        RuntimeError,
+        r"\(20, 10\), but",
+    ),
+    Bad("state without pointer", loading(**{"queue.pointer": None}), RuntimeError, "queue.pointer"),
+    Bad("state with a list", loading(**{"queue.classes": [0] * 20}), RuntimeError, "but got list"),
+]
+
+
+@pytest.mark.parametrize("bad", BAD, ids=[bad.name for bad in BAD])
+def test_refused_call_changes_nothing(bad):
+    loss = DistributionSupConLoss(**SIZES, queue_size=20)
+    for _ in range(2):
+        loss(*random_batch(dtype=torch.float32))
+    before = {name: x.clone() for name, x in loss.state_dict().items()}
+    with pytest.raises(bad.error, match=bad.message):
+        bad.call(loss)
+    assert all(torch.equal(x, before[name]) for name, x in loss.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["reduction", "temperature", "embedding", "gather"])
+def test_settings_cannot_be_changed(name):
+    with pytest.raises(AttributeError, match=f"`{name}` is a setting"):
+        setattr(build(), name, "maen")
+
+
+def test_rejects_latent_on_another_device_than_the_queue():
+    latent, labels = random_batch()
+    latent = DiagonalGaussian(*(x.to("meta") for x in latent))
+    with pytest.raises(ValueError, match="`latent` to be on cpu, but got meta"):
+        build()(latent, labels.to("meta"))
 
 
 def test_rejects_a_batch_larger_than_the_largest():
@@ -503,42 +596,256 @@ def test_rejects_a_batch_larger_than_the_largest():
         build(max_batch_size=BATCH - 1)(*random_batch())
 
 
-@pytest.mark.parametrize("field", ["mean", "std"])
-def test_rejects_nan_in_latent(field):
-    latent, labels = random_batch()
-    getattr(latent, field)[0, 0, 0, 0] = math.nan
-    with pytest.raises(ValueError, match=rf"`latent\.{field}`"):
-        build()(latent, labels)
-
-
-def test_rejects_latent_on_another_device_than_the_queue():
-    latent, labels = random_batch()
-    latent = DiagonalGaussian(*(x.to("meta") for x in latent))
-    with pytest.raises(ValueError, match="`latent` to be on cpu, but got meta"):
-        build()(latent, labels.to("meta"))
-
-
 @pytest.mark.parametrize("settings", [{}, {"validate_args": False}, {"validate_args": True}])
 def test_validate_args_is_passed_on(monkeypatch, settings):
     passed = record_validate_args(monkeypatch)
     build(**settings)(*random_batch())
-    assert passed == [settings.get("validate_args", False)] * 2  # of latent and labels
+    assert passed == [settings.get("validate_args")] * 2  # of latent and labels
 
 
-@pytest.mark.parametrize(
-    ("missing", "error"),
-    [
-        (torch.zeros(BATCH, MODALITIES), TypeError),
-        (torch.zeros(BATCH, MODALITIES + 1, dtype=torch.bool), ValueError),
-    ],
-)
-def test_rejects_missing(missing, error):
-    with pytest.raises(error, match="`missing`"):
-        build()(*random_batch(), missing)
+# ----------------------------------------------------------------------------------- unknown labels
 
 
-def test_rejected_batch_leaves_the_queue_alone():
-    loss, (latent, _) = build(), random_batch()
-    with pytest.raises(ValueError, match="`labels`"):
-        loss(latent, torch.full((BATCH, LABELS), 2))
-    assert int(loss.queue_length) == 0
+@pytest.mark.parametrize("wrong", [math.nan, -1.0, 1.0])
+@pytest.mark.parametrize("anchors", ["all", "present"])
+def test_unknown_labels_are_as_if_their_distributions_were_not_there(anchors, wrong):
+    unknown = torch.tensor([[True, False, False], [False, True, True], [True] * 3, [False] * 3])
+    loss, (latent, labels) = build(anchors=anchors), random_batch(requires_grad=True)
+    other, other_labels = random_batch()
+    loss(other, other_labels, unknown=unknown)
+    left_out = unknown.unsqueeze(1).expand(BATCH, MODALITIES, LABELS)
+    bank = [x for x in naive_rows(other, other_labels) if not left_out[x[0]]]
+    rows = [x for x in naive_rows(latent, labels, MISSING) if not left_out[x[0]]]
+    expected = mean_of(naive_losses(rows, queued(bank), anchors))
+    result = loss(latent, poisoned(labels.double(), unknown, wrong), MISSING, unknown=unknown)
+    close(result, expected.detach())
+    for a, e in zip(gradient(result, *latent), gradient(expected, *latent), strict=True):
+        close(a, e)
+        assert (a[left_out] == 0).all()
+    assert contents(loss)[1] == [x[2] for x in (bank + rows)[-40:]]
+
+
+def test_unknown_labels_give_zero_without_reduction():
+    unknown = torch.rand(BATCH, LABELS) < 0.5
+    (latent, labels), loss = random_batch(), build(reduction="none", anchors="all")
+    rows = loss(latent, labels, unknown=unknown)
+    assert (rows.transpose(0, 1)[:, unknown] == 0).all()
+
+
+@pytest.mark.parametrize("wrong", [0.3, math.nan, -1.0])
+def test_a_label_that_nobody_looks_at_is_present_above_one_half(wrong):
+    latent, labels = random_batch()
+    loss = build(validate_args=False)
+    soft = torch.where(labels > 0, 0.7, wrong)
+    close(loss(latent, soft), mean_of(naive_losses(naive_rows(latent, labels))))
+
+
+# -------------------------------------------------------------------------------- state and its ways
+
+
+def numbers(loss):
+    return {name: x.tolist() for name, x in loss.state_dict().items()}
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_what_is_not_finite_does_not_enter_unseen(wrong):
+    latent, labels = random_batch()
+    loss = build(validate_args=False)
+    loss(latent._replace(mean=spoilt(wrong)(latent.mean)), labels)
+    rows = naive_rows(latent, labels)[1:]
+    embeddings, classes = contents(loss)
+    close(embeddings, torch.stack([embedding for _, embedding, _, _ in rows]))
+    assert classes == [class_id for _, _, class_id, _ in rows]
+    assert loss(*random_batch()).isfinite()
+
+
+def test_rows_beyond_half_precision_do_not_enter_it():
+    queue = EmbeddingQueue(4, 1).half()
+    queue.enqueue(torch.tensor([[1e6], [2.0]]), torch.tensor([0, 1]))
+    assert queue.classes.tolist() == [1, -1, -1, -1]
+
+
+def test_enqueue_is_what_a_forward_pass_does():
+    loss, twin = build(queue_size=10), build(queue_size=10)
+    for _ in range(3):
+        latent, labels = random_batch()
+        unknown = torch.rand(BATCH, LABELS) < 0.3
+        loss(latent, labels, MISSING, unknown=unknown)
+        twin(latent, labels, MISSING, unknown=unknown, enqueue=False)
+        twin.enqueue(latent, labels, MISSING, unknown)
+        assert numbers(loss) == numbers(twin)
+
+
+def test_closure_that_is_called_again_and_again_enters_once():
+    loss, weight = build(), torch.nn.Parameter(torch.eye(LATENT).double())
+    optimizer = torch.optim.LBFGS([weight], max_iter=4)
+    for _ in range(2):
+        latent, labels = random_batch()
+
+        def embedded(latent=latent):
+            return latent._replace(mean=latent.mean @ weight)
+
+        def closure(embedded=embedded, labels=labels):
+            optimizer.zero_grad()
+            value = loss(embedded(), labels, enqueue=False)
+            value.backward()
+            return value
+
+        optimizer.step(closure)
+        loss.enqueue(embedded(), labels)
+    assert loss.queue.length == 40
+
+
+def test_weight_averaging_leaves_the_queue_alone():
+    model = torch.nn.ModuleDict({"layer": torch.nn.BatchNorm1d(2), "loss": build().float()})
+    model["loss"](*random_batch(dtype=torch.float32))
+    average = get_ema_multi_avg_fn(0.9)
+    averaged = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+    before = numbers(averaged.module["loss"])
+    for _ in range(3):
+        model["loss"](*random_batch(dtype=torch.float32))
+        averaged.update_parameters(model)
+    assert numbers(averaged.module["loss"]) == before
+    assert numbers(model["loss"]) != before
+
+
+def test_made_on_the_meta_device_works_as_new():
+    with torch.device("meta"):
+        loss = build()
+    loss.to_empty(device="cpu")
+    for module in loss.modules():
+        getattr(module, "reset_parameters", lambda: None)()
+    assert numbers(loss) == numbers(build())
+    assert loss(*random_batch()).isfinite()
+
+
+def test_state_is_assigned_to_what_was_made_on_the_meta_device():
+    source = build()
+    source(*random_batch())
+    with torch.device("meta"):
+        loss = build()
+    loss.load_state_dict(source.state_dict(), assign=True)
+    loss.to("cpu")
+    batch = random_batch()
+    assert torch.equal(loss(*batch), source(*batch))
+    assert numbers(loss) == numbers(source)
+
+
+def test_default_device_has_no_influence():
+    latent, labels = random_batch()
+    loss, unknown = build(), torch.zeros(BATCH, LABELS, dtype=torch.bool)
+    try:
+        torch.set_default_device("meta")
+        result = loss(latent, labels, MISSING, unknown=unknown)
+    finally:
+        torch.set_default_device(None)
+    assert result.isfinite()
+
+
+# ---------------------------------------------------------------------------- gradient checkpointing
+
+
+def steps(loss, batches, checkpointed=None, enqueue=None):
+    """Loss and gradients of each batch; `checkpointed` is `use_reentrant`, or None for none."""
+    results = []
+    for latent, labels in batches:
+
+        def step(mean, std, labels=labels):
+            value = loss(DiagonalGaussian(mean * 2, std * 2), labels, enqueue=enqueue)
+            return value * value
+
+        leaves = [x.detach().requires_grad_() for x in latent]
+        value = (
+            step(*leaves)
+            if checkpointed is None
+            else checkpoint(step, *leaves, use_reentrant=checkpointed)
+        )
+        if enqueue is False:
+            loss.enqueue(latent, labels)
+        value.backward()
+        results += [value.detach(), *(x.grad for x in leaves)]
+    return results
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("enqueue", [None, False])
+@pytest.mark.parametrize("queue_size", [0, 7, 40])
+@pytest.mark.parametrize("same", [False, True])
+def test_recomputation_sees_the_queue_as_it_was(use_reentrant, enqueue, queue_size, same):
+    loss, twin = build(queue_size=queue_size), build(queue_size=queue_size)
+    batches = [random_batch() for _ in range(4)]
+    batches = [batches[0]] * 4 if same else batches
+    steps(loss, batches[:2]), steps(twin, batches[:2])
+    actual = steps(loss, batches[2:], use_reentrant, enqueue)
+    assert all(map(torch.equal, actual, steps(twin, batches[2:])))
+    assert numbers(loss) == numbers(twin)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("enqueue", [None, False])
+def test_recomputation_without_the_queue_it_saw_is_an_error(use_reentrant, enqueue):
+    loss, total = build(), 0
+    for _ in range(2):
+        latent, labels = random_batch(requires_grad=True)
+
+        def step(*leaves, labels=labels):
+            return loss(DiagonalGaussian(*(2 * x for x in leaves)), labels, enqueue=enqueue)
+
+        total = total + checkpoint(step, *latent, use_reentrant=use_reentrant)
+        loss.enqueue(latent, labels) if enqueue is False else None
+    with pytest.raises(RuntimeError, match="outside the checkpointed function"):
+        total.backward()
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_recomputations_of_several_passes_over_one_queue(use_reentrant):
+    loss, twin = build(), build()
+    batches = [random_batch() for _ in range(3)]
+    results = []
+    for module, reentrant in ((loss, use_reentrant), (twin, None)):
+        leaves = [x.detach().requires_grad_() for latent, _ in batches for x in latent]
+        total = 0
+        for i, (_, labels) in enumerate(batches):
+
+            def step(*pair, labels=labels, module=module):
+                return module(DiagonalGaussian(*(2 * x for x in pair)), labels, enqueue=False)
+
+            pair = leaves[2 * i : 2 * i + 2]
+            value = (
+                step(*pair)
+                if reentrant is None
+                else checkpoint(step, *pair, use_reentrant=reentrant)
+            )
+            total = total + value
+        total.backward()
+        results.append([total.detach(), *(x.grad for x in leaves)])
+    assert all(map(torch.equal, *results))
+
+
+def test_compiled_loss_in_a_checkpointed_function_is_an_error():
+    loss, (latent, labels) = build(), random_batch(requires_grad=True)
+    torch.compiler.reset()
+    compiled = torch.compile(
+        lambda *x: loss(DiagonalGaussian(*x), labels), fullgraph=True, backend="aot_eager"
+    )
+    value = checkpoint(compiled, *latent, use_reentrant=False)
+    with pytest.raises(RuntimeError, match="a compiled loss in any case"):
+        value.backward()
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_queue_by_itself_in_a_checkpointed_function_is_an_error(use_reentrant):
+    queue, classes = EmbeddingQueue(10, 4), torch.arange(6) % 2
+
+    def step(rows):
+        rows = torch.nn.functional.normalize(rows, dim=1)
+        keys = {"bank": queue.rows, "bank_classes": queue.classes}
+        loss = functional.supcon_loss(rows, classes, **keys)
+        queue.enqueue(rows, classes)
+        return loss
+
+    value = checkpoint(step, torch.randn(6, 4, requires_grad=True), use_reentrant=use_reentrant)
+    with pytest.raises(RuntimeError, match="outside the checkpointed function"):
+        value.backward()
+    assert queue.length == 6

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from cases import ordered
 from pages import DOCS, blocks
 from ranks import (
     Ranks,
@@ -15,10 +16,18 @@ from ranks import (
     evaluate,
     gathered_supcon,
     left_alone,
+    rank_errors,
+    synchronize_two,
     track,
+    track_in_parallel,
 )
-from support import close
-from uncertainty_mm import DiagonalGaussian, DistributionSupConLoss, functional
+from support import close, poisoned
+from uncertainty_mm import (
+    DiagonalGaussian,
+    DistributionSupConLoss,
+    SoftRankOrdinalityLoss,
+    functional,
+)
 
 if not (dist.is_available() and dist.is_gloo_available()):
     pytest.skip("needs gloo", allow_module_level=True)
@@ -145,8 +154,8 @@ def test_no_samples_anywhere_change_nothing(ranks, max_batch_size):
     settings = {"gather": True, "max_batch_size": max_batch_size, "queue_size": 10}
     for steps, state in ranks.run(contrast, nowhere, [random_batch()], settings):
         assert steps[0][0] == 0
-        assert (state["queue_classes"] == -1).all()
-        assert state["queue_pointer"] == 0
+        assert (state["queue.classes"] == -1).all()
+        assert state["queue.pointer"] == 0
 
 
 def test_no_anchor_anywhere_gives_zero_with_zero_gradient(ranks):
@@ -187,6 +196,29 @@ def test_without_gather_ranks_know_nothing_of_each_other(ranks):
             close(actual, wanted)
 
 
+# ------------------------------------------------------------------------------------- ordinality
+
+
+@pytest.mark.parametrize("division", DIVISIONS)
+@pytest.mark.parametrize("mode", ["rank", "pearson"])
+def test_gathered_ordinality_is_that_of_the_joined_batch(ranks, mode, division):
+    views, mask = torch.randn(BATCH, 3, dtype=torch.float64), torch.arange(BATCH) % 5 == 1
+    correctness = poisoned(torch.rand(BATCH, dtype=torch.float64), mask)
+    settings = {"mode": mode, "pairs": ("SR", "DR", "DS"), "temperature": 0.5}
+    weight = torch.eye(2, 3, dtype=torch.float64, requires_grad=True)
+    loss = ordered(
+        SoftRankOrdinalityLoss(**settings),
+        *(views @ weight.T).sigmoid().unbind(1),
+        correctness,
+        mask,
+    )
+    loss.backward()
+    arguments = divide(ranks, division), views, correctness, mask, settings
+    for value, grad in ranks.run(rank_errors, *arguments):
+        close(value, loss.detach())
+        close(grad, weight.grad)
+
+
 # ----------------------------------------------------------------------------------- synchronize
 
 
@@ -201,6 +233,17 @@ def follow(ranks, *histories, samples=4):
     )
     assert all(other == first for other in others)
     return first
+
+
+def test_default_of_ddp_leaves_the_histories_alone(ranks):
+    for rank, counts in enumerate(ranks.run(track_in_parallel)):
+        assert counts == [int(rank == sample) for sample in range(4)]
+
+
+def test_synchronize_joins_a_process_group(ranks):
+    first, second, *others = ranks.run(synchronize_two)
+    assert first == second == [1, 1, 0, 0]
+    assert others in ([], [[0, 0, 1, 0]])
 
 
 def test_synchronize_joins_disjoint_samples(ranks):

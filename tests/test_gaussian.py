@@ -105,23 +105,22 @@ def test_embedding_is_equation_4():
 def test_embedding_of_one_half_is_that_half():
     latent = random_latent(2, 3)
     both = latent.embedding()
-    assert torch.equal(latent.embedding(use_std=False), both[:, :3])
-    assert torch.equal(latent.embedding(use_mean=False), both[:, 3:])
+    assert torch.equal(latent.embedding("mean"), both[:, :3])
+    assert torch.equal(latent.embedding("std"), both[:, 3:])
 
 
 def test_joint_embedding_keeps_the_size_of_std_relative_to_the_mean():
     latent = random_latent(4, 3)
-    embedding = latent.embedding(joint=True)
+    embedding = latent.embedding("joint")
     close(embedding.norm(dim=-1), [1.0] * 4)
     ratio = latent.std.norm(dim=-1) / latent.mean.norm(dim=-1)
     close(embedding[:, 3:].norm(dim=-1) / embedding[:, :3].norm(dim=-1), ratio)
-    close(DiagonalGaussian(7 * latent.mean, 7 * latent.std).embedding(joint=True), embedding)
-    assert torch.equal(latent.embedding(use_std=False, joint=True), latent.embedding(use_std=False))
+    close(DiagonalGaussian(7 * latent.mean, 7 * latent.std).embedding("joint"), embedding)
 
 
-def test_embedding_of_nothing_is_an_error():
-    with pytest.raises(ValueError, match="`use_mean"):
-        random_latent(2, 3).embedding(use_mean=False, use_std=False)
+def test_embedding_of_an_unknown_kind_is_an_error():
+    with pytest.raises(ValueError, match="`kind` to be one of"):
+        random_latent(2, 3).embedding(True)
 
 
 def test_embedding_norms_are_those_of_unit_halves():

@@ -154,7 +154,7 @@ def test_kl_near_the_prior_keeps_its_digits(distance):
 @pytest.mark.parametrize(("mean", "std"), [(1.0, 1e-4), (1e-4, 1.0), (6e4, 6e4)])
 def test_joint_embedding_of_unequal_sizes(dtype, mean, std):
     def joint(mean, std):
-        return DiagonalGaussian(mean, std).embedding(joint=True)
+        return DiagonalGaussian(mean, std).embedding("joint")
 
     parts = mean * torch.randn(3, 5).clamp(-1, 1), std * (0.5 + torch.rand(3, 5) / 2)
     near(joint, lambda *x: F.normalize(torch.cat(x, -1), dim=-1), *parts, dtype=dtype)

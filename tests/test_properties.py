@@ -94,7 +94,7 @@ class QueueAgainstDeque(RuleBasedStateMachine):
     def build(self, size, seed, anchors):
         self.generator = torch.Generator().manual_seed(seed)
         self.fresh = lambda: DistributionSupConLoss(
-            MODALITIES, LABELS, LATENT, queue_size=size, anchors=anchors
+            MODALITIES, LABELS, LATENT, queue_size=size, anchors=anchors, embedding="both"
         )
         self.loss = self.fresh().double()
         self.model = deque(maxlen=size)  # (embedding, class), oldest first
@@ -163,12 +163,12 @@ class QueueAgainstDeque(RuleBasedStateMachine):
 
     @rule()
     def reset(self):
-        self.loss.reset_queue()
+        self.loss.queue.reset()
         self.model.clear()
 
     @rule()
     def save_and_load(self):
-        self.loss = through_a_file(self.loss, self.fresh().to(self.loss.queue.dtype))
+        self.loss = through_a_file(self.loss, self.fresh().to(self.loss.queue.rows.dtype))
 
     @rule()
     def copy(self):
@@ -182,16 +182,16 @@ class QueueAgainstDeque(RuleBasedStateMachine):
 
     @invariant()
     def same_rows_in_the_same_order(self):
-        size, pointer = self.loss.queue_classes.shape[0], int(self.loss.queue_pointer)
+        size, pointer = self.loss.queue.classes.shape[0], int(self.loss.queue.pointer)
         slots = [(pointer + i) % size for i in range(size)]
-        filled = [slot for slot in slots if self.loss.queue_classes[slot] != -1]
-        assert self.loss.queue_length == len(self.model) == len(filled)
+        filled = [slot for slot in slots if self.loss.queue.classes[slot] != -1]
+        assert self.loss.queue.length == len(self.model) == len(filled)
         assert 0 <= pointer < max(size, 1)
-        assert self.loss.queue_classes[filled].tolist() == [class_id for _, class_id in self.model]
-        assert not self.loss.queue.requires_grad
+        assert self.loss.queue.classes[filled].tolist() == [class_id for _, class_id in self.model]
+        assert not self.loss.queue.rows.requires_grad
         if self.model:
             embeddings = torch.stack([embedding for embedding, _ in self.model])
-            close(self.loss.queue[filled], embeddings, self.tolerance)
+            close(self.loss.queue.rows[filled], embeddings, self.tolerance)
 
 
 TestQueueAgainstDeque = QueueAgainstDeque.TestCase
@@ -339,12 +339,17 @@ def test_decoupler_is_equivariant_to_samples_labels_and_modalities(seed, batch):
         close(x, y[samples][:, names][:, :, labels])
 
 
-@given(seed=seeds, batch=batches, anchors=st.sampled_from(["present", "all"]), joint=st.booleans())
+@given(
+    seed=seeds,
+    batch=batches,
+    anchors=st.sampled_from(["present", "all"]),
+    kind=st.sampled_from(["both", "joint"]),
+)
 def test_contrastive_loss_is_equivariant_and_blind_to_the_order_of_the_queue(
-    seed, batch, anchors, joint
+    seed, batch, anchors, kind
 ):
     seeded(seed)
-    options = {"queue_size": 30, "anchors": anchors, "joint": joint, "reduction": "none"}
+    options = {"queue_size": 30, "anchors": anchors, "embedding": kind, "reduction": "none"}
     model = DistributionSupConLoss(MODALITIES, LABELS, LATENT, **options).double()
     latent, missing = random_latent(batch, MODALITIES, LABELS, LATENT), some(batch, MODALITIES)
     present = torch.randint(2, (batch, LABELS))
@@ -352,12 +357,12 @@ def test_contrastive_loss_is_equivariant_and_blind_to_the_order_of_the_queue(
     samples, labels, names = order_of(batch), order_of(LABELS), order_of(MODALITIES)
     moved = DiagonalGaussian(*(x[samples][:, names][:, :, labels] for x in latent))
     others = present[samples][:, labels], missing[samples][:, names]
-    model.reset_queue()
+    model.queue.reset()
     close(model(moved, *others), first[samples][:, names][:, :, labels])
     second = model(moved, *others, enqueue=False)
     rows = order_of(30)
-    model.queue.copy_(model.queue[rows])
-    model.queue_classes.copy_(model.queue_classes[rows])
+    model.queue.rows.copy_(model.queue.rows[rows])
+    model.queue.classes.copy_(model.queue.classes[rows])
     close(model(moved, *others, enqueue=False), second)
 
 
@@ -480,10 +485,10 @@ def test_absent_modality_equals_a_padded_one_through_all_components(seed, batch,
     def results(features, mask):
         missing = model.missing(features, mask)
         latent = decoupler(model(features, mask), missing)
-        loss.reset_queue()
+        loss.queue.reset()
         first, second = (loss(latent, present, missing) for _ in range(2))
         fused = fusion(latent, torch.full((batch,), 0.3).double(), missing)
-        return [missing.double(), *latent, *fused, first, second, loss.queue.clone()]
+        return [missing.double(), *latent, *fused, first, second, loss.queue.rows.clone()]
 
     left_out = torch.ones(batch, 4).bool()
     padded = features | {name: poisoned(features[name], left_out, wrong)}, mask | {name: left_out}
@@ -495,7 +500,9 @@ def test_absent_modality_equals_a_padded_one_through_all_components(seed, batch,
 @given(seed=seeds, batch=st.integers(0, 4), wrong=st.sampled_from([NAN, math.inf, -1.0]))
 def test_missing_distributions_take_no_part_in_the_loss(seed, batch, wrong):
     seeded(seed)
-    loss = DistributionSupConLoss(MODALITIES, LABELS, LATENT, queue_size=20, anchors="all").double()
+    loss = DistributionSupConLoss(
+        MODALITIES, LABELS, LATENT, queue_size=20, embedding="both"
+    ).double()
     latent, missing = random_latent(batch, MODALITIES, LABELS, LATENT), some(batch, MODALITIES)
     present = torch.randint(2, (batch, LABELS))
     spoilt = DiagonalGaussian(*(poisoned(x, missing, wrong) for x in latent))
@@ -505,7 +512,7 @@ def test_missing_distributions_take_no_part_in_the_loss(seed, batch, wrong):
     rows = functional.distribution_embedding(*latent)[there].flatten(0, 1)
     expected = functional.supcon_loss(rows, classes[there].flatten())
     close(loss(spoilt, present, missing), expected)
-    assert loss.queue_length == min(20, len(rows))
+    assert loss.queue.length == min(20, len(rows))
 
 
 @given(seed=seeds, count=counts, wrong=st.sampled_from([NAN, math.inf, 5.0]))
@@ -624,7 +631,7 @@ def test_embedding_has_no_size(seed, count, mean_factor, std_factor, sign):
     similarity = after @ before.T
     assert (similarity.abs() <= 2 + 1e-12).all()
     joint = DiagonalGaussian(mean_factor * latent.mean, mean_factor * latent.std)
-    close(joint.embedding(joint=True), latent.embedding(joint=True))
+    close(joint.embedding("joint"), latent.embedding("joint"))
 
 
 @given(seed=seeds, count=st.integers(1, 6))

@@ -44,7 +44,7 @@ def vectors(samples) -> torch.Tensor:
 # mean frame of the sequence and the name of the label that asks.
 
 decoupler = GaussianDecoupler(
-    num_modalities=1, in_dim=19, latent_dim=2, dropout=0.0
+    num_modalities=1, in_dim=19, latent_dim=2, dropout=0.0, normalize_mean=False
 )
 contrastive = DistributionSupConLoss(
     1, 3, latent_dim=2, queue_size=512, anchors="all"
@@ -78,7 +78,7 @@ for _ in range(600):
 with torch.no_grad():
     after = decoupler(z_test)
 print(f"loss {losses[10]:.3f} after ten steps, {losses[-1]:.3f} at the end")
-print("Gaussians in the queue:", contrastive.queue_length)
+print("Gaussians in the queue:", contrastive.queue.length)
 
 # %%
 # What has changed
@@ -145,13 +145,13 @@ assert x - y > 1.5 * (a - b)
 # --------------------------
 #
 # The embedding of the paper (Eq. 4) divides the mean by its length, and the standard deviation by its own. So it
-# forgets how large the standard deviation is. `joint=True` divides both by one length and keeps it.
+# forgets how large the standard deviation is. `"joint"` divides both by one length and keeps it.
 
 sure = DiagonalGaussian(torch.tensor([3.0, 4.0]), torch.tensor([0.1, 0.1]))
 unsure = DiagonalGaussian(sure.mean, 10 * sure.std)
-for joint in (False, True):
+for kind in ("both", "joint"):
     for name, latent in {"sure": sure, "unsure": unsure}.items():
-        print(f"joint={joint!s:5s} {name:6s}", latent.embedding(joint=joint))
+        print(f"{kind:5s} {name:6s}", latent.embedding(kind))
 
 # %%
 # With more dimensions and modalities :func:`~uncertainty_mm.plots.latent_tsne` draws such a picture. Whether the

@@ -53,8 +53,8 @@ ax.legend()
 # ------------------
 #
 # The sample has two modalities, and each label of each modality has a Gaussian with four dimensions, here made up.
-# One small network reads the means, another one the standard deviations. Neither is trained; this page is about what
-# is done with their answers.
+# They are multiplied; one small network reads the mean of the product, another one its standard deviation. Neither is
+# trained; this page is about what is done with their answers.
 
 latent = DiagonalGaussian(3 * torch.randn(1, 2, 3, 4), 2 * torch.rand(1, 2, 3, 4))
 fusion = UncertaintyGatedFusion(num_modalities=2, num_labels=3, latent_dim=4).eval()

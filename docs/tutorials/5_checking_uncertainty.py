@@ -15,7 +15,11 @@ import uncertainty_mm as umm
 from uncertainty_mm import plots
 from uncertainty_mm.data import SyntheticMMER
 from uncertainty_mm.functional import expected_distance
-from uncertainty_mm.metrics.functional import calibration_error, predictive_entropy, spearman
+from uncertainty_mm.metrics.functional import (
+    calibration_error,
+    predictive_entropy,
+    spearman,
+)
 
 torch.manual_seed(0)
 world = SyntheticMMER(num_labels=4)
@@ -59,13 +63,9 @@ class Model(nn.Module):
             dims, 4, label_dim=64, proj_dim=64, out_dim=32
         )
         self.first = nn.Linear(3 * 4 * 32, 4)
-        self.decoupler = umm.GaussianDecoupler(
-            3, 32, 16, dropout=0.0, normalize_mean=True
-        )
+        self.decoupler = umm.GaussianDecoupler(3, 32, 16, dropout=0.0)
         self.alone = nn.Linear(16, 1)
-        self.fusion = umm.UncertaintyGatedFusion(
-            3, 4, 16, dropout=0.0, combine="product"
-        )
+        self.fusion = umm.UncertaintyGatedFusion(3, 4, 16, dropout=0.0)
 
     def forward(self, features, masks):
         z = self.attention(features, masks)
@@ -76,7 +76,7 @@ class Model(nn.Module):
 
 
 model = Model()
-contrastive = umm.DistributionSupConLoss(3, 4, 16, queue_size=512, joint=True)
+contrastive = umm.DistributionSupConLoss(3, 4, 16, queue_size=512)
 tracker, ordinality = (
     umm.CorrectnessTracker(3000, 3),
     umm.SoftRankOrdinalityLoss(pairs=["SR"]),
@@ -97,7 +97,9 @@ for epoch in range(6):
             history = tracker(rows)
             for m in range(3):
                 loss = loss + 0.3 * ordinality(
-                    std_norm[:, m], distance[:, m], history[:, m]
+                    std_norm=std_norm[:, m],
+                    distance=distance[:, m],
+                    correctness=history[:, m],
                 )
         tracker.update(rows, 1 - distance.detach())
         optimizer.zero_grad()
@@ -148,9 +150,7 @@ scores = {
 }
 fig, ax = plt.subplots(figsize=(6, 3.8), layout="constrained")
 plots.risk_coverage(scores, error, ax=ax)
-with_error = {
-    name: float(spearman(score, error)) for name, score in scores.items()
-}
+with_error = {name: float(spearman(score, error)) for name, score in scores.items()}
 for name, correlation in with_error.items():
     print(f"rank correlation with the error: {name} {correlation:.2f}")
 
@@ -167,9 +167,7 @@ fig, axes = plt.subplots(1, 3, figsize=(9, 3.2), layout="constrained")
 plots.uncertainty_against_noise(test.noise, std_norm, modalities, ax=axes)
 for ax in axes[1:]:
     ax.set_ylabel("")
-with_noise = [
-    float(spearman(std_norm[:, m], test.noise[:, m])) for m in range(3)
-]
+with_noise = [float(spearman(std_norm[:, m], test.noise[:, m])) for m in range(3)]
 print("rank correlation with the noise:")
 for name, correlation in zip(modalities, with_noise, strict=True):
     print(f"  {name:6s} {correlation:.2f}")
@@ -186,8 +184,7 @@ for name, correlation in zip(modalities, with_noise, strict=True):
 ceiling = predictive_entropy(exact.marginals.clamp(0, 1))
 scores["entropy of exact probabilities"] = ceiling
 with_truth = {
-    name: float(spearman(score, exact.entropy))
-    for name, score in scores.items()
+    name: float(spearman(score, exact.entropy)) for name, score in scores.items()
 }
 print("rank correlation with the entropy of the posterior:")
 for name, correlation in with_truth.items():

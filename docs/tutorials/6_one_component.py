@@ -161,10 +161,8 @@ class GatedTagger(Tagger):
     def __init__(self) -> None:
         super().__init__()
         self.parts = nn.ModuleList([nn.Linear(64, 6 * 32), nn.Linear(64, 6 * 32)])
-        self.decoupler = GaussianDecoupler(
-            2, 32, latent_dim=16, normalize_mean=True
-        )
-        self.fusion = UncertaintyGatedFusion(2, 6, latent_dim=16, combine="product")
+        self.decoupler = GaussianDecoupler(2, 32, latent_dim=16)
+        self.fusion = UncertaintyGatedFusion(2, 6, latent_dim=16)
 
     def forward(self, image, text, missing):
         first = super().forward(image, text, missing)

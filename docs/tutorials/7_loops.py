@@ -176,7 +176,7 @@ assert seen["contrastive"].dtype == torch.float32
 #
 #     self.contrastive = umm.DistributionSupConLoss(3, 6, 16, gather=True, max_batch_size=100)
 #     ...
-#     model = DistributedDataParallel(model, broadcast_buffers=False)
+#     model = DistributedDataParallel(model)
 #     for epoch in range(epochs):
 #         ...
 #         model.module.tracker.synchronize()  # on all ranks
@@ -184,9 +184,8 @@ assert seen["contrastive"].dtype == torch.float32
 # - `gather=True` compares each Gaussian with those of all ranks, and gives loss and gradient of one process with
 #   the joined batch. `max_batch_size` spares the ranks asking each other for it at every step.
 # - `tracker.synchronize()` adds up what the ranks have seen. Without it each rank knows the history of its own samples.
-# - `broadcast_buffers=False`, or every step overwrites the history of all ranks with that of the first.
 #
-# In Lightning the strategy takes the last one, `DDPStrategy(broadcast_buffers=False)`, and the hook above the second.
+# In Lightning the hook above does the second.
 #
 # Compilation
 # -----------

@@ -11,6 +11,7 @@ from uncertainty_mm.correctness import CorrectnessTracker
 from uncertainty_mm.fusion import FusedPrediction, UncertaintyGatedFusion
 from uncertainty_mm.gaussian import DiagonalGaussian, GaussianDecoupler
 from uncertainty_mm.ordinality import SoftRankOrdinalityLoss
+from uncertainty_mm.queue import EmbeddingQueue
 
 if TYPE_CHECKING:
     from uncertainty_mm import data as data
@@ -23,6 +24,7 @@ __all__ = [
     "CorrectnessTracker",
     "DiagonalGaussian",
     "DistributionSupConLoss",
+    "EmbeddingQueue",
     "EmotionQueryAttention",
     "FusedPrediction",
     "GaussianDecoupler",

@@ -217,7 +217,7 @@ def any_dims(tensor: object) -> str:
     )
 
 
-def check_gaussian(mean: Tensor, std: Tensor) -> None:
+def check_gaussian(mean: Tensor, std: Tensor, validate_args: bool | None = None) -> None:
     """Checks mean and standard deviation (..., K) of a Gaussian."""
     if isinstance(mean, Tensor) and mean.dim() == 0:
         raise ValueError("Expected `mean` to have shape (..., K), but got ()")
@@ -225,7 +225,7 @@ def check_gaussian(mean: Tensor, std: Tensor) -> None:
     dims = any_dims(mean)
     check_tensor("mean", mean, "floating", dims, sizes)
     check_tensor("std", std, "floating", dims, sizes, mean.device)
-    if checks_values(mean):
+    if checks_values(mean, validate_args):
         check_finite("mean", mean)
         check_std("std", std)
 

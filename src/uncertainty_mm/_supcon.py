@@ -17,10 +17,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+Reduction = Literal["none", "mean", "sum"]
 
 # Entries of a tile of scores, and keys of the bank in it. Of the sizes tried on a CPU these were the fastest: such a
 # tile of 8 MiB in float32 (4 MiB for the bank) stays in the cache. An accelerator wants more work at once.
@@ -35,7 +37,7 @@ def supcon(
     bank: Tensor,
     bank_classes: Tensor,
     temperature: float,
-    reduction: str,
+    reduction: Reduction,
     bf16_products: bool = False,
 ) -> Tensor:
     """The loss for checked arguments; see :func:`uncertainty_mm.functional.supcon_loss`.

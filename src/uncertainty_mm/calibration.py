@@ -1,26 +1,31 @@
-"""Probabilities that mean what they say, by two numbers a label: :class:`PlattScaling`."""
+"""From logits to decisions after training: :class:`PlattScaling`, then :func:`best_threshold`."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from uncertainty_mm._checks import (
     check_finite,
     check_flag,
     check_labels,
     check_positive_int,
+    check_range,
     check_tensor,
+    check_unknown,
+    check_validate_args,
     checks_values,
-    load_all_or_nothing,
 )
+from uncertainty_mm._component import Component
+
+__all__ = ["PlattScaling", "best_threshold"]
 
 # How surely labels are alike; by cross-validation on a small real set (documentation, page on the uncertainty).
 LABEL_PRECISION = 20.0
 
 
-class PlattScaling(nn.Module):
+class PlattScaling(Component):
     r"""Corrects the logits of a trained classifier for over- or under-confidence.
 
     .. math::
@@ -28,7 +33,7 @@ class PlattScaling(nn.Module):
 
     The order of the samples does not change for any label. Without `shift` this is temperature scaling,
     :math:`s = 1/T`. :meth:`fit` finds :math:`s` and :math:`t` on samples that the classifier was not trained on; until
-    then nothing is changed. Both are buffers: they are saved with the model, and no optimizer touches them.
+    then nothing is changed. Both are saved with the model; no optimizer touches them, and no averaging of weights.
 
     Source: Platt 1999, "Probabilistic Outputs for Support Vector Machines"; Guo et al. 2017, arXiv 1706.04599; the
     priors of :meth:`fit` are ours.
@@ -37,8 +42,9 @@ class PlattScaling(nn.Module):
         num_labels: Number of labels :math:`Q`.
         per_label: Let the labels depart from the pair that they share; False fits one scale and one shift for all.
         shift: Fit a shift as well; False leaves it at 0.
-        validate_args: Look at values (NaN, infinity) in a forward pass also on an accelerator, at the price of a wait
-            for it. :meth:`fit` always does.
+        validate_args: Look at values (NaN, infinity) in a forward pass: None on the CPU only (elsewhere it costs a
+            wait), False never, True everywhere. :meth:`fit`, which computes on the CPU, looks unless it is False; then
+            a label is present above 0.5, and logits that are not finite are left out.
 
     Attributes:
         scale: Tensor (Q,), above 0; 1 before :meth:`fit`.
@@ -56,6 +62,10 @@ class PlattScaling(nn.Module):
         tensor([[0.6672]])
     """
 
+    num_labels: int
+    per_label: bool
+    with_shift: bool
+    validate_args: bool | None
     scale: Tensor
     shift: Tensor
 
@@ -65,20 +75,26 @@ class PlattScaling(nn.Module):
         *,
         per_label: bool = True,
         shift: bool = True,
-        validate_args: bool = False,
+        validate_args: bool | None = None,
     ) -> None:
         super().__init__()
         check_positive_int("num_labels", num_labels)
         check_flag("per_label", per_label)
         check_flag("shift", shift)
-        self.num_labels = num_labels
-        self.per_label = per_label
-        self.with_shift = shift
-        check_flag("validate_args", validate_args)
-        self.validate_args = validate_args
-        self.register_buffer("scale", torch.ones(num_labels))
-        self.register_buffer("shift", torch.zeros(num_labels))
-        self.register_load_state_dict_pre_hook(load_all_or_nothing)  # type: ignore[no-untyped-call]
+        check_validate_args(validate_args)
+        self._set(
+            num_labels=num_labels,
+            per_label=per_label,
+            with_shift=shift,
+            validate_args=validate_args,
+        )
+        self._keep(scale=torch.empty(num_labels), shift=torch.empty(num_labels))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Forgets the fit: nothing is changed."""
+        self.scale.fill_(1)
+        self.shift.zero_()
 
     def extra_repr(self) -> str:
         """The settings, for `repr`."""
@@ -105,7 +121,7 @@ class PlattScaling(nn.Module):
         return logits * self.scale + self.shift
 
     @torch.no_grad()
-    def fit(self, logits: Tensor, labels: Tensor) -> PlattScaling:
+    def fit(self, logits: Tensor, labels: Tensor, unknown: Tensor | None = None) -> PlattScaling:
         r"""Finds scale and shift, whatever they were before.
 
         First one pair for all labels together, then for every label another pair on the logits so calibrated. Both
@@ -122,45 +138,58 @@ class PlattScaling(nn.Module):
         Args:
             logits: Tensor (B, Q), of a validation set.
             labels: Tensor (B, Q) of 0 and 1.
+            unknown: Bool tensor (B, Q), True leaves out a label that is not known. What stands there has no influence.
 
         Returns:
             The module itself.
 
         Raises:
-            ValueError: If shapes or devices disagree, values are out of range, or there is no sample; scale and shift
+            ValueError: If shapes or devices disagree, values are out of range, or no label is known; scale and shift
                 are then unchanged.
             TypeError: If a dtype is wrong.
         """
         sizes = {"Q": self.num_labels}
         check_tensor("logits", logits, "floating", "B Q", sizes)
         check_tensor("labels", labels, "number", "B Q", sizes, logits.device)
+        check_unknown(unknown, "B Q", sizes, logits.device)
         if sizes["B"] == 0:
             raise ValueError("Expected `logits` to hold at least one sample, but got none")
-        check_finite("logits", logits)
-        check_labels("labels", labels)
-        x, y = logits.cpu().double(), labels.cpu().double()
-        columns = (x.reshape(-1, 1), y.reshape(-1, 1))
-        log_scale, shift = _maximum_a_posteriori(*columns, self.with_shift, 1.0)
+        if self.validate_args is not False:
+            check_finite("logits", logits, unknown)
+            check_labels("labels", labels, unknown)
+        x, known = logits.cpu().double(), logits.cpu().isfinite()
+        if unknown is not None:
+            known = known & ~unknown.cpu()
+        if not known.any():
+            raise ValueError("Expected `unknown` to leave at least one label, but got all of them")
+        # What is not known weighs nothing; the numbers in its place are finite, since 0 times NaN is NaN.
+        x, y, weight = x.masked_fill(~known, 0), (labels.cpu() > 0.5).double(), known.double()
+        column = [values.reshape(-1, 1) for values in (x, y, weight)]
+        log_scale, shift = _maximum_a_posteriori(*column, with_shift=self.with_shift, precision=1.0)
         if self.per_label:
             calibrated = x * log_scale.exp() + shift
-            own = _maximum_a_posteriori(calibrated, y, self.with_shift, LABEL_PRECISION)
+            own = _maximum_a_posteriori(
+                calibrated, y, weight, with_shift=self.with_shift, precision=LABEL_PRECISION
+            )
             log_scale, shift = log_scale + own[0], shift * own[0].exp() + own[1]
-        # within the dtype of the buffers: a scale of 0 would lose the order of the samples
+        # within the dtype of the state: a scale of 0 would lose the order of the samples
         limits = torch.finfo(self.scale.dtype)
         self.scale.copy_(log_scale.exp().clamp(limits.tiny, limits.max))
-        self.shift.copy_(shift)
+        self.shift.copy_(shift.clamp(limits.min, limits.max))
         return self
 
 
-def _objective(parameters: Tensor, x: Tensor, y: Tensor, precision: float) -> Tensor:
+def _objective(
+    parameters: Tensor, x: Tensor, y: Tensor, weight: Tensor, precision: float
+) -> Tensor:
     """Negative log-posterior (Q,) of parameters (2, Q), log-scale and shift, up to a constant."""
     z = x * parameters[0].exp() + parameters[1]
-    log_likelihood = F.logsigmoid((2 * y - 1) * z).sum(0)  # -BCE, without cancellation
+    log_likelihood = (weight * F.logsigmoid((2 * y - 1) * z)).sum(0)  # -BCE, without cancellation
     return -log_likelihood + 0.5 * precision * parameters.square().sum(0)
 
 
 def _newton_step(
-    parameters: Tensor, x: Tensor, y: Tensor, with_shift: bool, precision: float
+    parameters: Tensor, x: Tensor, y: Tensor, weight: Tensor, with_shift: bool, precision: float
 ) -> Tensor:
     """Step (2, Q) downhill: Newton's, with the eigenvalues of the Hessian taken by magnitude.
 
@@ -168,12 +197,13 @@ def _newton_step(
     """
     scaled = x * parameters[0].exp()
     z, sign = scaled + parameters[1], 2 * y - 1
-    residual, weight = -sign * (-sign * z).sigmoid(), z.sigmoid() * (-z).sigmoid()
+    residual = -weight * sign * (-sign * z).sigmoid()
+    curvature = weight * z.sigmoid() * (-z).sigmoid()
     slope = torch.stack([(residual * scaled).sum(0), residual.sum(0)])
-    cross = (weight * scaled).sum(0)
+    cross = (curvature * scaled).sum(0)
     hessian = torch.stack(
-        [(weight * scaled.square()).sum(0) + slope[0], cross, cross, weight.sum(0)], -1
-    ).unflatten(-1, (2, 2)) + precision * torch.eye(2, dtype=x.dtype)
+        [(curvature * scaled.square()).sum(0) + slope[0], cross, cross, curvature.sum(0)], -1
+    ).unflatten(-1, (2, 2)) + precision * torch.eye(2, dtype=x.dtype, device=x.device)
     gradient = slope + precision * parameters
     if not with_shift:
         gradient[1], hessian[:, 0, 1], hessian[:, 1, 0] = 0, 0, 0
@@ -183,18 +213,91 @@ def _newton_step(
     return step.T
 
 
-def _maximum_a_posteriori(x: Tensor, y: Tensor, with_shift: bool, precision: float) -> Tensor:
+def _maximum_a_posteriori(
+    x: Tensor, y: Tensor, weight: Tensor, *, with_shift: bool, precision: float
+) -> Tensor:
     """Log-scale and shift (2, Q) of the samples x (B, Q) with labels y, for all columns at once."""
-    parameters = torch.zeros(2, x.shape[1], dtype=x.dtype)  # the identity
-    value, size = _objective(parameters, x, y, precision), torch.ones(x.shape[1], dtype=x.dtype)
+    parameters = x.new_zeros(2, x.shape[1])  # the identity
+    value, size = _objective(parameters, x, y, weight, precision), x.new_ones(x.shape[1])
     for _ in range(200):  # about ten, unless the logits are huge
-        step = _newton_step(parameters, x, y, with_shift, precision)
+        step = _newton_step(parameters, x, y, weight, with_shift, precision)
         if (step.abs() <= 1e-10).all():
             break
         trial = parameters + size * step
-        trial_value = _objective(trial, x, y, precision)
+        trial_value = _objective(trial, x, y, weight, precision)
         better = trial_value <= value * (1 + 1e-13)  # up to rounding
         parameters = torch.where(better, trial, parameters)
         value = torch.where(better, trial_value, value)
         size = torch.where(better, (4 * size).clamp_max(1), size / 4)
     return parameters
+
+
+def best_threshold(
+    probs: Tensor,
+    labels: Tensor,
+    unknown: Tensor | None = None,
+    *,
+    per_label: bool = False,
+    validate_args: bool | None = None,
+) -> Tensor:
+    r"""Where to cut probabilities into decisions so that F1 is best, on samples of a validation split.
+
+    .. math::
+        \operatorname*{arg\,max}_{t \in \{0.01, \dots, 0.99\}} \frac{2 \sum [p > t][y = 1]}{\sum [p > t] + \sum [y = 1]}
+
+    with sums over all samples and labels (micro F1), or over the samples of each label. Of thresholds that are equally
+    good it is the smallest. Where no known label is present every threshold has an F1 of 0, and it is 0.5. Takes
+    :math:`O(BQ)` memory: probabilities are counted between the thresholds, not compared with each.
+
+    Args:
+        probs: Tensor (B, Q) of probabilities in [0, 1], calibrated before (:class:`PlattScaling`).
+        labels: Tensor (B, Q) of 0 and 1, any real dtype.
+        unknown: Bool tensor (B, Q), True leaves out a label that is not known. What stands there has no influence.
+        per_label: One threshold for each label instead of one for all.
+        validate_args: Look at values: None on the CPU only, False never, True everywhere. Where they are not looked
+            at, a label is present above 0.5, and probabilities of NaN are left out.
+
+    Returns:
+        Tensor (1,), or (Q,) with `per_label`, on the device of `probs`; `probs > threshold` decides.
+
+    Raises:
+        ValueError: If shapes or devices disagree, or values are out of range.
+        TypeError: If a dtype is wrong.
+
+    Example:
+        >>> probs = torch.tensor([[0.905, 0.305], [0.605, 0.205], [0.505, 0.105]])
+        >>> labels = torch.tensor([[1, 1], [0, 1], [0, 0]])
+        >>> best_threshold(probs, labels)
+        tensor([0.1100])
+        >>> best_threshold(probs, labels, per_label=True)
+        tensor([0.6100, 0.1100])
+    """
+    sizes: dict[str, int] = {}
+    check_tensor("probs", probs, "floating", "B Q", sizes)
+    device = probs.device
+    check_tensor("labels", labels, "number", "B Q", sizes, device)
+    check_unknown(unknown, "B Q", sizes, device)
+    check_flag("per_label", per_label)
+    check_validate_args(validate_args)
+    if checks_values(probs, validate_args):
+        check_range("probs", probs, 0, 1, unknown)
+        check_labels("labels", labels, unknown)
+    known = ~probs.isnan()
+    if unknown is not None:
+        known = known & ~unknown
+    present = (labels > 0.5) & known
+    grid = torch.linspace(0.01, 0.99, 99, device=device)
+    # How many thresholds an entry exceeds, and for each number how many entries of the label do (100, Q).
+    wide = torch.promote_types(probs.dtype, grid.dtype)
+    exceeded = torch.searchsorted(grid.to(wide), probs.detach().to(wide).contiguous())
+    place = exceeded * sizes["Q"] + torch.arange(sizes["Q"], device=device)
+    counts = torch.zeros(2, (len(grid) + 1) * sizes["Q"], dtype=torch.int64, device=device)
+    counts.index_add_(1, place.flatten(), torch.stack([present, known]).flatten(1).long())
+    counts = counts.unflatten(1, (-1, sizes["Q"]))
+    if not per_label:
+        counts = counts.sum(2, keepdim=True)
+    # Of those that exceed more than i thresholds, all exceed the one at place i.
+    hits, predicted = counts.flip(1).cumsum(1).flip(1)[:, 1:]
+    positives = counts[0].sum(0)
+    f1 = 2 * hits / (predicted + positives).clamp_min(1)
+    return torch.where(positives > 0, grid[f1.argmax(0)], grid[len(grid) // 2])

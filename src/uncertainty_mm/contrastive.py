@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Literal, get_args
+
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from uncertainty_mm._checks import (
     check_choice,
@@ -14,20 +14,24 @@ from uncertainty_mm._checks import (
     check_positive,
     check_positive_int,
     check_tensor,
+    check_unknown,
+    check_validate_args,
     checks_values,
-    load_all_or_nothing,
 )
-from uncertainty_mm._supcon import supcon
-from uncertainty_mm.distributed import (
-    gather_rows,
-    largest_of_ranks,
-    sum_over_ranks,
-    world_size,
-)
+from uncertainty_mm._component import Component
+from uncertainty_mm._supcon import Reduction, supcon
+from uncertainty_mm.distributed import gather_rows, group_name, rank, sum_over_ranks, world_size
+from uncertainty_mm.functional import EmbeddingKind, embed
 from uncertainty_mm.gaussian import DiagonalGaussian, check_latent
+from uncertainty_mm.queue import EmbeddingQueue, recomputing
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+
+Anchors = Literal["present", "all"]
 
 
-class DistributionSupConLoss(nn.Module):
+class DistributionSupConLoss(Component):
     r"""Supervised contrastive loss between the Gaussians of a batch and a queue of earlier ones.
 
     The class of a distribution is its modality, its label, and whether the label is present in the sample:
@@ -44,6 +48,13 @@ class DistributionSupConLoss(nn.Module):
     grows with the number of anchors times the number of keys; memory does not
     (:func:`~uncertainty_mm.functional.supcon_loss`).
 
+    What to expect: the loss starts near the logarithm of the number of keys (9 for the default queue) and cannot fall
+    below that of the number of positives, so a loss that seems stuck at 5 or 6 may be as good as done. The default
+    queue holds 8192 distributions: 97 samples with three modalities and 28 labels, 455 with 6 labels.
+
+    Under gradient checkpointing the recomputation sees the queue as the forward pass saw it, and does not enqueue
+    again. If it cannot (two forward passes before the backward pass, a compiled loss that enqueues), it raises.
+
     Source: Huang et al. 2025, arXiv 2502.13954, section 3.3.3; queue: He et al. 2020, arXiv 1911.05722.
 
     Args:
@@ -51,30 +62,31 @@ class DistributionSupConLoss(nn.Module):
         num_labels: Number of labels :math:`Q`.
         latent_dim: Number of latent dimensions :math:`K`.
         queue_size: Number of distributions that are remembered; 0 for none.
-        temperature: :math:`\tau`, above 0. The similarity :math:`e^\top k` is in [-2, 2].
-        anchors: `"present"` makes the distributions of present labels anchors (the paper's :math:`B^+`), `"all"` also
-            those of absent ones.
-        use_mean: Include the normalised mean in the embedding.
-        use_std: Include the normalised standard deviation in the embedding.
-        joint: Divide mean and standard deviation by the length of both together instead of each by its own (Eq. 4);
-            see :meth:`DiagonalGaussian.embedding`. The similarity is then in [-1, 1].
+        temperature: :math:`\tau`, above 0.
+        anchors: `"all"` makes all distributions of the batch anchors, `"present"` those of present labels (the paper's
+            :math:`B^+`).
+        embedding: What stands for a distribution: `"joint"`, mean and standard deviation divided by their common
+            length, so that the size of the standard deviation counts (similarity in [-1, 1]); `"both"`, each divided by
+            its own (Eq. 4, the paper; similarity in [-2, 2]); `"mean"` or `"std"`, one alone.
         reduction: `"mean"` over the anchors that have a positive, `"sum"`, or `"none"`.
         gather: Under `torch.distributed`, take keys from all ranks, with gradient. After averaging over ranks, as
             `DistributedDataParallel` does, the gradient is that of one process on the joined batch, the value of the
             loss is the same on all ranks, and so is the queue. The ranks may have batches of different sizes, none at
             all included. With `"none"` every rank has the losses of its own anchors. An argument that is refused on
-            one rank leaves the others waiting.
+            one rank leaves the others waiting. Without `gather` every rank has a queue of its own, which
+            `DistributedDataParallel` leaves alone.
+        process_group: With `gather`, the ranks that take part; None for all.
         max_batch_size: Largest batch that any rank will ever have; a larger one is refused. Pass it with `gather`: all
             ranks then exchange as many rows, smaller batches being padded with rows that take no part. None makes the
             ranks ask each other for the largest batch at every step, for which the host waits, and which cannot be
             compiled with `fullgraph=True`.
         bf16_products: Compute the matrix products in bfloat16; see :func:`~uncertainty_mm.functional.supcon_loss`.
-        validate_args: Look at values (NaN, labels other than 0 and 1) also on an accelerator, at the price of a wait.
+        validate_args: Look at values (NaN, labels other than 0 and 1): None on the CPU only, False never, True
+            everywhere. Where values are not looked at, a label is present above 0.5, and what is not finite does not
+            enter the queue.
 
     Attributes:
-        queue: Buffer (queue_size, E), embeddings of earlier distributions.
-        queue_classes: Buffer (queue_size,), int64 classes of the queue, -1 for an empty slot.
-        queue_pointer: Buffer (), int64, the slot that is written next.
+        queue: The :class:`~uncertainty_mm.EmbeddingQueue` of earlier distributions.
 
     Raises:
         ValueError: If an argument is out of range or unknown.
@@ -86,13 +98,22 @@ class DistributionSupConLoss(nn.Module):
         >>> labels = torch.randint(0, 2, (4, 6))
         >>> loss(latent, labels).shape
         torch.Size([])
-        >>> loss.queue_length  # 4 samples x 3 modalities x 6 labels
+        >>> loss.queue.length  # 4 samples x 3 modalities x 6 labels
         72
     """
 
-    queue: Tensor
-    queue_classes: Tensor
-    queue_pointer: Tensor
+    num_modalities: int
+    num_labels: int
+    latent_dim: int
+    temperature: float
+    anchors: Anchors
+    embedding: EmbeddingKind
+    reduction: Reduction
+    gather: bool
+    process_group: str
+    max_batch_size: int | None
+    bf16_products: bool
+    validate_args: bool | None
 
     def __init__(
         self,
@@ -102,15 +123,14 @@ class DistributionSupConLoss(nn.Module):
         *,
         queue_size: int = 8192,
         temperature: float = 0.07,
-        anchors: str = "present",
-        use_mean: bool = True,
-        use_std: bool = True,
-        joint: bool = False,
-        reduction: str = "mean",
+        anchors: Anchors = "all",
+        embedding: EmbeddingKind = "joint",
+        reduction: Reduction = "mean",
         gather: bool = False,
+        process_group: dist.ProcessGroup | None = None,
         max_batch_size: int | None = None,
         bf16_products: bool = False,
-        validate_args: bool = False,
+        validate_args: bool | None = None,
     ) -> None:
         super().__init__()
         check_positive_int("num_modalities", num_modalities)
@@ -119,56 +139,38 @@ class DistributionSupConLoss(nn.Module):
         if queue_size != 0 or isinstance(queue_size, bool):
             check_positive_int("queue_size", queue_size)
         check_positive("temperature", temperature)
-        check_choice("anchors", anchors, ("present", "all"))
-        check_flag("use_mean", use_mean)
-        check_flag("use_std", use_std)
-        check_flag("joint", joint)
-        if not (use_mean or use_std):
-            raise ValueError("Expected `use_mean` or `use_std` to be True, but got False for both")
-        check_choice("reduction", reduction, ("none", "mean", "sum"))
+        check_choice("anchors", anchors, get_args(Anchors))
+        check_choice("embedding", embedding, get_args(EmbeddingKind))
+        check_choice("reduction", reduction, get_args(Reduction))
         check_flag("gather", gather)
         if max_batch_size is not None:
             check_positive_int("max_batch_size", max_batch_size)
         check_flag("bf16_products", bf16_products)
-        self.num_modalities = num_modalities
-        self.num_labels = num_labels
-        self.latent_dim = latent_dim
-        self.queue_size = queue_size
-        self.temperature = temperature
-        self.anchors = anchors
-        self.use_mean = use_mean
-        self.use_std = use_std
-        self.joint = joint
-        self.reduction = reduction
-        self.gather = gather
-        self.max_batch_size = max_batch_size
-        self.bf16_products = bf16_products
-        check_flag("validate_args", validate_args)
-        self.validate_args = validate_args
-        self.register_buffer("queue", torch.zeros(queue_size, latent_dim * (use_mean + use_std)))
-        self.register_buffer("queue_classes", torch.full((queue_size,), -1))
-        self.register_buffer("queue_pointer", torch.tensor(0))
-        self.register_load_state_dict_pre_hook(load_all_or_nothing)  # type: ignore[no-untyped-call]
+        check_validate_args(validate_args)
+        self._set(
+            num_modalities=num_modalities,
+            num_labels=num_labels,
+            latent_dim=latent_dim,
+            temperature=temperature,
+            anchors=anchors,
+            embedding=embedding,
+            reduction=reduction,
+            gather=gather,
+            process_group=group_name(process_group),  # a group can be neither copied nor saved
+            max_batch_size=max_batch_size,
+            bf16_products=bf16_products,
+            validate_args=validate_args,
+        )
+        width = latent_dim * (2 if embedding in ("joint", "both") else 1)
+        self.queue = EmbeddingQueue(queue_size, width, validate_args=validate_args)
 
     def extra_repr(self) -> str:
         """The settings, for `repr`."""
         return (
-            f"queue_size={self.queue_size}, temperature={self.temperature}, anchors={self.anchors!r}, "
-            f"use_mean={self.use_mean}, use_std={self.use_std}, joint={self.joint}, "
+            f"temperature={self.temperature}, anchors={self.anchors!r}, embedding={self.embedding!r}, "
             f"reduction={self.reduction!r}, gather={self.gather}, max_batch_size={self.max_batch_size}, "
             f"bf16_products={self.bf16_products}"
         )
-
-    @property
-    def queue_length(self) -> int:
-        """Number of distributions in the queue (on an accelerator, makes the host wait)."""
-        return int((self.queue_classes >= 0).sum())
-
-    def reset_queue(self) -> None:
-        """Empties the queue."""
-        self.queue.zero_()
-        self.queue_classes.fill_(-1)
-        self.queue_pointer.zero_()
 
     def forward(
         self,
@@ -176,6 +178,7 @@ class DistributionSupConLoss(nn.Module):
         labels: Tensor,
         missing: Tensor | None = None,
         *,
+        unknown: Tensor | None = None,
         enqueue: bool | None = None,
     ) -> Tensor:
         """Computes the loss of a batch, then lets the batch into the queue.
@@ -185,6 +188,8 @@ class DistributionSupConLoss(nn.Module):
             labels: Tensor (B, Q) of 0 and 1, any real dtype.
             missing: Bool tensor (B, M), True where a modality is missing: its distributions are neither anchors nor
                 keys and do not enter the queue. What `latent` holds there has no influence.
+            unknown: Bool tensor (B, Q), True where a label is not known: likewise. What `labels` holds there has no
+                influence.
             enqueue: Whether the batch enters the queue, in the order of `latent`; None means in training mode.
 
         Returns:
@@ -195,15 +200,64 @@ class DistributionSupConLoss(nn.Module):
             ValueError: If shapes or devices disagree, the batch is larger than `max_batch_size`, or values are out of
                 range.
             TypeError: If a dtype is wrong.
+            RuntimeError: If gradient checkpointing computes a forward pass again whose queue is gone.
         """
         if enqueue is not None:
             check_flag("enqueue", enqueue)
+        embeddings, classes = self._distributions(latent, labels, missing, unknown)
+        keys, key_classes = self._of_all_ranks(embeddings, classes)
+        bank = self.queue._read(keys)
+        if self._gathers():
+            loss = self._gathered_loss(keys, key_classes, *bank)
+        else:
+            loss = self._loss(keys, key_classes, self._anchors(classes), *bank, self.reduction)
+        if (self.training if enqueue is None else enqueue) and not recomputing():
+            self.queue._write(keys.detach(), key_classes)
+        if self.reduction != "none":
+            return loss
+        own: Tensor = loss[: classes.shape[0]]
+        return own.view(latent.mean.shape[:3])
+
+    def enqueue(
+        self,
+        latent: DiagonalGaussian,
+        labels: Tensor,
+        missing: Tensor | None = None,
+        unknown: Tensor | None = None,
+    ) -> None:
+        """Lets a batch into the queue, without a loss.
+
+        For optimisers that compute the loss several times, such as `torch.optim.LBFGS`, and for gradient checkpointing
+        with more than one forward pass before the backward pass: call the loss with `enqueue=False`, and this once
+        after the backward pass. The arguments are those of :meth:`forward`; with `gather` all ranks take part.
+
+        Raises:
+            ValueError: As :meth:`forward`.
+            TypeError: As :meth:`forward`.
+        """
+        if recomputing():
+            return  # it has entered
+        with torch.no_grad():
+            self.queue._write(
+                *self._of_all_ranks(*self._distributions(latent, labels, missing, unknown))
+            )
+
+    def _distributions(
+        self,
+        latent: DiagonalGaussian,
+        labels: Tensor,
+        missing: Tensor | None,
+        unknown: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Embedding and class (-1 if it is left out) of each distribution of the batch, after all checks."""
         sizes = {"M": self.num_modalities, "Q": self.num_labels, "K": self.latent_dim}
         check_latent(latent, missing, sizes, self.validate_args)
-        check_tensor("labels", labels, "number", "B Q", sizes, latent.mean.device)
-        if self.queue.device != labels.device:
+        device = latent.mean.device
+        check_tensor("labels", labels, "number", "B Q", sizes, device)
+        check_unknown(unknown, "B Q", sizes, device)
+        if self.queue.rows.device != device:
             raise ValueError(
-                f"Expected `latent` to be on {self.queue.device}, but got {labels.device}"
+                f"Expected `latent` to be on {self.queue.rows.device}, but got {device}"
             )
         if self.max_batch_size is not None and labels.shape[0] > self.max_batch_size:
             raise ValueError(
@@ -211,102 +265,81 @@ class DistributionSupConLoss(nn.Module):
                 f"but got {labels.shape[0]}"
             )
         if checks_values(labels, self.validate_args):
-            check_labels("labels", labels)
-        embeddings, classes = self._distributions(latent, labels != 0, missing)
-        if self.gather and world_size() > 1:
-            loss, embeddings, classes = self._gathered_loss(embeddings, classes)
-        else:
-            loss = self._loss(embeddings, classes, self._anchors(classes), self.reduction)
-        if self.training if enqueue is None else enqueue:
-            self._enqueue(embeddings.detach(), classes)
-        return loss.unflatten(0, latent.mean.shape[:3]) if self.reduction == "none" else loss
-
-    def _distributions(
-        self, latent: DiagonalGaussian, present: Tensor, missing: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Embedding and class (-1 if missing) of each distribution of the batch."""
+            check_labels("labels", labels, unknown)
         dtype = torch.promote_types(latent.mean.dtype, torch.float32)
         mean, std = latent.mean.to(dtype), latent.std.to(dtype)
-        per_modality = present.unsqueeze(1)
-        classes = torch.arange(self.num_modalities * self.num_labels, device=present.device)
+        classes = torch.arange(self.num_modalities * self.num_labels, device=device)
         classes = classes.view(self.num_modalities, self.num_labels)
-        classes = torch.where(per_modality, classes, classes + classes.numel())
+        classes = torch.where((labels > 0.5).unsqueeze(1), classes, classes + classes.numel())
         if missing is not None:
-            left_out = missing.unsqueeze(-1)
-            classes = classes.masked_fill(left_out, -1)
-            mean, std = (x.masked_fill(left_out.unsqueeze(-1), 0) for x in (mean, std))
-        embeddings = DiagonalGaussian(mean, std).embedding(self.use_mean, self.use_std, self.joint)
-        return embeddings.flatten(0, 2), classes.flatten()
+            classes = classes.masked_fill(missing.unsqueeze(2), -1)
+        if unknown is not None:
+            classes = classes.masked_fill(unknown.unsqueeze(1), -1)
+        if missing is not None or unknown is not None:
+            left_out = (classes < 0).unsqueeze(3)
+            mean, std = mean.masked_fill(left_out, 0), std.masked_fill(left_out, 0)
+        return embed(mean, std, self.embedding).flatten(0, 2), classes.flatten()
+
+    def _gathers(self) -> bool:
+        return self.gather and world_size(self.process_group) > 1
+
+    def _of_all_ranks(self, embeddings: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys of all ranks and their classes: of every rank as many, the last of them of class -1."""
+        if not self._gathers():
+            return embeddings, classes
+        max_rows = self.max_batch_size
+        if max_rows is not None:
+            max_rows *= self.num_modalities * self.num_labels
+        return gather_rows(embeddings, classes, max_rows=max_rows, process_group=self.process_group)
 
     def _anchors(self, classes: Tensor) -> Tensor:
         """Which distributions are anchors if they have a positive."""
         present = self.num_modalities * self.num_labels
         return (classes >= 0) & (classes < (present if self.anchors == "present" else 2 * present))
 
-    def _loss(self, embeddings: Tensor, classes: Tensor, anchors: Tensor, reduction: str) -> Tensor:
+    def _loss(
+        self,
+        embeddings: Tensor,
+        classes: Tensor,
+        anchors: Tensor,
+        bank: Tensor,
+        bank_classes: Tensor,
+        reduction: Reduction,
+    ) -> Tensor:
         return supcon(
             embeddings,
             classes,
             anchors,
-            self.queue,
-            self.queue_classes,
+            bank,
+            bank_classes,
             self.temperature,
             reduction,
             self.bf16_products,
         )
 
-    def _gathered_loss(self, embeddings: Tensor, classes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss of this rank's anchors among the keys of all ranks; also returns these keys and their classes.
-
-        Every rank contributes the same number of rows, the last of them of class -1.
-        """
-        per_sample = self.num_modalities * self.num_labels
-        num_rows = classes.shape[0]
-        largest = self.max_batch_size
-        if largest is None:
-            largest = largest_of_ranks(num_rows // per_sample, classes.device)
-        capacity = largest * per_sample
-        keys, key_classes = gather_rows(
-            F.pad(embeddings, (0, 0, 0, capacity - num_rows)),
-            F.pad(classes, (0, capacity - num_rows), value=-1),
-        )
+    def _gathered_loss(
+        self, keys: Tensor, key_classes: Tensor, bank: Tensor, bank_classes: Tensor
+    ) -> Tensor:
+        """Loss of this rank's anchors among the keys of all ranks."""
+        ranks = world_size(self.process_group)
+        capacity = keys.shape[0] // ranks
         # For the loss, rows of this rank come first: its anchors are among them.
-        own_first = -dist.get_rank() * capacity
-        batch, batch_classes = keys.roll(own_first, 0), key_classes.roll(own_first, 0)
-        anchors = self._anchors(batch_classes)
+        own_first = -rank(self.process_group) * capacity
+        batch, classes = keys.roll(own_first, 0), key_classes.roll(own_first, 0)
+        anchors = self._anchors(classes)
+        own = anchors[:capacity]
         if self.reduction == "none":
-            losses = self._loss(batch, batch_classes, anchors[:capacity], "none")
-            return losses[:num_rows], keys, key_classes
-        loss = self._loss(batch, batch_classes, anchors[:capacity], "sum")
+            return self._loss(batch, classes, own, bank, bank_classes, "none")
+        loss = self._loss(batch, classes, own, bank, bank_classes, "sum")
         if self.reduction == "mean":
-            loss = loss / self._count_anchors(batch_classes, anchors).clamp_min(1)
+            loss = loss / self._count_anchors(classes, anchors, bank_classes).clamp_min(1)
         # The value of the joined batch, with this rank's share of the gradient, which averaging will divide.
-        share = loss * world_size()
-        return sum_over_ranks(loss.detach()) + (share - share.detach()), keys, key_classes
+        share = loss * ranks
+        return sum_over_ranks(loss.detach(), self.process_group) + (share - share.detach())
 
-    def _count_anchors(self, classes: Tensor, anchors: Tensor) -> Tensor:
+    def _count_anchors(self, classes: Tensor, anchors: Tensor, bank_classes: Tensor) -> Tensor:
         """Number of anchors that have a positive in batch or queue."""
-        keys = torch.cat([classes, self.queue_classes]) + 1  # class -1 is counted apart, at 0
+        keys = torch.cat([classes, bank_classes]) + 1  # class -1 is counted apart, at 0
         counts = torch.zeros(2 * self.num_modalities * self.num_labels + 1, device=keys.device)
         counts = counts.index_add_(0, keys, torch.ones_like(keys, dtype=counts.dtype))
         return (anchors & (counts[classes + 1] > 1)).sum()
-
-    def _enqueue(self, embeddings: Tensor, classes: Tensor) -> None:
-        """Writes the rows that are not missing behind the pointer, the newest of them if the queue cannot hold all.
-
-        All shapes are static: as many slots are written as there might be rows. Slots beyond the actual rows repeat
-        the first row, in its own slot.
-        """
-        room = min(self.queue_size, classes.shape[0])
-        if room == 0:
-            return
-        kept = classes >= 0
-        in_order = torch.argsort((~kept).to(torch.uint8), stable=True)
-        count = kept.sum()
-        place = (count - 1 - torch.arange(room, device=classes.device)).clamp_min(0)
-        slot = (self.queue_pointer + place) % self.queue_size
-        row = in_order[place]
-        some = count > 0
-        self.queue[slot] = torch.where(some, embeddings[row].to(self.queue.dtype), self.queue[slot])
-        self.queue_classes[slot] = torch.where(some, classes[row], self.queue_classes[slot])
-        self.queue_pointer.add_(count).remainder_(self.queue_size)

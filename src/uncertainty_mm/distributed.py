@@ -1,4 +1,9 @@
-"""Exchange between ranks: operators, so that compilers take each as one step."""
+"""Exact exchange between ranks, for losses that compare samples with each other.
+
+With :func:`gather_rows` a loss sees the rows of all ranks, and its gradient is that of one process on the joined batch.
+All functions take the group of ranks as `process_group`, the group itself or its name; None stands for all ranks.
+Exchanges are operators, which compilers take as one step, and know the group by its name.
+"""
 
 from __future__ import annotations
 
@@ -7,65 +12,179 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional as F
+
+from uncertainty_mm._checks import check_positive_int, check_tensor
+
+__all__ = [
+    "gather_rows",
+    "group_name",
+    "largest_of_ranks",
+    "rank",
+    "sum_over_ranks",
+    "world_size",
+]
 
 
-def world_size() -> int:
+def group_name(process_group: dist.ProcessGroup | str | None = None) -> str:
+    """Name of a process group, which unlike the group can be copied, saved and compiled; empty for all ranks.
+
+    Raises:
+        TypeError: If it is no process group, or one that this rank does not belong to.
+    """
+    if process_group is None or isinstance(process_group, str):
+        return process_group or ""
+    if not dist.is_available() or not isinstance(process_group, dist.ProcessGroup):
+        raise TypeError(
+            "Expected `process_group` to be a process group that this rank belongs to, or None, "
+            f"but got {process_group!r}"
+        )
+    return str(process_group.group_name)
+
+
+def world_size(process_group: dist.ProcessGroup | str | None = None) -> int:
     """Number of processes, 1 without `torch.distributed`."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    _, size = _place(group_name(process_group))
+    return int(size)
 
 
-def largest_of_ranks(number: int, device: torch.device) -> int:
+def rank(process_group: dist.ProcessGroup | str | None = None) -> int:
+    """Place of this process in the group, 0 without `torch.distributed`."""
+    place, _ = _place(group_name(process_group))
+    return int(place)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _place(group: str) -> tuple[int, int]:
+    """Rank and number of ranks."""
+    if not dist.is_available() or not dist.is_initialized():
+        return 0, 1
+    return dist.get_rank(_group(group)), dist.get_world_size(_group(group))
+
+
+def _group(name: str) -> dist.ProcessGroup | None:
+    if not name:
+        return None
+    return torch._C._distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
+
+
+def largest_of_ranks(
+    number: int, device: torch.device, process_group: dist.ProcessGroup | str | None = None
+) -> int:
     """The largest `number` that a rank passes; makes the host wait."""
     largest = torch.tensor(number, device=device)
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=_group(group_name(process_group)))
     return int(largest)
 
 
-@torch.library.custom_op("uncertainty_mm::sum_over_ranks", mutates_args=())
-def sum_over_ranks(tensor: Tensor) -> Tensor:
+def sum_over_ranks(tensor: Tensor, process_group: dist.ProcessGroup | str | None = None) -> Tensor:
     """Sum of the tensors of all ranks; has no derivative."""
-    total = tensor.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(total)
+    total: Tensor = _sum(tensor, group_name(process_group))
     return total
 
 
-@sum_over_ranks.register_fake
-def _(tensor: Tensor) -> Tensor:
+def gather_rows(
+    rows: Tensor,
+    classes: Tensor,
+    *,
+    max_rows: int | None = None,
+    process_group: dist.ProcessGroup | str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Rows and classes of all ranks, in the order of the ranks, with gradient.
+
+    Every rank sends as many: fewer rows are followed by rows of 0 and of class -1. So the rows of rank r start at
+    r * `max_rows`. The gradient of a row is the sum of its gradients on all ranks, so that a loss of which every rank
+    computes its share has, summed over the ranks, the gradient of one process on the joined batch.
+    (`DistributedDataParallel` averages: multiply the share by :func:`world_size`.)
+
+    Without `torch.distributed`, or with one rank, only the padding happens.
+
+    Args:
+        rows: Tensor (N, ...). N may differ between ranks and be 0; the other sizes and the dtype may not.
+        classes: Integer tensor (N,), any numbers of at least 0 if only the padding matters.
+        max_rows: Largest N that any rank will have; None makes the ranks ask each other, for which the host waits, and
+            which cannot be compiled with `fullgraph=True`.
+        process_group: Ranks that take part.
+
+    Returns:
+        Tensors (W * max_rows, ...) and (W * max_rows,), for W ranks.
+
+    Raises:
+        ValueError: If shapes or devices disagree, or there are more rows than `max_rows`.
+        TypeError: If an argument has the wrong type.
+
+    Example:
+        >>> rows, classes = gather_rows(torch.ones(2, 1), torch.tensor([5, 7]), max_rows=3)
+        >>> rows.flatten(), classes
+        (tensor([1., 1., 0.]), tensor([ 5,  7, -1]))
+    """
+    sizes: dict[str, int] = {}
+    check_tensor("classes", classes, "integer", "N", sizes)
+    others = " ".join(f"d{axis}" for axis in range(1, rows.dim()))
+    check_tensor("rows", rows, "number", f"N {others}", sizes, classes.device)
+    group = group_name(process_group)
+    if max_rows is None:
+        max_rows = classes.shape[0]
+        if world_size(group) > 1:
+            max_rows = largest_of_ranks(max_rows, classes.device, group)
+    elif max_rows != 0 or isinstance(max_rows, bool):
+        check_positive_int("max_rows", max_rows)
+    room = max_rows - classes.shape[0]
+    if room < 0:
+        raise ValueError(
+            f"Expected `rows` to have at most `max_rows` = {max_rows} rows, but got {classes.shape[0]}"
+        )
+    rows = F.pad(rows, (*(0, 0) * (rows.dim() - 1), 0, room))
+    classes = F.pad(classes, (0, room), value=-1)
+    if world_size(group) == 1:
+        return rows, classes
+    gathered: tuple[Tensor, Tensor] = _gather_rows(rows, classes, group)
+    return gathered
+
+
+@torch.library.custom_op("uncertainty_mm::sum_over_ranks", mutates_args=())
+def _sum(tensor: Tensor, group: str) -> Tensor:
+    total = tensor.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, group=_group(group))
+    return total
+
+
+@_sum.register_fake
+def _(tensor: Tensor, group: str) -> Tensor:
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
 @torch.library.custom_op("uncertainty_mm::gather_rows", mutates_args=())
-def gather_rows(rows: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows and classes of all ranks, in the order of the ranks; the gradients of all ranks are summed.
-
-    Every rank passes as many. One operator for both, so that all ranks exchange them in the same order, however each
-    of them was compiled.
-    """
-    return _gather(rows), _gather(classes)
+def _gather_rows(rows: Tensor, classes: Tensor, group: str) -> tuple[Tensor, Tensor]:
+    """One operator for both, so that all ranks exchange them in the same order, however each was compiled."""
+    return _gather(rows, group), _gather(classes, group)
 
 
-def _gather(tensor: Tensor) -> Tensor:
+def _gather(tensor: Tensor, group: str) -> Tensor:
     tensor = tensor.contiguous()
-    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, tensor)
+    parts = [torch.empty_like(tensor) for _ in range(world_size(group))]
+    dist.all_gather(parts, tensor, group=_group(group))
     return torch.cat(parts)
 
 
-@gather_rows.register_fake
-def _(rows: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
-    ranks = dist.get_world_size()
+@_gather_rows.register_fake
+def _(rows: Tensor, classes: Tensor, group: str) -> tuple[Tensor, Tensor]:
+    ranks = world_size(group)
     return rows.new_empty(ranks * rows.shape[0], *rows.shape[1:]), classes.new_empty(
         ranks * classes.shape[0]
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
-    ctx.num_rows = inputs[0].shape[0]
+def _setup_context(
+    ctx: Any, inputs: tuple[Tensor, Tensor, str], output: tuple[Tensor, Tensor]
+) -> None:
+    rows, _, ctx.group = inputs
+    ctx.num_rows = rows.shape[0]
 
 
-def _own_gradient(ctx: Any, grad: Tensor, _: object) -> tuple[Tensor, None]:
-    start = dist.get_rank() * ctx.num_rows
-    return sum_over_ranks(grad)[start : start + ctx.num_rows], None
+def _own_gradient(ctx: Any, grad: Tensor, _: object) -> tuple[Tensor, None, None]:
+    start = rank(ctx.group) * ctx.num_rows
+    return _sum(grad, ctx.group)[start : start + ctx.num_rows], None, None
 
 
-gather_rows.register_autograd(_own_gradient, setup_context=_setup_context)
+_gather_rows.register_autograd(_own_gradient, setup_context=_setup_context)

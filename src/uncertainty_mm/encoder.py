@@ -61,7 +61,7 @@ class EncoderLayer(nn.Module):
     Args:
         dim: Width of a step.
         num_heads: Attention heads, a divisor of `dim`.
-        dropout: Probability after each sublayer. Attention weights are not dropped, which would forbid the fused kernel.
+        dropout: Probability after each sublayer. Attention weights are not dropped: that would forbid the fused kernel.
     """
 
     def __init__(self, dim: int, num_heads: int, dropout: float) -> None:
@@ -113,8 +113,8 @@ class SequenceEncoder(Component):
     more input to all of its steps: the normalisation inside the layers would otherwise hide how large, and with it how
     noisy, a sequence is.
 
-    Source: Huang et al. 2025, arXiv 2502.13954, section 3.2 (linear layer, positions, Transformer); Vaswani et al. 2017,
-    arXiv 1706.03762; standardisation, the order of normalisation and the separate size are ours.
+    Source: Huang et al. 2025, arXiv 2502.13954, section 3.2 (linear layer, positions, Transformer); Vaswani et al.
+    2017, arXiv 1706.03762; standardisation, the order of normalisation and the separate size are ours.
 
     Args:
         in_dim: Size of a step.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import torch
 from torch import Tensor
 
@@ -21,7 +23,9 @@ from uncertainty_mm._checks import (
     checks_values,
 )
 from uncertainty_mm._rank import laplace_rank
-from uncertainty_mm._supcon import supcon
+from uncertainty_mm._supcon import Reduction, supcon
+
+EmbeddingKind = Literal["joint", "both", "mean", "std"]
 
 __all__ = [
     "distribution_embedding",
@@ -42,8 +46,9 @@ def supcon_loss(
     bank: Tensor | None = None,
     bank_classes: Tensor | None = None,
     temperature: float = 0.07,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     bf16_products: bool = False,
+    validate_args: bool | None = None,
 ) -> Tensor:
     r"""Supervised contrastive loss of a batch against itself and a bank of further keys (Eq. 5-7).
 
@@ -60,7 +65,9 @@ def supcon_loss(
     Source: Huang et al. 2025, arXiv 2502.13954, Eq. 5-7; Khosla et al. 2020, arXiv 2004.11362 (:math:`L_{out}`).
 
     Args:
-        embeddings: Tensor (N, E), not necessarily normalised. Computed in at least float32.
+        embeddings: Tensor (N, E), computed in at least float32. Usually of length 1 (`F.normalize(x, dim=1)`): the
+            similarity is a plain dot product, so long rows make huge losses (`torch.randn(64, 128)`: over 100), which
+            is no error.
         classes: Integer tensor (N,). A negative class leaves the row out: neither anchor nor key.
         anchor_mask: Bool tensor (N,), True where a row is an anchor; None makes every row an anchor. All rows are keys.
         bank: Tensor (Q, E), further keys, which receive no gradient. May be changed once this call has returned.
@@ -70,6 +77,7 @@ def supcon_loss(
         bf16_products: Round the factors and results of the matrix products to bfloat16, which is faster where the
             processor multiplies it natively. Sums, exponentials and logarithms stay in at least float32. For embeddings
             of length 1 and :math:`\tau = 0.07` the gradient is then off by about half a per cent.
+        validate_args: Look at values: None on the CPU only, False never, True everywhere.
 
     Returns:
         Scalar, or (N,) for `"none"` with 0 where a row is no anchor or has no positive; in at least float32.
@@ -107,9 +115,10 @@ def supcon_loss(
     check_tensor("bank", bank, "floating", "Q E", sizes, device)
     check_tensor("bank_classes", bank_classes, "integer", "Q", sizes, device)
     check_positive("temperature", temperature)
-    check_choice("reduction", reduction, ("none", "mean", "sum"))
+    check_choice("reduction", reduction, get_args(Reduction))
     check_flag("bf16_products", bf16_products)
-    if checks_values(embeddings):
+    check_validate_args(validate_args)
+    if checks_values(embeddings, validate_args):
         check_finite("embeddings", embeddings, (classes < 0).unsqueeze(1))
         check_finite("bank", bank, (bank_classes < 0).unsqueeze(1))
     return supcon(
@@ -124,7 +133,9 @@ def supcon_loss(
     )
 
 
-def distribution_embedding(mean: Tensor, std: Tensor) -> Tensor:
+def distribution_embedding(
+    mean: Tensor, std: Tensor, *, validate_args: bool | None = None
+) -> Tensor:
     r"""Point that stands for a Gaussian in the contrastive loss (Eq. 4).
 
     .. math::
@@ -137,6 +148,7 @@ def distribution_embedding(mean: Tensor, std: Tensor) -> Tensor:
     Args:
         mean: Tensor (..., K).
         std: Tensor (..., K), at least 0.
+        validate_args: Look at values: None on the CPU only, False never, True everywhere.
 
     Returns:
         Tensor (..., 2K). The half of a zero vector is zero, with zero gradient; norms below 1e-12 count as 1e-12.
@@ -149,8 +161,17 @@ def distribution_embedding(mean: Tensor, std: Tensor) -> Tensor:
         >>> distribution_embedding(torch.tensor([3.0, 4.0]), torch.tensor([0.5, 0.0]))
         tensor([0.6000, 0.8000, 1.0000, 0.0000])
     """
-    check_gaussian(mean, std)
-    return torch.cat([unit(mean), unit(std)], dim=-1)
+    check_validate_args(validate_args)
+    check_gaussian(mean, std, validate_args)
+    return embed(mean, std, "both")
+
+
+def embed(mean: Tensor, std: Tensor, kind: EmbeddingKind) -> Tensor:
+    """The embedding of checked arguments; see :meth:`uncertainty_mm.DiagonalGaussian.embedding`."""
+    if kind == "joint":
+        return unit(torch.cat([mean, std], dim=-1))
+    halves = {"both": (mean, std), "mean": (mean,), "std": (std,)}[kind]
+    return torch.cat([unit(half) for half in halves], dim=-1)
 
 
 def at_least_float32(x: Tensor) -> Tensor:

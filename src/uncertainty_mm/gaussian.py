@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from numbers import Real
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from torch.distributions import Independent, Normal
 
 from uncertainty_mm._checks import (
     any_dims,
+    check_choice,
     check_dropout,
     check_finite,
     check_flag,
@@ -28,7 +29,7 @@ from uncertainty_mm._checks import (
     checks_values,
 )
 from uncertainty_mm._component import Component
-from uncertainty_mm.functional import at_least_float32, distribution_embedding, unit
+from uncertainty_mm.functional import EmbeddingKind, at_least_float32, embed, unit
 
 # Upper limit of the standard deviations of GaussianDecoupler; within float16.
 _MAX_STD = 1e4
@@ -93,33 +94,25 @@ class DiagonalGaussian(NamedTuple):
         # variance - 1 as expm1, because the terms cancel near the prior
         return 0.5 * (mean.square() + torch.expm1(log_var) - log_var).sum(-1)
 
-    def embedding(self, use_mean: bool = True, use_std: bool = True, joint: bool = False) -> Tensor:
-        r"""Point that stands for the distribution in the contrastive loss (Eq. 4).
+    def embedding(self, kind: EmbeddingKind = "both") -> Tensor:
+        r"""Point that stands for the distribution in the contrastive loss.
 
         Args:
-            use_mean: Include the normalised mean.
-            use_std: Include the normalised standard deviation.
-            joint: Divide mean and standard deviation by the length of both together instead of each by its own, so
-                that how large the standard deviation is, compared with the mean, is not lost.
+            kind: `"both"`, mean and standard deviation, each divided by its own length (Eq. 4); `"joint"`, both
+                divided by their common length, so that how large the standard deviation is, compared with the mean, is
+                not lost; `"mean"` or `"std"`, one of the two halves of `"both"`.
 
         Returns:
-            Tensor (..., 2K), or (..., K) if only one of both is included; see
+            Tensor (..., 2K), or (..., K) for one half; see
             :func:`uncertainty_mm.functional.distribution_embedding`.
 
         Raises:
-            ValueError: If neither is included, shapes or devices disagree, a value is not finite, or `std` is negative.
-            TypeError: If a dtype is wrong, or an option is no bool.
+            ValueError: If `kind` is unknown, shapes or devices disagree, a value is not finite, or `std` is negative.
+            TypeError: If a dtype is wrong.
         """
-        for name, value in (("use_mean", use_mean), ("use_std", use_std), ("joint", joint)):
-            check_flag(name, value)
-        if not (use_mean or use_std):
-            raise ValueError("Expected `use_mean` or `use_std` to be True, but got False for both")
-        if joint and use_mean and use_std:
-            check_gaussian(self.mean, self.std)
-            return unit(torch.cat([self.mean, self.std], dim=-1))
-        both = distribution_embedding(self.mean, self.std)
-        size = self.mean.shape[-1]
-        return both[..., 0 if use_mean else size : None if use_std else size]
+        check_choice("kind", kind, get_args(EmbeddingKind))
+        check_gaussian(self.mean, self.std)
+        return embed(self.mean, self.std, kind)
 
     def product(
         self, missing: Tensor | None = None, prior_mean: Tensor | None = None

@@ -53,7 +53,7 @@ class Accumulated(FixedSettings, Metric):
         """
         return self._plot(val, ax)
 
-    def _apply(
+    def _apply(  # type: ignore[override]  # as in torchmetrics, but `to_empty` names `recurse`
         self,
         fn: Callable[[Tensor], Tensor],
         exclude_state: Sequence[str] = "",

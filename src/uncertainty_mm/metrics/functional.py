@@ -360,7 +360,7 @@ def sample_jaccard(
         probs: Tensor (N, Q) of probabilities in [0, 1].
         labels: Tensor (N, Q) of 0 and 1, any real dtype.
         unknown: Bool tensor (N, Q), True where a label is not known: it is in neither set.
-        threshold: A label is predicted where its probability is above this, in [0, 1]: one, or a tensor (Q,).
+        threshold: A label is predicted where its probability is above this, in [0, 1]: one, or a tensor (Q,) or (1,).
         validate_args: Whether values are looked at, see above.
 
     Returns:
@@ -387,7 +387,8 @@ def _check_threshold(threshold: float | Tensor, probs: Tensor, validate_args: bo
     if not isinstance(threshold, Tensor):
         check_probability("threshold", threshold)
         return
-    check_tensor("threshold", threshold, "floating", "Q", {"Q": probs.shape[1]}, probs.device)
+    num_labels = 1 if threshold.shape == (1,) else probs.shape[1]
+    check_tensor("threshold", threshold, "floating", "Q", {"Q": num_labels}, probs.device)
     if checks_values(threshold, validate_args):
         check_range("threshold", threshold, 0, 1)
 
@@ -507,7 +508,7 @@ def evaluate(
     Args:
         probs: Tensor (N, Q) of probabilities in [0, 1].
         labels: Tensor (N, Q) of 0 and 1, any real dtype.
-        threshold: A label is predicted where its probability is above this, in [0, 1]: one, or a tensor (Q,).
+        threshold: A label is predicted where its probability is above this, in [0, 1]: one, or a tensor (Q,) or (1,).
         unknown: Bool tensor (N, Q), True where a label is not known.
         validate_args: Whether values are looked at, see above.
 
@@ -552,7 +553,7 @@ def evaluate(
         "AURC": risk_coverage(uncertainty, error, validate_args=False).aurc,
         "rho": spearman(uncertainty, error, validate_args=False),
     }
-    values = {name: round(float(value), 4) for name, value in measures.items()}
+    values = {name: round(float(value.detach()), 4) for name, value in measures.items()}
     return {name: None if value != value else value for name, value in values.items()}
 
 

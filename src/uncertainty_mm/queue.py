@@ -1,0 +1,252 @@
+"""Keys of earlier batches (He et al. 2020): :class:`EmbeddingQueue`."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from uncertainty_mm._checks import (
+    check_finite,
+    check_positive_int,
+    check_tensor,
+    check_validate_args,
+    checks_values,
+)
+from uncertainty_mm._component import Component
+
+_CHANGED = (
+    "The queue may no longer be what a checkpointed forward pass saw that is now computed again, so the gradient would "
+    "be wrong. Call the loss outside the checkpointed function (a compiled loss in any case), or there with "
+    "`enqueue=False`, and `enqueue` after the backward pass"
+)
+# Sums of the rows of two batches that differ by less are of one batch; a recomputation gives the same bits, except
+# where the order of a sum is left to chance.
+_SAME = 1e-3
+_PASSES = 64  # forward passes that one backward pass can go back to
+
+
+class EmbeddingQueue(Component):
+    r"""The newest rows of earlier batches, each with its class: more keys than a batch has.
+
+    Usable with any embeddings: the queue is read as the `bank` of :func:`~uncertainty_mm.functional.supcon_loss`, and
+    the batch enters it afterwards. Normalise the embeddings first: the similarity is a plain dot product, so long rows
+    make huge losses.
+
+    Its state follows `.to()`, is in `state_dict()`, and is in no buffer: every rank of `DistributedDataParallel` keeps
+    its own.
+
+    Source: He et al. 2020, arXiv 1911.05722 (without its momentum encoder).
+
+    Args:
+        size: Number of rows that are remembered; 0 for none.
+        dim: Number of features of a row :math:`E`.
+        validate_args: Look at values (NaN, infinity): None on the CPU only, False never, True everywhere.
+
+    Attributes:
+        rows: Tensor (size, E).
+        classes: Int64 tensor (size,), -1 for an empty slot.
+        pointer: Int64 tensor (), the slot that is written next.
+
+    Raises:
+        ValueError: If an argument is out of range.
+        TypeError: If an argument has the wrong type.
+
+    Example:
+        >>> import torch.nn.functional as F
+        >>> from uncertainty_mm import functional
+        >>> queue = EmbeddingQueue(size=100, dim=8)
+        >>> for _ in range(3):
+        ...     embeddings = F.normalize(torch.randn(16, 8, requires_grad=True), dim=1)
+        ...     classes = torch.randint(5, (16,))
+        ...     loss = functional.supcon_loss(embeddings, classes, bank=queue.rows, bank_classes=queue.classes)
+        ...     loss.backward()
+        ...     queue.enqueue(embeddings, classes)
+        >>> queue.length
+        48
+    """
+
+    size: int
+    dim: int
+    validate_args: bool | None
+    rows: Tensor
+    classes: Tensor
+    pointer: Tensor
+
+    def __init__(self, size: int, dim: int, *, validate_args: bool | None = None) -> None:
+        super().__init__()
+        if size != 0 or isinstance(size, bool):
+            check_positive_int("size", size)
+        check_positive_int("dim", dim)
+        check_validate_args(validate_args)
+        self._set(size=size, dim=dim, validate_args=validate_args)
+        self._keep(
+            rows=torch.empty(size, dim),
+            classes=torch.empty(size, dtype=torch.int64),
+            pointer=torch.empty((), dtype=torch.int64),
+        )
+        # For recomputations only, hence no state: the forward passes as (sum of the rows of the batch, version of the
+        # queue), and what the last batch has overwritten, with the versions before and after it.
+        self._passes: deque[tuple[Tensor, int]] = deque(maxlen=_PASSES)
+        self._overwritten: tuple[Tensor, Tensor, Tensor, int, int] | None = None
+        self._went_back = False
+        self.reset_parameters()
+
+    def extra_repr(self) -> str:
+        """The settings, for `repr`."""
+        return f"size={self.size}, dim={self.dim}"
+
+    @property
+    def length(self) -> int:
+        """Number of rows in the queue (on an accelerator, makes the host wait)."""
+        return int((self.classes >= 0).sum())
+
+    def reset(self) -> None:
+        """Empties the queue."""
+        self.rows.zero_()
+        self.classes.fill_(-1)
+        self.pointer.zero_()
+        self._passes.clear()
+
+    def reset_parameters(self) -> None:
+        """Empties the queue; the name by which torch initialises what was made on the meta device."""
+        self.reset()
+
+    def enqueue(self, rows: Tensor, classes: Tensor) -> None:
+        """Lets rows into the queue, in their order, in place of the oldest; the newest if it cannot hold all.
+
+        Under gradient checkpointing, call it outside the checkpointed function and after the backward pass.
+
+        Args:
+            rows: Tensor (N, E); enters without its graph.
+            classes: Integer tensor (N,). A row of a negative class does not enter, nor, where values are not looked
+                at, one that is not finite.
+
+        Raises:
+            ValueError: If shapes or devices disagree, or a row is not finite.
+            TypeError: If a dtype is wrong.
+            RuntimeError: If gradient checkpointing computes the call again.
+        """
+        device, sizes = self.rows.device, {"E": self.dim}
+        check_tensor("rows", rows, "floating", "N E", sizes, device)
+        check_tensor("classes", classes, "integer", "N", sizes, device)
+        if checks_values(rows, self.validate_args):
+            check_finite("rows", rows, (classes < 0).unsqueeze(1))
+        classes = classes.long()
+        if torch.compiler.is_compiling():
+            classes = _in_first_pass(classes)
+        elif recomputing():
+            raise RuntimeError(_CHANGED)
+        elif torch.is_grad_enabled():
+            # Something to save for a backward pass, so that a recomputation does not stop before it comes here.
+            torch.zeros((), requires_grad=True).square()
+        self._write(rows.detach(), classes)
+
+    def _write(self, rows: Tensor, classes: Tensor) -> None:
+        """Writes behind the pointer the rows that count.
+
+        All shapes are static: as many slots are written as there might be rows. Slots beyond the actual rows repeat
+        the first row, in its own slot.
+        """
+        room = min(self.size, classes.shape[0])
+        if room == 0:
+            return
+        rows = rows.to(self.rows.dtype)  # finite as the queue will hold it
+        kept = (classes >= 0) & rows.isfinite().all(1)
+        in_order = torch.argsort((~kept).to(torch.uint8), stable=True)
+        count = kept.sum()
+        place = (count - 1 - torch.arange(room, device=classes.device)).clamp_min(0)
+        slot = (self.pointer + place) % self.size
+        row = in_order[place]
+        some = count > 0
+        old_rows, old_classes, version = self.rows[slot], self.classes[slot], self._age()
+        self.rows[slot] = torch.where(some, rows[row], old_rows)
+        self.classes[slot] = torch.where(some, classes[row], old_classes)
+        self.pointer.add_(count).remainder_(self.size)
+        if not torch.compiler.is_compiling():
+            self._overwritten = slot, old_rows, old_classes, version, self._age()
+
+    def _read(self, batch: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows and classes for the loss of a batch; in a recomputation, those that its forward pass saw.
+
+        A recomputation knows nothing of the forward pass but the batch, by which the pass is found again. Later
+        changes of the queue can be undone if they are the last batch that entered; else it is an error. All without
+        waiting for an accelerator.
+        """
+        if self.size == 0:
+            return self.rows, self.classes
+        if torch.compiler.is_compiling():
+            return self.rows, _in_first_pass(self.classes)
+        version, again = self._age(), recomputing()
+        lasting = not again and not _may_be_recomputed()
+        if lasting or torch._C._functorch.is_functorch_wrapped_tensor(batch):
+            return self.rows, self.classes
+        mark = batch.detach().nan_to_num(0, 0, 0).sum(0)
+        if not again:
+            if self._went_back:  # to the passes before it, unless there are some that it left
+                self._passes = deque((x for x in self._passes if x[1] == version), _PASSES)
+                self._went_back = False
+            self._passes.append((mark, version))
+            return self.rows, self.classes
+        self._went_back = True
+        before = None
+        if self._overwritten is not None and self._overwritten[-1] == version:
+            before = self._overwritten[-2]
+        undo = self._is_among(mark, lambda seen: seen == before)
+        now = self._is_among(mark, lambda seen: seen == version)
+        gone = self._is_among(mark, lambda seen: seen not in (before, version))
+        found = (undo ^ now) & ~gone
+        if found.device.type != "cpu":
+            torch._assert_async(found, _CHANGED)
+        elif not found:
+            raise RuntimeError(_CHANGED)
+        if before is None or self._overwritten is None:
+            return self.rows, self.classes
+        slot, old_rows, old_classes, _, _ = self._overwritten
+        rows, classes = (
+            self.rows.index_put((slot,), old_rows),
+            self.classes.index_put((slot,), old_classes),
+        )
+        return torch.where(undo, rows, self.rows), torch.where(undo, classes, self.classes)
+
+    def _is_among(self, mark: Tensor, of_version: Callable[[int], bool]) -> Tensor:
+        """Whether a pass of such a version had a batch with this sum of its rows."""
+        marks = [
+            seen
+            for seen, version in self._passes
+            if of_version(version) and seen.device == mark.device
+        ]
+        if not marks:
+            return torch.zeros((), dtype=torch.bool, device=mark.device)
+        return ((torch.stack(marks) - mark).abs().amax(1) <= _SAME).any()
+
+    def _age(self) -> int:
+        """A number that every change of the rows changes."""
+        untracked = torch.compiler.is_compiling() or self.rows.is_inference()
+        return 0 if untracked else self.rows._version
+
+
+def recomputing() -> bool:
+    """Whether gradient checkpointing computes a forward pass again: nothing else does during a backward pass."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def _may_be_recomputed() -> bool:
+    """Whether checkpointing may surround a forward pass, which it runs without gradients or with hooks."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return not torch.is_grad_enabled() or hooks is not None
+
+
+@torch.library.custom_op("uncertainty_mm::in_first_pass", mutates_args=())
+def _in_first_pass(classes: Tensor) -> Tensor:
+    """A copy; an operator, because what a compiler makes of Python does not notice a recomputation."""
+    if torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(_CHANGED)
+    return classes.clone()
+
+
+@_in_first_pass.register_fake
+def _(classes: Tensor) -> Tensor:
+    return torch.empty_like(classes)
