@@ -199,8 +199,8 @@ def run_all(
     """
     check(args)
     base = [*QUIET, *base, *args.options]
-    for model, configs in {(arms[name].model, arms[name].configs) for name in args.arms}:
-        check_options(model, configs, base)
+    for name in args.arms:
+        check_options(arms[name], base)
     runs = []
     for seed in args.seeds:  # a stopped sweep has all arms of the first seeds
         for file in args.data:
@@ -235,7 +235,7 @@ def run_all(
 def check(args: argparse.Namespace) -> None:
     """Raises UsageError where runs could not be told apart, or have nothing to read."""
     stems = [file.stem for file in args.data]
-    for name, values in {"data": stems, "arms": args.arms or [], "seeds": args.seeds}.items():
+    for name, values in {"data": stems, "arms": args.arms, "seeds": args.seeds}.items():
         if not values or len(set(values)) < len(values):
             raise UsageError(f"--{name}: at least one is needed, each another, got {values}")
     if min(args.seeds) < 0 or args.jobs < 1:
@@ -246,14 +246,15 @@ def check(args: argparse.Namespace) -> None:
         raise UsageError(f"--data: no such file, {' '.join(lacking)}")
 
 
-def check_options(model: type[MultilabelModule], configs: Path, options: Sequence[str]) -> None:
-    """Ends the program with one line where the options are not those of the model."""
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            run_command_line(model, configs, [*options, "--print_config"])
-    except SystemExit as stop:
-        if stop.code:
-            raise
+def check_options(arm: Arm, base: Sequence[str]) -> None:
+    """Ends the program with one line where an option is not one of the model."""
+    options = [*base, *arm.options, "--print_config"]
+    with contextlib.redirect_stdout(io.StringIO()):
+        try:
+            run_command_line(arm.model, arm.configs, options)
+        except SystemExit as stop:
+            if stop.code:
+                raise
 
 
 # --- What comes of it ------------------------------------------------------------------------------------------------
@@ -305,12 +306,13 @@ def publish(path: Path, text: str, failed: int) -> None:
 # --- Command line ----------------------------------------------------------------------------------------------------
 
 
-def parser(description: str, output: str, arms: Sequence[str] | None = None) -> Parser:
+def parser(description: str, output: str, arms: Sequence[str] = ()) -> Parser:
     """The options that all sweeps share."""
     result = Parser(description=description)
     add = result.add_argument
     add("--data", type=Path, nargs="*", default=[], help="files, in a layout of lddu_full.py")
-    add("--arms", nargs="*", default=arms, choices=arms, metavar="ARM", help="what is varied")
+    known = {"choices": list(arms)} if arms else {}
+    add("--arms", nargs="*", default=list(arms), metavar="ARM", help="what is varied", **known)
     add("--seeds", type=int, nargs="*", default=[0, 1, 2, 3, 4])
     add("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time")
     add("--output", type=Path, default=Path(output))
@@ -327,7 +329,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line."""
     with one_line_errors():
         args = parser("LDDU with various options.", "runs/sweep").parse_args(arguments)
-        arms = {name: Arm(["--config", name]) for name in args.arms or ()}
+        arms = {name: Arm(["--config", name]) for name in args.arms}
         rows, failed = run_all(work, arms, args)
         publish(args.output / "table.md", by_data(rows, lambda _, here: table(here)), failed)
 

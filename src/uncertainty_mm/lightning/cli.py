@@ -310,8 +310,8 @@ class ModelCLI(LightningCLI):
         """
         checkpoint = read_checkpoint(path)
         saved, own = checkpoint["hyper_parameters"], dict(self.model.hparams)
-        for name in own:
-            if saved.get(name) != own[name]:
+        for name in own:  # what was a tuple comes from config.yaml as a list
+            if json.dumps(saved.get(name)) != json.dumps(own[name]):
                 raise UsageError(
                     f"{path}: cannot resume, `{name}` is {own[name]} now and was {saved.get(name)}"
                 )
