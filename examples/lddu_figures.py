@@ -193,7 +193,12 @@ def draw_probs(
         label="first prediction",
     )
     lines = ax.vlines(
-        threshold, rows - 0.5, rows + 0.5, color="black", linestyle="--", label="threshold"
+        threshold.expand(len(names)),
+        rows - 0.5,
+        rows + 0.5,
+        color="black",
+        linestyle="--",
+        label="threshold",
     )
     ax.set(xlim=(0, 1), xlabel="probability")
     ax.set_yticks(rows, names)
