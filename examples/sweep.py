@@ -77,9 +77,8 @@ class Run(NamedTuple):
 
 
 Row = dict[str, Any]
-Work = Callable[
-    [Run], Mapping[str, Any]
-]  # writes into the folder and returns the measures; importable by its name
+# Writes into the folder of a run and returns its measures; processes import it by its name.
+Work = Callable[[Run], Mapping[str, Any]]
 
 # --- A run -----------------------------------------------------------------------------------------------------------
 
@@ -197,18 +196,23 @@ def run_all(
     Raises:
         UsageError: If a run could only fail, or two would write into one folder.
     """
-    check(args)
+    for file in args.data:
+        if not file.exists():
+            raise UsageError(f"--data: no such file, {file}")
     base = [*QUIET, *base, *args.options]
-    for name in args.arms:
-        check_options(arms[name], base)
-    runs = []
-    for seed in args.seeds:  # a stopped sweep has all arms of the first seeds
-        for file in args.data:
-            for name in args.arms:
-                folder = args.output / file.stem / re.sub(r"[^\w.-]+", "-", name) / str(seed)
-                own = ["--seed_everything", str(seed), "--data.path", str(file.resolve())]
-                options = [*base, *arms[name].options, *own]
-                runs.append(Run(file, name, seed, folder, arms[name], options))
+    runs = [
+        make_run(file, name, arms[name], seed, base, args.output)
+        for seed in args.seeds  # a stopped sweep has all arms of the first seeds
+        for file in args.data
+        for name in args.arms
+    ]
+    if not runs or len({run.folder for run in runs}) < len(runs):
+        raise UsageError("--data, --arms, --seeds: at least one of each is needed, no two alike")
+    if args.jobs < 1 or min(args.seeds) < 0:
+        given = f"{args.jobs}, {args.seeds}"
+        raise UsageError(f"--jobs must be at least 1 and --seeds at least 0, got {given}")
+    for run in runs[: len(args.data) * len(args.arms)]:
+        check_options(run)
     args.output.mkdir(parents=True, exist_ok=True)
     rows: dict[int, Row] = {}
     with ThreadPoolExecutor(args.jobs) as pool, tqdm(total=len(runs), unit="run") as bar:
@@ -232,26 +236,18 @@ def run_all(
     return done, len(runs) - len(done)
 
 
-def check(args: argparse.Namespace) -> None:
-    """Raises UsageError where runs could not be told apart, or have nothing to read."""
-    stems = [file.stem for file in args.data]
-    for name, values in {"data": stems, "arms": args.arms, "seeds": args.seeds}.items():
-        if not values or len(set(values)) < len(values):
-            raise UsageError(f"--{name}: at least one is needed, each another, got {values}")
-    if min(args.seeds) < 0 or args.jobs < 1:
-        raise UsageError(
-            f"--seeds must be at least 0, --jobs at least 1, got {args.seeds}, {args.jobs}"
-        )
-    if lacking := [str(file) for file in args.data if not file.exists()]:
-        raise UsageError(f"--data: no such file, {' '.join(lacking)}")
+def make_run(file: Path, name: str, arm: Arm, seed: int, base: Sequence[str], output: Path) -> Run:
+    """A run, whose folder is `output/FILE/ARM/SEED`; the options of the arm hold before those of all runs."""
+    folder = output / file.stem / re.sub(r"[^\w.-]+", "-", name) / str(seed)
+    own = ["--seed_everything", str(seed), "--data.path", str(file.resolve())]
+    return Run(file, name, seed, folder, arm, [*base, *arm.options, *own])
 
 
-def check_options(arm: Arm, base: Sequence[str]) -> None:
+def check_options(run: Run) -> None:
     """Ends the program with one line where an option is not one of the model."""
-    options = [*base, *arm.options, "--print_config"]
     with contextlib.redirect_stdout(io.StringIO()):
         try:
-            run_command_line(arm.model, arm.configs, options)
+            run_command_line(run.arm.model, run.arm.configs, [*run.options, "--print_config"])
         except SystemExit as stop:
             if stop.code:
                 raise

@@ -218,16 +218,23 @@ def readable(folder):
 
 def work(run):
     """A run of a sweep that takes its time and says that it was there."""
-    with open(run.folder / "starts", "a") as file:
+    with open(run.beside(".starts"), "a") as file:
         file.write("start\n")
     time.sleep(0.3)
     return {"value": 10 * run.seed}
 
 
+RUNS = 12
+
+
 def one_sweep(folder):
-    with example_module("sweep") as module:
-        args = argparse.Namespace(arms=["x"], seeds=list(range(40)), jobs=2, output=folder)
-        module.sweep(work, [Path("data.npz")], args)
+    from uncertainty_mm.examples import sweep
+
+    data = folder.parent / "data.npz"
+    data.touch()
+    args = sweep.parser("", str(folder), ["x"]).parse_args(["--data", str(data), "--jobs", "2"])
+    args.seeds = list(range(RUNS))
+    sweep.run_all(work, {"x": sweep.Arm()}, args)
 
 
 def sweeps(count, seed, root):
@@ -238,8 +245,8 @@ def sweeps(count, seed, root):
     finished, killed = {}, 0
     while killed < count:
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
-        begin = len(list(folder.rglob("starts")))
-        while len(list(folder.rglob("starts"))) == begin and process.poll() is None:
+        begin = len(list(folder.rglob("*.starts")))
+        while len(list(folder.rglob("*.starts"))) == begin and process.poll() is None:
             time.sleep(0.02)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(draw.uniform(0, 0.8))
@@ -254,15 +261,16 @@ def sweeps(count, seed, root):
             time.sleep(0.02)
         for path, before in finished.items():
             assert path.stat().st_mtime_ns == before, f"{path} was done again"
-        finished = {path: path.stat().st_mtime_ns for path in folder.rglob("measures.json")}
-        starts = {path: (path.parent / "starts").read_text() for path in finished}
+        done = [path for path in folder.rglob("x/*.json") if "measures" in path.read_text()]
+        finished = {path: path.stat().st_mtime_ns for path in done}
+        starts = {path: path.with_suffix(".starts").read_text() for path in finished}
     subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
     for path, before in finished.items():
         assert path.stat().st_mtime_ns == before, f"{path} was done again"
-        assert (path.parent / "starts").read_text() == starts[path]
+        assert path.with_suffix(".starts").read_text() == starts[path]
     rows = json.loads((folder / "runs.json").read_text())
-    assert [(row["seed"], row["value"]) for row in rows] == [(i, 10 * i) for i in range(40)]
-    print(f"{killed} kills of a sweep of 40 runs, {len(finished)} finished before the last kill:")
+    assert [(row["seed"], row["value"]) for row in rows] == [(i, 10 * i) for i in range(RUNS)]
+    print(f"{killed} kills of a sweep of {RUNS} runs, {len(finished)} finished before the last kill:")
     print("no run lost, no finished run repeated, no worker left behind")
 
 

@@ -36,10 +36,10 @@ class Baseline(MultilabelModule):
     """A network that adds its layers in `build` and joins the modalities in `fuse`.
 
     Args:
-        modality_dims: Feature size of every modality.
-        max_steps: Steps of the longest sequence of every modality.
-        label_names: Names of the labels.
-        encoder: Options of the encoder of every modality.
+        modality_dims: Sizes of the features by modality.
+        max_steps: Longest sequences by modality.
+        label_names: Labels.
+        encoder: Options of the encoders.
         dropout: Dropout of the layers behind the encoders.
         training: Options of :class:`~uncertainty_mm.lightning.MultilabelModule`.
     """
