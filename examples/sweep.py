@@ -23,7 +23,6 @@ import re
 import shutil
 import sys
 import threading
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from multiprocessing import get_context, parent_process
@@ -122,37 +121,33 @@ def finished(run: Run) -> Row | None:
 
 
 def carry_out(work: Work, run: Run) -> None:
-    """Does a run; what it prints is in its log, its measures appear in one piece or not at all."""
+    """Does a run; its measures appear in one piece or not at all."""
 
     def record(**measures: Any) -> None:
         content = json.dumps({"options": run.options, **measures}, indent=2)
         write_text(run.beside(".json"), content + "\n")
 
-    run.folder.parent.mkdir(parents=True, exist_ok=True)
     record()
-    with (
-        open(run.beside(".log"), "a") as log,
-        contextlib.redirect_stdout(log),
-        contextlib.redirect_stderr(log),
-    ):
-        try:
-            measures = work(run)
-        except Exception:
-            traceback.print_exc()
-            sys.exit(1)
-    record(measures=measures)
+    record(measures=work(run))
 
 
-def in_a_process(work: Work, run: Run) -> int | None:
-    """Does a run in a process of its own, whose end, however it comes, is nobody else's; returns its exit code."""
+def in_a_process(work: Work, run: Run) -> None:
+    """Does a run in a process of its own, whose end, however it comes, is nobody else's.
+
+    Raises:
+        RuntimeError: If it does not end well.
+    """
     process = get_context("spawn").Process(target=alone, args=(work, run))
     process.start()
     process.join()
-    return process.exitcode
+    if process.exitcode:
+        log = run.beside(".log")
+        last = log.read_text().strip().rpartition("\n")[2] if log.exists() else ""
+        raise RuntimeError(f"exit code {process.exitcode}, {last!r}, see {log}")
 
 
 def alone(work: Work, run: Run) -> None:
-    """Does a run, and ends with the sweep: a killed one leaves no run behind that the next would meet."""
+    """Does a run, prints into its log, and ends with the sweep: a killed one leaves no run behind for the next."""
 
     def watch() -> None:
         parent = parent_process()
@@ -161,18 +156,22 @@ def alone(work: Work, run: Run) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+    with open(run.beside(".log"), "a") as log:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(log.fileno(), stream.fileno())
+    sys.stdout.reconfigure(line_buffering=True)
     torch.set_num_threads(1)
     carry_out(work, run)
 
 
 def attempt(work: Work, run: Run) -> Row:
     """The measures of a run, which is done if it was not done before."""
-    if (row := finished(run)) is not None:
-        return row
-    code, log = in_a_process(work, run), run.beside(".log")
-    if (row := finished(run)) is None:
-        last = log.read_text().strip().rpartition("\n")[2]
-        raise RuntimeError(f"exit code {code}, {last!r}, see {log}")
+    row = finished(run)
+    if row is None:
+        run.folder.parent.mkdir(parents=True, exist_ok=True)
+        in_a_process(work, run)
+        row = finished(run)
+        assert row is not None
     return row
 
 

@@ -18,7 +18,7 @@ from uncertainty_mm.calibration import best_threshold
 from uncertainty_mm.data import MultimodalDataset
 from uncertainty_mm.examples.baselines.networks import PooledMLP
 from uncertainty_mm.lightning import PredictionWriter
-from uncertainty_mm.lightning.cli import ModelCLI
+from uncertainty_mm.lightning.cli import ModelCLI, quiet
 from uncertainty_mm.metrics.functional import evaluate, predictive_entropy
 
 Predict = Callable[[np.ndarray], np.ndarray]  # features (N, F) -> probabilities (N, Q)
@@ -98,6 +98,7 @@ def fit(name: str, configs: Path, options: Sequence[str], folder: Path) -> dict[
     Returns:
         What it reaches on the test split; its predictions are in `folder`.
     """
+    quiet()
     cli = ModelCLI(PooledMLP, configs, [*options, "--trainer.fast_dev_run", "true"])
     data, network, seed = cli.datamodule, cli.model, cli.options.seed_everything
     train, validation, test = (data.part(split) for split in ("train", "validation", "test"))

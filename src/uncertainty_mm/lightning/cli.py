@@ -497,6 +497,13 @@ def print_table(
         )
 
 
+def quiet() -> None:
+    """Keeps Lightning from giving advice on workers and devices."""
+    warnings.filterwarnings("ignore", module="lightning")
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+
+
 def run_command_line(
     model_class: type[MultilabelModule], configs: Path, arguments: Sequence[str] | None = None
 ) -> ModelCLI:
@@ -510,9 +517,7 @@ def run_command_line(
         configs: Folder with files of options that `--config` knows by name.
         arguments: The command line; None takes that of the program.
     """
-    warnings.filterwarnings("ignore", module="lightning")  # advice on workers and devices
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    quiet()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     subcommand = [arguments.pop(0)] if arguments[:1] and arguments[0] in SUBCOMMANDS else []
     with one_line_errors():
