@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 import uncertainty_mm as umm
 from uncertainty_mm import functional
+from uncertainty_mm.encoder import SequenceEncoder
 from uncertainty_mm.metrics import functional as measures
 
 LATENT, WIDTH, BANK = 5, 6, 7
@@ -127,6 +128,11 @@ def draw_features(sizes):
     return features, padding_mask
 
 
+def draw_sequence(sizes):
+    steps = min(sizes.steps, 200)  # the plain equation takes their square of memory
+    return torch.randn(sizes.batch, steps, WIDTH), torch.rand(sizes.batch, steps) < 0.3
+
+
 def draw_missing(sizes):
     missing = torch.zeros(sizes.batch, sizes.modalities, dtype=torch.bool)
     missing[1::4, 0] = missing[2::4, -1] = True
@@ -174,6 +180,30 @@ def plain_attention(module, features, padding_mask):
         outputs.append(layers.out(shares @ keys).masked_fill(missing, 0))
         weights[name] = shares.masked_fill(missing, 0)
     return torch.stack(outputs, 1), weights
+
+
+def plain_encoder(module, x, padding):
+    """One sequence after the other, without what is padding."""
+    encoded = x.new_zeros(*x.shape[:2], module.hidden_dim) + 0 * x.nan_to_num().sum()
+    for sample, left_out in enumerate(padding):
+        if left_out.all():
+            continue
+        features = (x[sample, ~left_out] - module.mean) / module.std
+        h = module.positions[: x.shape[1]][~left_out]
+        if module.size is not None:
+            size = features.square().mean().clamp_min(1e-6).sqrt()
+            features = features / size
+            h = h + module.size(size.log().view(1))
+        h = h + module.project(features)
+        for layer in module.layers:
+            parts = layer.qkv(layer.norm(h)).chunk(3, 1)
+            query, key, value = (part.unflatten(1, (layer.num_heads, -1)) for part in parts)
+            scores = torch.einsum("ihd,jhd->hij", query, key) / query.shape[2] ** 0.5
+            attended = torch.einsum("hij,jhd->ihd", scores.softmax(2), value)
+            h = h + layer.out(attended.flatten(1))
+            h = h + layer.feed_forward(h)
+        encoded[sample, ~left_out] = module.norm(h)
+    return encoded
 
 
 def plain_decoupler(module, z, missing):
@@ -358,6 +388,14 @@ def plain_properties(_, latent, missing):
 
 
 MODULES = {
+    "SequenceEncoder": Case(
+        lambda sizes, **kwargs: SequenceEncoder(
+            WIDTH, min(sizes.steps, 200), 8, num_layers=2, num_heads=2, dropout=0, **kwargs
+        ),
+        draw_sequence,
+        plain_encoder,
+        "max_steps=4",
+    ),
     "EmotionQueryAttention": Case(
         lambda sizes, **kwargs: umm.EmotionQueryAttention(
             sizes.dims, sizes.labels, label_dim=7, proj_dim=8, out_dim=WIDTH, **kwargs

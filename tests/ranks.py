@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import uncertainty_mm as umm
+from uncertainty_mm import distributed, functional
 
 START, JOB, COLLECTIVE = 120, 60, 30  # seconds that each may take
 
@@ -164,6 +165,48 @@ def synchronize_two(rank):
     return tracker.counts(torch.arange(4)).tolist()
 
 
+def contrast_in_group(rank, members, shares, batches, settings):
+    """The same as contrast, among the members of a group; None on the other ranks."""
+    group = dist.new_group(members)  # all ranks have to call it
+    if rank not in members:
+        return None
+    place = members.index(rank)
+    return _contrast(place, shares, batches, settings | {"process_group": group})
+
+
+def contrast_within_ddp(rank, shares, batches, settings):
+    """State of a loss without `gather` that is part of a model wrapped in DistributedDataParallel."""
+
+    class Model(torch.nn.Module):
+        def __init__(self, latent):
+            super().__init__()
+            self.encoder = torch.nn.Linear(latent, latent).double()
+            self.norm = torch.nn.BatchNorm1d(
+                latent
+            ).double()  # DDP does have something to broadcast
+            self.loss = umm.DistributionSupConLoss(*batches[0][0].shape[1:], **settings).double()
+
+        def forward(self, mean, std, labels, missing):
+            mean = self.norm(self.encoder(mean).flatten(0, 2)).view_as(mean)
+            return self.loss(umm.DiagonalGaussian(mean, std), labels, missing)
+
+    model = Model(batches[0][0].shape[-1])
+    parallel = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=True)
+    share = slice(*shares[rank])
+    for batch in batches:
+        before = [x.clone() for x in model.loss.state_dict().values()]
+        parallel(*(x[share] for x in batch)).backward()
+    return model.loss.state_dict(), before
+
+
+def gathered_scores(rank, shares, scores, max_rows):
+    """What every rank gathers, and the gradient of its own scores under a loss of all that depends on the rank."""
+    own = scores[slice(*shares[rank])].clone().requires_grad_()
+    gathered, kept = distributed.gather_rows(own, torch.zeros(len(own)).long(), max_rows=max_rows)
+    ((rank + 1) * gathered.square().sum()).backward()
+    return gathered.detach(), kept, own.grad
+
+
 def track(rank, histories, every):
     """A tracker after histories[round][rank] = [(index, correct)], synchronised each round.
 
@@ -207,7 +250,7 @@ def evaluate(rank, shares, probs, labels, errors, uncertainty):
 
 def gathered_supcon(rank, source, shares, embeddings, classes):
     """Loss and gradient of this rank's share, by the function that `source` defines."""
-    names = {"functional": umm.functional}
+    names = {"functional": functional}
     exec(source, names)
     share = slice(*shares[rank])
     own = embeddings[share].clone().requires_grad_()

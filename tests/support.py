@@ -1,11 +1,13 @@
 """Tolerances by dtype and the small builders that the tests share."""
 
+import copy
 import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
 import torch
+from torch.utils import _pytree as pytree
 
 from uncertainty_mm import DiagonalGaussian
 
@@ -82,3 +84,14 @@ class Bad(NamedTuple):
     call: Callable[[object], object]  # with what the group of cases is made on
     error: type[BaseException]
     message: str  # regular expression
+
+
+def refused(case, given, state=lambda given: None):
+    """Asserts that a call raises just what it must, in one line, and leaves the tensors of `state` as they were."""
+    before = copy.deepcopy(pytree.tree_leaves(state(given)))
+    with pytest.raises(Exception, match=case.message) as caught:
+        case.call(given)
+    assert type(caught.value) is case.error
+    assert "\n" not in str(caught.value)
+    for old, new in zip(before, pytree.tree_leaves(state(given)), strict=True):
+        assert torch.equal(old, new) if isinstance(old, torch.Tensor) else old == new

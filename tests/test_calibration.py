@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from support import HALF, close, gradient, poisoned
+from support import HALF, Bad, close, gradient, poisoned, refused
 from uncertainty_mm import PlattScaling
 from uncertainty_mm.calibration import best_threshold
 
@@ -330,9 +330,12 @@ def grid_search(probs, labels, unknown, per_label=False):
     return torch.tensor(found)
 
 
-@pytest.mark.parametrize("per_label", [False, True])
-@pytest.mark.parametrize("dtype", [*HALF, torch.float32, torch.float64])
-@given(seed=st.integers(0, 2**16), samples=st.integers(0, 9))
+@given(
+    seed=st.integers(0, 2**16),
+    samples=st.integers(0, 9),
+    dtype=st.sampled_from([*HALF, torch.float32, torch.float64]),
+    per_label=st.booleans(),
+)
 def test_best_threshold_is_the_first_best_of_the_grid(seed, samples, dtype, per_label):
     torch.manual_seed(seed)
     probs = torch.rand(samples, LABELS).to(dtype)
@@ -396,57 +399,73 @@ def test_scale_stays_above_zero_in_the_dtype_of_the_module():
 
 # --------------------------------------------------------------------------------------- bad inputs
 
-
-@pytest.mark.parametrize(
-    ("change", "error", "name"),
-    [
-        ({"num_labels": 0}, ValueError, "num_labels"),
-        ({"num_labels": 2.0}, TypeError, "num_labels"),
-        ({"per_label": 1}, TypeError, "per_label"),
-        ({"shift": None}, TypeError, "shift"),
-        ({"validate_args": 0}, TypeError, "validate_args"),
-    ],
-)
-def test_constructor_rejects(change, error, name):
-    with pytest.raises(error, match=f"`{name}"):
-        PlattScaling(**({"num_labels": 3} | change))
+ONES = torch.ones(4, LABELS)
+META = torch.zeros(4, LABELS, device="meta")
+SHAPE = r"to have shape \(B(=4)?, Q=3\), but got"
 
 
-BAD_LOGITS = [
-    (torch.randn(4, LABELS + 1), ValueError),
-    (torch.randn(LABELS), ValueError),
-    (torch.ones(4, LABELS, dtype=torch.long), TypeError),
-    (torch.full((4, LABELS), math.nan), ValueError),
-    (torch.full((4, LABELS), math.inf), ValueError),
+def bad(name, call, message, error=ValueError):
+    return Bad(name, call, error, f"^Expected {message}$")
+
+
+def fit(logits=ONES, labels=ONES, unknown=None):
+    return lambda module: module.fit(logits, labels, unknown)
+
+
+def cut(probs=ONES, labels=ONES, unknown=None, **settings):
+    return lambda _: best_threshold(probs, labels, unknown, **settings)
+
+
+BAD = [
+    bad("no label", lambda _: PlattScaling(0), "`num_labels` .*, but got 0"),
+    bad("names", lambda _: PlattScaling(["a"]), r"`num_labels` .*, but got \['a'\]", TypeError),
+    bad("per_label 1", lambda _: PlattScaling(3, per_label=1), "`per_label` .* got 1", TypeError),
+    bad("shift None", lambda _: PlattScaling(3, shift=None), "`shift` .* got None", TypeError),
+    bad("check 0", lambda _: PlattScaling(3, validate_args=0), "`validate_args` .* 0", TypeError),
+    bad("logits of one", lambda c: c(ONES[0]), rf"`logits` {SHAPE} \(3,\)"),
+    bad("other labels", lambda c: c(ONES[:, :2]), rf"`logits` {SHAPE} \(4, 2\)"),
+    bad("infinite", lambda c: c(ONES / 0), "`logits` to be finite, but got 12 NaN .*"),
+    bad("nan", lambda c: c(ONES * math.nan), "`logits` to be finite, but got 12 NaN .*"),
+    bad("integers", lambda c: c(ONES.long()), "`logits` .*, but got torch.int64", TypeError),
+    bad("elsewhere", lambda c: c(META), "`logits` to be on cpu, but got meta"),
+    bad("fit: nan", fit(ONES * math.nan), "`logits` to be finite, but got 12 NaN .*"),
+    bad("fit: integers", fit(ONES.long()), "`logits` .*, but got torch.int64", TypeError),
+    bad("fit: no sample", fit(ONES[:0], ONES[:0]), "`logits` to hold .* one sample, but got none"),
+    bad(
+        "fit: nothing known", fit(unknown=ONES.bool()), "`unknown` to leave at least one label, .*"
+    ),
+    bad("fit: other batch", fit(labels=ONES[:2]), rf"`labels` {SHAPE} \(2, 3\)"),
+    bad("fit: 3", fit(labels=3 * ONES), "`labels` to hold only 0 and 1, but got 3.0"),
+    bad("fit: soft", fit(labels=0.5 * ONES), "`labels` to hold only 0 and 1, but got 0.5"),
+    bad("fit: -1", fit(labels=-ONES), "`labels` .*, but got -1.0; mark .* in `unknown` .*"),
+    bad("fit: complex", fit(labels=ONES + 0j), "`labels` .* torch.complex64", TypeError),
+    bad("fit: lists", fit(labels=ONES.tolist()), "`labels` to be a tensor, .* list", TypeError),
+    bad("fit: elsewhere", fit(labels=META), "`labels` to be on cpu, but got meta"),
+    bad("fit: unknown samples", fit(unknown=ONES[:, 0].bool()), rf"`unknown` {SHAPE} \(4,\)"),
+    bad("fit: unknown numbers", fit(unknown=ONES), "`unknown` to have a bool dtype, .*", TypeError),
+    bad("cut: logits", cut(3 * ONES), r"`probs` to be in \[0, 1\], but got 3.0"),
+    bad("cut: nan", cut(ONES * math.nan), r"`probs` to be in \[0, 1\], but got nan"),
+    bad("cut: one sample", cut(ONES[0]), r"`probs` to have shape \(B, Q\), but got \(3,\)"),
+    bad("cut: other batch", cut(labels=ONES[:2]), rf"`labels` {SHAPE} \(2, 3\)"),
+    bad("cut: soft", cut(labels=0.5 * ONES), "`labels` to hold only 0 and 1, but got 0.5"),
+    bad("cut: elsewhere", cut(labels=META), "`labels` to be on cpu, but got meta"),
+    bad("cut: unknown numbers", cut(unknown=ONES), "`unknown` to have a bool dtype, .*", TypeError),
+    bad("cut: per_label 1", cut(per_label=1), "`per_label` to be True or False, .*", TypeError),
+    bad("cut: check 1", cut(validate_args=1), "`validate_args` to be True, .*", TypeError),
 ]
 
 
-@pytest.mark.parametrize(("logits", "error"), BAD_LOGITS)
-def test_forward_rejects_logits(logits, error):
-    with pytest.raises(error, match="`logits`"):
-        PlattScaling(LABELS)(logits)
-
-
-@pytest.mark.parametrize(("logits", "error"), [*BAD_LOGITS, (torch.randn(0, LABELS), ValueError)])
-def test_fit_rejects_logits(logits, error):
-    with pytest.raises(error, match="`logits`"):
-        PlattScaling(LABELS).fit(logits, torch.ones(logits.shape[0], LABELS))
+@pytest.mark.parametrize("case", BAD, ids=lambda case: case.name)
+def test_refuses_and_stays_as_it_was(case):
+    refused(case, PlattScaling(LABELS).fit(*simulate(20)), PlattScaling.state_dict)
 
 
 @pytest.mark.parametrize(
-    ("labels", "error"),
-    [
-        (torch.ones(5, LABELS), ValueError),
-        (torch.ones(4, LABELS + 1), ValueError),
-        (torch.ones(4, LABELS, dtype=torch.complex64), TypeError),
-        (torch.full((4, LABELS), 0.5), ValueError),
-        (torch.full((4, LABELS), math.nan), ValueError),
-        (torch.full((4, LABELS), -1), ValueError),
-    ],
+    "state", [{"scale": 2 * torch.ones(LABELS), "shift": torch.ones(2)}, {"scale": torch.ones(2)}]
 )
-def test_fit_rejects_labels_and_stays_as_it_was(labels, error):
+def test_state_that_does_not_fit_is_not_loaded_in_part(state):
     module = PlattScaling(LABELS)
-    with pytest.raises(error, match="`labels`"):
-        module.fit(torch.randn(4, LABELS), labels)
+    with pytest.raises(RuntimeError, match="shift"):
+        module.load_state_dict(state)
     assert (module.scale == 1).all()
     assert (module.shift == 0).all()

@@ -226,6 +226,22 @@ def test_posterior_does_not_read_the_labels_and_no_sample_has_an_influence_on_an
         ({"prior": torch.ones(4)}, ValueError, "prior"),
         ({"num_labels": 2, "prior": torch.ones(4)}, ValueError, "prior"),
         ({"missing_rate": -0.1}, ValueError, "missing_rate"),
+        (
+            {"modalities": {"text": 5}},
+            TypeError,
+            r"`modalities\['text'\]` to be a SyntheticModality, but got 5",
+        ),
+        (
+            {"modalities": {"text": (1, 2, 0.3, 4)}},
+            TypeError,
+            r"to be a SyntheticModality, but got \(1, 2, 0.3, 4\)",
+        ),
+        ({"seed": "a"}, TypeError, "`seed` to be an integer, but got 'a'"),
+        (
+            {"num_labels": 2, "prior": torch.ones(4, device="meta")},
+            ValueError,
+            "`prior` to be on cpu, but got meta",
+        ),
     ],
 )
 def test_bad_world(arguments, error, message):
@@ -240,8 +256,59 @@ def test_bad_world(arguments, error, message):
         ({"noise": torch.ones(3, 2)}, ValueError, "noise"),
         ({"noise": torch.zeros(3, 3)}, ValueError, "noise"),
         ({"noise": 1.0}, TypeError, "noise"),
+        (
+            {"noise": torch.ones(3, 3, device="meta")},
+            ValueError,
+            "`noise` to be on cpu, but got meta",
+        ),
+        ({"seed": 0.5}, TypeError, "`seed` to be an integer, but got 0.5"),
+        ({"seed": 2**64}, ValueError, r"`seed` to be in \[-2\*\*63, 2\*\*64\), but got"),
     ],
 )
 def test_bad_draw(world, arguments, error, message):
     with pytest.raises(error, match=message):
         world.sample(**{"num_samples": 3, "seed": 0} | arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"features": {}}, ValueError, r"`samples` to have the modalities \['text', 'audio', 'vision'\], but got \[\]"),
+        ({"noise": -torch.ones(3, 3)}, ValueError, r"`samples.noise` to be in \[.*, inf\], but got -1.0"),
+        ({"noise": torch.ones(2, 3)}, ValueError, r"`samples.noise` to have shape \(N=3, M=3\), but got \(2, 3\)"),
+        ({"labels": torch.ones(3, 5)}, ValueError, r"`samples.labels` to have shape \(N, Q=6\), but got \(3, 5\)"),
+        ({"labels": torch.ones(3, 6, device="meta")}, ValueError, "`samples.labels` to be on cpu, but got meta"),
+    ],
+)  # fmt: skip
+def test_bad_samples(world, change, error, message):
+    with pytest.raises(error, match=message):
+        world.posterior(world.sample(3, seed=0)._replace(**change))
+    with pytest.raises(TypeError, match="`samples` to be SyntheticSamples, but got int"):
+        world.posterior(3)
+
+
+@pytest.fixture
+def _defaults_of_their_own():
+    yield
+    torch.set_default_device(None)
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.usefixtures("_defaults_of_their_own")
+@pytest.mark.parametrize("default", [torch.device("meta"), torch.float64], ids=str)
+def test_default_device_and_dtype_do_not_matter(default):
+    def made():
+        world = SyntheticMMER(2, SMALL, missing_rate=0.3)
+        samples = world.sample(5, seed=1)
+        return samples, world.posterior(samples), world.prior
+
+    samples, posterior, prior = made()
+    is_device = isinstance(default, torch.device)
+    (torch.set_default_device if is_device else torch.set_default_dtype)(default)
+    again = made()
+    for name, x in samples.features.items():
+        assert torch.equal(again[0].features[name], x)
+        assert torch.equal(again[0].padding_mask[name], samples.padding_mask[name])
+    assert torch.equal(again[0].labels, samples.labels)
+    assert torch.equal(again[1].joint, posterior.joint)
+    assert torch.equal(again[2], prior)

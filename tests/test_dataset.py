@@ -1,56 +1,25 @@
-"""The data set itself, its own two layouts, and what a `DataLoader` makes of it."""
+"""The data set itself, and what torch's own tools make of it."""
 
 import pickle
 
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, RandomSampler, Subset
-
-from uncertainty_mm import EmotionQueryAttention
-from uncertainty_mm.data import (
-    MultimodalDataset,
-    SyntheticMMER,
-    read_folder,
-    read_npz,
-    write_folder,
-    write_npz,
+from torch.utils.data import (
+    BatchSampler,
+    ConcatDataset,
+    DataLoader,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    default_collate,
+    random_split,
 )
 
-
-def make(count=20, seed=0, **options):
-    """Samples of three modalities, the first without `b`."""
-    generator = torch.Generator().manual_seed(seed)
-    features, padding_mask = {}, {}
-    for name, steps, dim in (("a", 5, 3), ("c", 1, 4), ("b", 7, 2)):
-        lengths = torch.randint(1, steps + 1, (count, 1), generator=generator)
-        if name == "b":
-            lengths[0] = 0
-        padding_mask[name] = torch.arange(steps) >= lengths
-        x = torch.randn(count, steps, dim, generator=generator)
-        features[name] = x.masked_fill(padding_mask[name].unsqueeze(2), 0)
-    return MultimodalDataset(
-        features,
-        padding_mask,
-        torch.randint(2, (count, 2), generator=generator, dtype=torch.uint8),
-        ["first", "second"],
-        **({"soft_labels": torch.rand(count, 2, generator=generator)} | options),
-    )
-
-
-def check_same(actual, expected):
-    """Equal data, in the same order of modalities."""
-    assert list(actual.dims.items()) == list(expected.dims.items())
-    for name in expected.dims:
-        assert torch.equal(actual.features[name], expected.features[name])
-        assert torch.equal(actual.padding_mask[name], expected.padding_mask[name])
-    assert torch.equal(actual.labels, expected.labels)
-    assert actual.label_names == expected.label_names
-    assert actual.ids == expected.ids
-    assert (actual.soft_labels is None) == (expected.soft_labels is None)
-    if expected.soft_labels is not None:
-        assert torch.equal(actual.soft_labels, expected.soft_labels)
-
+from data_support import check_same, make
+from support import Bad, close, refused
+from uncertainty_mm import EmotionQueryAttention
+from uncertainty_mm.data import FeatureStatistics, MultimodalBatch, MultimodalDataset, SyntheticMMER
 
 # --- The data set -----------------------------------------------------------------------------------------------------
 
@@ -95,7 +64,7 @@ def test_loaders():
     for loader in (
         data.loader(6, sampler=sampler),
         data.loader(6, shuffle=True),
-        DataLoader(Subset(data, range(20)), 6, shuffle=True, collate_fn=data.collate),
+        DataLoader(Subset(data, range(20)), 6, shuffle=True),
     ):
         seen = torch.cat([batch.indices for batch in loader])
         assert sorted(seen.tolist()) == list(range(20))
@@ -116,9 +85,10 @@ def test_a_batch_feeds_the_attention():
 
 
 def test_select():
-    data = make(ids=list(map(str, range(20))))
+    data = make(ids=list(map(str, range(20))), groups=range(20), unknown=UNKNOWN)
     part = data.select(torch.tensor([7, 2, -1]))
     assert (len(part), part.ids, part.label_names) == (3, ["7", "2", "19"], data.label_names)
+    assert part.groups.tolist() == [7, 2, 19]
     for row, index in enumerate([7, 2, 19]):
         got, expected = part[row], data[index]
         assert got.indices == row
@@ -127,6 +97,7 @@ def test_select():
             assert torch.equal(got.padding_mask[name], expected.padding_mask[name])
         assert torch.equal(got.labels, expected.labels)
         assert torch.equal(got.soft_labels, expected.soft_labels)
+        assert torch.equal(got.unknown, expected.unknown)
     assert len(data.select([])) == 0
     with pytest.raises(IndexError):
         data.select([20])
@@ -197,6 +168,19 @@ def test_pickle():
         ({"soft_labels": torch.full((4, 2), torch.nan)}, ValueError, "`soft_labels` to be in"),
         ({"soft_labels": torch.zeros(4, 2).int()}, TypeError, "`soft_labels` to have a floating"),
         ({"ids": ["a"]}, ValueError, "`ids` to name 4 samples, but got 1"),
+        ({"ids": "abcd"}, TypeError, "`ids` to be a sequence of names, but got 'abcd'"),
+        ({"ids": [1, 2, 3, 4]}, TypeError, "`ids` to be a sequence of names, but got 1 among them"),
+        ({"features": [1]}, TypeError, "`features` to be a mapping of names, but got list"),
+        ({"features": {1: torch.zeros(4, 3, 2)}}, TypeError, "`features` to be a mapping of names, but got 1"),
+        ({"label_names": 2}, TypeError, "`label_names` to be a sequence of names, but got int"),
+        ({"invalid_steps": {"face": 3}}, ValueError, r"`invalid_steps` to name modalities of \['a', 'b'\], but got"),
+        ({"labels": -torch.ones(4, 2)}, ValueError, "only 0 and 1, but got -1.0; mark .* `unknown` .*, or by NaN"),
+        ({"unknown": torch.zeros(4, 3).bool()}, ValueError, r"`unknown` to have shape \(N=4, Q=2\)"),
+        ({"unknown": torch.zeros(4, 2)}, TypeError, "`unknown` to have a bool dtype"),
+        ({"groups": [1, 2]}, ValueError, r"`groups` to have shape \(N=4\)"),
+        ({"groups": list("abcd")}, TypeError, "`groups` to hold integers"),
+        ({"groups": torch.zeros(4)}, TypeError, "`groups` to have an integer dtype"),
+        ({"validate_args": 1}, TypeError, "`validate_args` to be True, False or None"),
     ],
 )  # fmt: skip
 def test_broken_arguments(change, error, message):
@@ -211,213 +195,291 @@ def test_broken_arguments(change, error, message):
         MultimodalDataset(**(arguments | change))
 
 
-# --- One archive of arrays --------------------------------------------------------------------------------------------
+REFUSED = [
+    Bad("only: unknown", lambda d: d.only(["face"]), ValueError, r"among \['a', 'c', 'b'\], but got \['face'\]"),
+    Bad("only: a number", lambda d: d.only(1), TypeError, "`modalities` to be a collection of names, but got 1"),
+    Bad("select: a mask", lambda d: d.select(torch.ones(20) > 0), TypeError, "an integer dtype .* torch.bool"),
+    Bad("select: fractions", lambda d: d.select([0.7]), TypeError, "an integer dtype .* torch.float32"),
+    Bad("select: lists", lambda d: d.select([[0]]), ValueError, r"`indices` to have shape \(n\), but got \(1, 1\)"),
+    Bad("select: names", lambda d: d.select(["a"]), TypeError, r"`indices` to hold integers, but got \['a'\]"),
+    Bad("select: out of range", lambda d: d.select([20]), IndexError, "index 20 is out of bounds"),
+    Bad("batch: out of range", lambda d: d.batch([20]), IndexError, "index 20 is out of bounds"),
+    Bad("position out of range", lambda d: d[20], IndexError, "out of range"),
+    Bad("loader: batches of 0", lambda d: d.loader(0), ValueError, "batch_size .* got batch_size=0"),
+    Bad("in order: others", lambda d: d.in_order(["first"]), ValueError, "in some order, but got"),
+    Bad("statistics: floor", lambda d: d.statistics(-1), ValueError, "`min_std` to be a number at least 0, but got -1"),
+]  # fmt: skip
 
 
-def arrays(count=60):
-    """A data set in the documented layout; sample 0 lacks modality `b`."""
-    rng = np.random.default_rng(0)
-    lengths = rng.integers(1, 8, count).astype(np.uint32)
-    lengths[0] = 0
-    return {
-        "features.a": rng.normal(size=(count, 5, 3)).astype(np.float16),
-        "lengths.a": np.full(count, 5, np.int32),
-        "features.b": rng.normal(size=(count, 7, 2)).astype(np.float16),
-        "lengths.b": lengths,
-        "labels": rng.integers(0, 2, (count, 2)).astype(np.uint8),
-        "label_names": np.array(["first", "second"]),
-        "split": np.tile([0, 1, 2], count // 3).astype(np.uint8),
-    }
+@pytest.mark.parametrize("case", REFUSED, ids=lambda case: case.name)
+def test_refused_and_unchanged(case):
+    refused(case, make(ids=list(map(str, range(20)))), vars)
 
 
-def save(path, **changes):
-    content = {key: value for key, value in (arrays() | changes).items() if value is not None}
-    np.savez(path, **content)
-    return path
+# --- Labels that are not known ----------------------------------------------------------------------------------------
+
+UNKNOWN = torch.arange(40).view(20, 2) % 3 == 0
 
 
-def test_npz_comes_back(tmp_path):
-    content = arrays()
-    shares = np.random.default_rng(1).random((60, 2))
-    ids = np.array([f"s{i}" for i in range(60)])
-    for key in ("label_shares", "soft_labels"):
-        parts = read_npz(save(tmp_path / "data.npz", ids=ids, **{key: shares}))
-        assert list(parts) == ["train", "validation", "test"]
-        for code, data in enumerate(parts.values()):
-            rows = content["split"] == code
-            lengths = content["lengths.b"][rows].astype(int)
-            mask = np.arange(7) >= lengths[:, None]
-            assert np.array_equal(data.padding_mask["b"], mask)
-            expected = np.where(mask[..., None], 0, content["features.b"][rows])
-            assert np.array_equal(data.features["b"], expected.astype(np.float32))
-            assert np.array_equal(data.labels, content["labels"][rows])
-            assert np.array_equal(data.soft_labels, shares[rows].astype(np.float32))
-            assert data.ids == ids[rows].tolist()
-    assert parts["train"].summary().modalities["b"].missing == 1
+def test_nan_in_floating_labels_is_unknown():
+    labels = make().labels.float().masked_fill(UNKNOWN, torch.nan)
+    data = make(labels=labels)
+    assert torch.equal(data.unknown, UNKNOWN)
+    assert torch.equal(data.labels, labels.nan_to_num())
+    batch = next(iter(data.loader(20)))
+    assert torch.equal(batch.unknown, UNKNOWN)
+    assert make(labels=make().labels.float()).unknown is None
+    both = make(labels=labels, unknown=UNKNOWN.roll(1, 0))
+    assert torch.equal(both.unknown, UNKNOWN | UNKNOWN.roll(1, 0))
 
 
-def test_npz_masks_steps_that_are_not_finite(tmp_path):
-    features = arrays()["features.a"]
-    features[3, 1, 0] = -np.inf
-    features[4, 0, 2] = np.nan
-    features[6, 4, 0] = np.inf
-    features[6, 2, 0] = np.nan
-    path = save(tmp_path / "data.npz", **{"features.a": features})
-    with pytest.warns(
-        UserWarning, match=r"4 steps of `a` in 3 samples are not finite and are left out"
-    ):
-        parts = read_npz(path)
-    assert parts["train"].padding_mask["a"].nonzero().tolist() == [[1, 1], [2, 2], [2, 4]]
-    assert parts["validation"].padding_mask["a"].nonzero().tolist() == [[1, 0]]
-    assert parts["train"].features["a"].isfinite().all()
-    assert parts["train"].summary().modalities["a"].invalid_steps == 3
+@pytest.mark.parametrize("value", [-1, 7, 255])
+def test_nothing_is_read_where_a_label_is_unknown(value):
+    labels = make().labels.short().masked_fill(UNKNOWN, value)
+    soft_labels = make().soft_labels.masked_fill(UNKNOWN, torch.nan)
+    data = make(labels=labels, soft_labels=soft_labels, unknown=UNKNOWN)
+    assert not data.labels[UNKNOWN].any()
+    assert not data.soft_labels[UNKNOWN].any()
+    assert torch.equal(data.labels[~UNKNOWN], labels[~UNKNOWN])
 
 
-def bad(key, change):
-    return {key: change(arrays()[key])}
+def test_summary_of_labels_that_are_not_known():
+    labels = torch.tensor([[1, torch.nan], [torch.nan, torch.nan], [0, 0], [0, 1]])
+    summary = make(4, labels=labels, soft_labels=None).summary()
+    assert summary.label_counts == {"first": 1, "second": 1}
+    assert summary.label_shares == {"first": 1 / 3, "second": 1 / 2}
+    assert summary.unknown == {"first": 1, "second": 2}
+    assert summary.unlabelled == 1
+    assert "second        1  0.500  (2 unknown)" in str(summary)
 
 
-def put(index, value):
-    def change(array):
-        array = array.astype(np.result_type(array, np.min_scalar_type(value)))
-        array[index] = value
-        return array
-
-    return change
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"labels": None}, "missing `labels`"),
-        ({"lengths.b": None}, "missing `lengths.b`"),
-        ({"features.a": None, "features.b": None}, "no array `features.<modality>`"),
-        (bad("labels", put((2, 1), 2)), "label `second` must be 0 or 1, got 2"),
-        (bad("labels", lambda x: x.astype(float) - 1), "label `first` must be 0 or 1, got -1.0; one that is not known"),
-        ({"unknown": np.zeros((60, 2))}, "`unknown` must be bool of the shape of `labels`"),
-        ({"groups": np.full(60, 0.5)}, "`groups` must hold 60 integers"),
-        (bad("labels", lambda x: x[:, 0]), "`labels` must have shape"),
-        ({"label_names": np.array(["x"])}, "1 names for 2 columns"),
-        ({"label_names": np.array(["x", "x"])}, "repeats a name"),
-        ({"label_names": np.array(["x", None], dtype=object)}, "not a readable"),
-        (bad("split", put(slice(None), 0)), "no sample in the validation split"),
-        (bad("split", put(0, 3)), "`split` must hold"),
-        (bad("split", lambda x: x[1:]), "`split` must have shape"),
-        (bad("features.a", lambda x: x[:, :0]), "modality `a` is empty"),
-        (bad("features.a", lambda x: x[1:]), "`features.a` must have shape"),
-        (bad("features.a", lambda x: x.astype(str)), "must hold numbers"),
-        (bad("lengths.b", put(0, 8)), "`lengths.b` must be in [0, 7]"),
-        (bad("lengths.b", put(0, -1)), "`lengths.b` must be in [0, 7]"),
-        (bad("lengths.b", lambda x: x / 2), "`lengths.b` must hold 60 integers"),
-        ({"ids": np.array(["x"])}, "`ids` must name 60 samples"),
-        ({"soft_labels": np.zeros((60, 3))}, "`soft_labels` must hold numbers of shape (60, 2)"),
-        ({"label_shares": np.full((60, 2), "a")}, "`label_shares` must hold numbers"),
-        ({"label_shares": np.full((60, 2), -1.0)}, "`label_shares` must be at least 0"),
-        ({"split": np.repeat("tset", 60)}, "`split` must hold 0 (train), 1 (validation), 2 (test), or these names"),
-        ({"split": None}, "missing `split`"),
-    ],
-)  # fmt: skip
-def test_broken_npz(tmp_path, changes, message):
-    path = save(tmp_path / "data.npz", **changes)
-    with pytest.raises(ValueError) as error:  # noqa: PT011 (the message is compared below)
-        read_npz(path)
-    assert str(error.value).startswith(f"{path}: ")
-    assert message in str(error.value)
-    assert "\n" not in str(error.value)
+def test_labels_in_another_order():
+    data = make(unknown=UNKNOWN, groups=range(20))
+    other = data.in_order(["second", "first"])
+    assert other.label_names == ["second", "first"]
+    for name in ("labels", "soft_labels", "unknown"):
+        assert torch.equal(getattr(other, name), getattr(data, name).flip(1))
+    check_same(other.in_order(["first", "second"]), data)
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut", b"no archive"])
-def test_unreadable_npz(tmp_path, content):
-    path = tmp_path / "data.npz"
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"data\.npz: not a readable \.npz file"):
-        read_npz(path)
-    with pytest.raises(FileNotFoundError, match="no such file"):
-        read_npz(tmp_path / "none.npz")
+# --- Torch's own tools ------------------------------------------------------------------------------------------------
+
+STOCK = {
+    "loader": lambda data: data.loader(4),
+    "stock": lambda data: DataLoader(data, 4),
+    "workers": lambda data: DataLoader(data, 4, num_workers=1),
+    "workers of the loader": lambda data: data.loader(4, num_workers=1),
+    "batch_sampler": lambda data: data.loader(batch_sampler=BatchSampler(SequentialSampler(data), 4, False)),
+    "stock batch_sampler": lambda data: DataLoader(
+        data, batch_sampler=BatchSampler(SequentialSampler(data), 4, False)
+    ),
+    "subset": lambda data: DataLoader(Subset(data, range(20)), 4),
+    "of the loader's data": lambda data: DataLoader(data.loader(7).dataset.data, 4),
+    "its own collate": lambda data: DataLoader(data, 4, collate_fn=data.collate),
+    "a collate_fn": lambda data: data.loader(4, collate_fn=default_collate),
+}  # fmt: skip
 
 
-def test_splits_that_are_not_wanted_may_be_empty(tmp_path):
-    path = save(tmp_path / "data.npz", split=np.full(60, 2))
-    parts = read_npz(path, splits=["test"])
-    assert [len(data) for data in parts.values()] == [0, 0, 60]
-    assert parts["train"].summary().samples == 0
+@pytest.mark.parametrize("unknown", [None, UNKNOWN], ids=["known", "unknown"])
+@pytest.mark.parametrize("name", STOCK)
+def test_every_loader_gives_the_same_batches(name, unknown):
+    data = make(unknown=unknown, soft_labels=None if unknown is None else make().soft_labels)
+    batches = list(STOCK[name](data))
+    assert len(batches) == 5
+    for start, batch in zip(range(0, 20, 4), batches, strict=True):
+        assert isinstance(batch, MultimodalBatch)
+        same_batch(batch, data.batch(range(start, start + 4)))
 
 
-def test_npz_round_trip(tmp_path):
-    parts = {"train": make(20), "validation": make(5, 1), "test": make(6, 2)}
-    write_npz(parts, tmp_path / "data.npz")
-    again = read_npz(tmp_path / "data.npz")
-    for name, data in parts.items():
-        check_same(again[name], data)
+def same_batch(actual, expected):
+    for part, other in zip(actual, expected, strict=True):
+        if isinstance(other, dict):
+            assert list(part) == list(other)
+            assert all(torch.equal(part[name], other[name]) for name in other)
+        else:
+            assert part is other is None or torch.equal(part, other)
 
 
-def test_npz_wants_splits_that_fit(tmp_path):
-    for parts in ({}, {"dev": make()}):
-        with pytest.raises(ValueError, match="Expected `parts` to name splits"):
-            write_npz(parts, tmp_path / "data.npz")
-    other = make()
-    other.label_names = ["second", "first"]
-    with pytest.raises(ValueError, match="the same features and labels"):
-        write_npz({"train": make(), "test": other}, tmp_path / "data.npz")
+def test_parts_and_joins_keep_the_positions_of_their_data():
+    data = make()
+    first, second = random_split(data, [15, 5], torch.Generator().manual_seed(0))
+    for part in (first, second):
+        seen = torch.cat([batch.indices for batch in DataLoader(part, 4)])
+        assert seen.tolist() == list(part.indices)
+    joined = ConcatDataset([data, data.select([3, 4])])
+    seen = torch.cat([batch.indices for batch in DataLoader(joined, 8)])
+    assert seen.tolist() == [*range(20), 0, 1]
+    assert data.__getitems__([2, 5])[1].indices == 5
+    assert isinstance(data.__getitems__(torch.tensor([2, 5])), list)
 
 
-# --- A folder of memory-mapped arrays ---------------------------------------------------------------------------------
+def test_joined_data_of_other_lengths_are_padded_and_known_where_nothing_is_said():
+    long, short = make(3), make(3, unknown=UNKNOWN[:3])
+    short.features["a"], short.padding_mask["a"] = torch.ones(3, 2, 3), torch.zeros(3, 2).bool()
+    batch = next(iter(DataLoader(ConcatDataset([long, short]), 6)))
+    assert batch.features["a"].shape == (6, 5, 3)
+    assert torch.equal(batch.features["a"][3:, :2], torch.ones(3, 2, 3))
+    assert batch.padding_mask["a"][3:, 2:].all()
+    assert not batch.padding_mask["a"][3:, :2].any()
+    assert not batch.features["a"][3:, 2:].any()
+    assert torch.equal(batch.unknown, torch.cat([torch.zeros(3, 2).bool(), UNKNOWN[:3]]))
 
 
-def test_folder_round_trip_stays_on_disk(tmp_path):
-    parts = {
-        "test": make(4, ids=["a", "b", "c", "ü"], soft_labels=None),
-        "train": make(20, invalid_steps={"b": 3}),
-    }
-    write_folder(parts, tmp_path / "data")
-    again = read_folder(tmp_path / "data")
-    assert list(again) == ["train", "test"]
-    for name, data in parts.items():
-        check_same(again[name], data)
-        assert again[name].summary() == data.summary()
-    # the tensors are maps of the files: what is written into a file shows in a batch
-    file = np.lib.format.open_memmap(tmp_path / "data" / "train" / "features.a.npy", mode="r+")
-    file[2, 0] = 7.0
-    file.flush()
-    assert (again["train"][2].features["a"][0] == 7).all()
-    # but not the other way round
-    again["train"].features["a"][3, 0] = 8.0
-    assert not (read_folder(tmp_path / "data")["train"].features["a"][3, 0] == 8).any()
-    batch = next(iter(again["train"].loader(5, shuffle=True, num_workers=0)))
-    for row, index in enumerate(batch.indices):
-        assert torch.equal(batch.features["b"][row], parts["train"].features["b"][index])
+def test_what_cannot_be_one_batch_is_told():
+    data, other = make(2), make(2, soft_labels=None)
+    with pytest.raises(ValueError, match=r"`soft_labels` in all samples .* in 1 of 2"):
+        default_collate([data[0], other[0]])
+    other = make(2)
+    other.features["c"], other.padding_mask["c"] = torch.ones(2, 1, 5), torch.zeros(2, 1).bool()
+    with pytest.raises(ValueError, match=r"the same modalities, .*'c': 4.*'c': 5"):
+        default_collate([data[0], other[0]])
 
 
-def test_broken_folders(tmp_path):
-    folder = tmp_path / "data"
-    with pytest.raises(FileNotFoundError, match="no such folder"):
-        read_folder(folder)
-    folder.mkdir()
-    with pytest.raises(ValueError, match="holds no split"):
-        read_folder(folder)
-    write_folder({"train": make()}, folder)
-    with pytest.raises(ValueError, match="the folder is not empty"):
-        write_folder({"train": make()}, folder)
-    with pytest.raises(ValueError, match=r"`\.\./a` cannot be the name of a file"):
-        write_folder({"../a": make()}, tmp_path / "other")
-    train = folder / "train"
-    kept = (train / "features.b.npy").read_bytes()
-    for content, message in (
-        (kept[:50], r"features\.b\.npy: not a readable"),
-        (b"", r"features\.b\.npy: not a readable"),
-        (pickle.dumps([1]), r"features\.b\.npy: not a readable"),
-        (
-            (train / "features.a.npy").read_bytes(),
-            r"train: Expected `padding_mask\['b'\]` to have shape",
-        ),
-        (None, r"train: missing `features\.b\.npy`"),
-    ):
-        (train / "features.b.npy").unlink(missing_ok=True)
-        if content is not None:
-            (train / "features.b.npy").write_bytes(content)
-        with pytest.raises(ValueError, match=message):
-            read_folder(folder)
-    (train / "features.b.npy").write_bytes(kept)
-    (train / "labels.npy").unlink()
-    with pytest.raises(ValueError, match=r"missing `labels\.npy`"):
-        read_folder(folder)
+class Augmented(MultimodalDataset):
+    """Doubles the first modality."""
+
+    def __getitem__(self, index):
+        sample = super().__getitem__(index)
+        return sample._replace(features=sample.features | {"a": 2 * sample.features["a"]})
+
+
+class AugmentedInPlace(MultimodalDataset):
+    """The same for several samples at once."""
+
+    def __getitems__(self, indices):
+        samples = super().__getitems__(indices)
+        for sample in samples:
+            sample.features["a"] *= 2
+        return samples
+
+
+@pytest.mark.parametrize("kind", [Augmented, AugmentedInPlace])
+@pytest.mark.parametrize("name", [name for name in STOCK if "data" not in name])
+def test_no_way_around_an_augmentation(kind, name):
+    plain = make()
+    data = kind(plain.features, plain.padding_mask, plain.labels, plain.label_names)
+    for each in (data, data.select(range(20)), data.only(["a", "b", "c"])):
+        assert type(each) is kind
+        seen = torch.cat([batch.features["a"] for batch in STOCK[name](each)])
+        assert torch.equal(seen, 2 * plain.features["a"])
+    assert torch.equal(data.batch([1, 2]).features["a"], 2 * plain.features["a"][1:3])
+    assert torch.equal(plain.features["a"], make().features["a"])
+
+
+def test_samples_of_another_form_are_left_to_torch():
+    class Pairs(MultimodalDataset):
+        def __getitem__(self, index):
+            sample = super().__getitem__(index)
+            return sample.features["c"], {"label": sample.labels}
+
+    plain = make()
+    data = Pairs(plain.features, plain.padding_mask, plain.labels, plain.label_names)
+    features, rest = next(iter(data.loader(4)))
+    assert features.shape == (4, 1, 4)
+    assert torch.equal(rest["label"], plain.labels[:4])
+
+
+def test_loader_knows_the_data():
+    data = make(ids=list(map(str, range(20))))
+    loader = data.loader(6)
+    assert loader.dataset.label_names == data.label_names
+    assert loader.dataset.ids is data.ids
+    assert len(loader.dataset) == 20
+    assert (len(loader), loader.batch_size) == (4, 6)
+    same_batch(next(iter(pickle.loads(pickle.dumps(loader)))), data.batch(range(6)))
+    same_batch(next(iter(data.loader(None))), data[0])
+
+
+def test_batch_moves_as_a_whole():
+    for unknown in (None, UNKNOWN):
+        batch = make(unknown=unknown, soft_labels=None).batch([0, 1])
+        same_batch(batch.to("cpu"), batch)
+        moved = batch.to("meta", non_blocking=True)
+        assert isinstance(moved, MultimodalBatch)
+        tensors = [
+            *moved.features.values(),
+            *moved.padding_mask.values(),
+            moved.labels,
+            moved.indices,
+        ]
+        assert all(x.is_meta for x in tensors)
+        assert moved.soft_labels is None
+        assert moved.unknown is None if unknown is None else moved.unknown.is_meta
+        assert batch.labels.device.type == "cpu"
+
+
+@pytest.fixture
+def _meta_by_default():
+    torch.set_default_device("meta")
+    yield
+    torch.set_default_device(None)
+
+
+def test_default_device_does_not_matter(request):
+    data = make(unknown=UNKNOWN, ids=list(map(str, range(20))))
+    expected = data.batch([3, 1]), data.select([3, 1]), data.statistics(), str(data.summary())
+    request.getfixturevalue("_meta_by_default")
+    same_batch(data.batch([3, 1]), expected[0])
+    same_batch(default_collate([data[3], data[1]]), expected[0])
+    check_same(data.select([3, 1]), expected[1])
+    for name, each in data.statistics().items():
+        assert torch.equal(each.mean, expected[2][name].mean)
+    assert str(data.summary()) == expected[3]
+    assert data.only(["a"]).in_order(["second", "first"]).labels.device.type == "cpu"
+    MultimodalDataset(
+        data.features, data.padding_mask, data.labels, data.label_names, groups=range(20)
+    )
+
+
+def test_values_are_looked_at_as_asked():
+    wrong = torch.full((20, 2), 0.7)
+    with pytest.raises(ValueError, match="only 0 and 1"):
+        make(labels=wrong)
+    unchecked = make(labels=wrong, validate_args=False)
+    assert unchecked.summary().label_counts == {"first": 20, "second": 20}
+    plain = make(3, soft_labels=None)
+    MultimodalDataset(
+        {name: x.to("meta") for name, x in plain.features.items()},
+        {name: x.to("meta") for name, x in plain.padding_mask.items()},
+        plain.labels.to("meta"),
+        plain.label_names,
+    )
+
+
+# --- Statistics -------------------------------------------------------------------------------------------------------
+
+
+def test_statistics_are_those_of_the_valid_finite_steps():
+    data = make(50)
+    data.features["a"][3, 0, 1] = torch.inf
+    data.features["a"][data.padding_mask["a"]] = torch.nan
+    for name, got in data.statistics().items():
+        assert isinstance(got, FeatureStatistics)
+        x = data.features[name][~data.padding_mask[name]].double()
+        x = x[x.isfinite().all(1)]
+        assert got.count == len(x)
+        assert got.mean.dtype == got.std.dtype == torch.float32
+        close(got.mean, x.mean(0))
+        close(got.std, x.std(0, correction=0))
+
+
+def test_statistics_in_pieces(monkeypatch):
+    data = make(50)
+    data.features["a"] += 1e4  # a sum of squares in float32 would have no digit left
+    whole = data.statistics()
+    monkeypatch.setattr("uncertainty_mm.data.dataset._CHUNK", 31)
+    for name, each in data.statistics().items():
+        torch.testing.assert_close(each.mean, whole[name].mean, rtol=1e-7, atol=0)
+        torch.testing.assert_close(each.std, whole[name].std, rtol=1e-6, atol=0)
+        assert each.count == whole[name].count
+
+
+def test_statistics_of_nothing_and_of_what_never_changes():
+    data = make().only(["a"])
+    data.features["a"][..., 1] = 5.0
+    assert data.statistics()["b"].count == 0
+    assert data.statistics()["b"].mean.tolist() == [0, 0]
+    assert data.statistics()["b"].std.tolist() == [1, 1]
+    assert data.statistics()["a"].std[1] == 0
+    assert data.statistics(min_std=1e-3)["a"].std[1] == torch.tensor(1e-3)
+    assert data.select([]).statistics()["a"].count == 0

@@ -13,7 +13,10 @@ from ranks import (
     average_gradient,
     contrast,
     contrast_compiled,
+    contrast_in_group,
+    contrast_within_ddp,
     evaluate,
+    gathered_scores,
     gathered_supcon,
     left_alone,
     rank_errors,
@@ -217,6 +220,58 @@ def test_gathered_ordinality_is_that_of_the_joined_batch(ranks, mode, division):
     for value, grad in ranks.run(rank_errors, *arguments):
         close(value, loss.detach())
         close(grad, weight.grad)
+
+
+@pytest.mark.parametrize("ranks", [3], indirect=True, scope="module")
+@pytest.mark.parametrize("members", [[0, 2], [2], [1, 2]])
+def test_gathered_loss_of_a_group_equals_that_of_one_process(ranks, members):
+    batches = [random_batch() for _ in range(2)]
+    settings = {"queue_size": 100, "gather": True, "reduction": "sum"}
+    shares = list(pairwise([0, 3, BATCH] if len(members) == 2 else [0, BATCH]))
+    answers = ranks.run(contrast_in_group, members, shares, batches, settings)
+    assert [answer is None for answer in answers] == [r not in members for r in range(3)]
+    expected, state = joined(batches, {"queue_size": 100, "reduction": "sum"})
+    answers = [answer for answer in answers if answer is not None]
+    for step, (loss, *grads) in enumerate(expected):
+        losses, *parts = zip(*(steps[step] for steps, _ in answers), strict=True)
+        close(losses[0], loss)
+        for part, grad in zip(parts, grads, strict=True):
+            close(torch.cat(part) / len(members), grad)
+    for _, other in answers:
+        assert all(torch.equal(other[name], x) for name, x in state.items() if "rows" not in name)
+        close(other["queue.rows"], state["queue.rows"])
+
+
+def test_queue_without_gather_is_left_alone_by_ddp(ranks):
+    batches = [random_batch() for _ in range(3)]
+    answers = ranks.run(contrast_within_ddp, divide(ranks, "even"), batches, {"queue_size": 100})
+    per_rank = BATCH // ranks.world_size
+    for (start, end), (state, before) in zip(divide(ranks, "even"), answers, strict=True):
+        fresh = DistributionSupConLoss(MODALITIES, LABELS, LATENT, queue_size=100).double()
+        for mean, std, labels, missing in batches:
+            own = (x[start:end] for x in (mean, std))
+            fresh(DiagonalGaussian(*own), labels[start:end], missing[start:end])
+        assert end - start == per_rank
+        assert torch.equal(state["queue.classes"], fresh.queue.classes)
+        assert not torch.equal(state["queue.classes"], before[1])
+    assert not torch.equal(answers[0][0]["queue.rows"], answers[1][0]["queue.rows"])
+
+
+@pytest.mark.parametrize("max_rows", [None, BATCH + 1])
+@pytest.mark.parametrize("division", ["ragged", "one empty"])
+@pytest.mark.parametrize("shape", [(), (2, 3)])
+def test_gathered_rows_of_any_shape_have_the_gradients_of_all_ranks(
+    ranks, division, max_rows, shape
+):
+    scores = torch.randn(BATCH, *shape, dtype=torch.float64)
+    shares = divide(ranks, division)
+    answers = ranks.run(gathered_scores, shares, scores, max_rows)
+    factor = sum(range(1, ranks.world_size + 1))
+    for (start, end), (gathered, kept, grad) in zip(shares, answers, strict=True):
+        assert len(gathered) == ranks.world_size * (max_rows or max(e - s for s, e in shares))
+        close(gathered[kept == 0], scores)
+        assert (gathered[kept != 0] == 0).all()
+        close(grad, 2 * factor * scores[start:end])
 
 
 # ----------------------------------------------------------------------------------- synchronize

@@ -790,27 +790,6 @@ def test_disturbed_training_samples(example):
     torch.testing.assert_close(spread, torch.full((3,), (25 / 3) ** 0.5), rtol=0.1, atol=0)
 
 
-def test_size_of_a_sequence_is_taken_apart(example):
-    """Root mean square of the valid standardised features, sequence by sequence."""
-    encoder = example.SequenceEncoder(3, 9, 16, layers=0, heads=2, dropout=0.0, size="apart")
-    encoder.mean.copy_(torch.randn(3))
-    encoder.std.copy_(torch.rand(3) + 0.5)
-    x, padding = (
-        torch.randn(6, 7, 3) * torch.logspace(-2, 2, 6)[:, None, None],
-        torch.rand(6, 7) < 0.4,
-    )
-    padding[0] = True
-    encoded = encoder(x, padding)
-    assert torch.equal(encoded[padding], torch.zeros_like(encoded[padding]))
-    for sample in range(1, 6):
-        valid = ~padding[sample]
-        features = (x[sample, valid] - encoder.mean) / encoder.std
-        size = features.square().mean().sqrt()
-        embedded = encoder.project(features / size) + encoder.positions[:7][valid]
-        expected = encoder.norm(embedded + encoder.size(size.log().view(1)))
-        torch.testing.assert_close(encoded[sample, valid], expected)
-
-
 def test_accuracy_is_the_mean_jaccard_index(example):
     from sklearn.metrics import jaccard_score, precision_recall_fscore_support
 
@@ -826,47 +805,3 @@ def test_accuracy_is_the_mean_jaccard_index(example):
     assert (result["P"], result["R"], result["miF1"]) == pytest.approx(
         (precision, recall, f1), abs=1e-4
     )
-
-
-@pytest.mark.parametrize("size", ["apart", "within"])
-@pytest.mark.parametrize("lacking", [0, 1, 6])
-def test_encoder_leaves_padding_out(example, monkeypatch, lacking, size):
-    """Values and gradients are those of the padded computation, whoever lacks the modality."""
-    encoder = example.SequenceEncoder(3, 9, 16, layers=2, heads=2, dropout=0.0, size=size).double()
-    x = torch.randn(6, 7, 3, dtype=torch.double)
-    padding = torch.rand(6, 7) < 0.4  # also between steps that are there
-    padding[:lacking] = True
-
-    class Padded(example.Steps):  # as on an accelerator
-        def __init__(self, padding):
-            super().__init__(torch.zeros_like(padding))
-
-    results = []
-    for steps in (example.Steps, Padded):
-        monkeypatch.setattr(example, "Steps", steps)
-        encoder.zero_grad()
-        encoded = encoder(x, padding)
-        assert encoded.isfinite().all()
-        encoded[~padding].square().sum().backward()
-        results.append([encoded[~padding], *(p.grad for p in encoder.parameters())])
-    for packed, padded in zip(*results, strict=True):
-        torch.testing.assert_close(packed, padded)
-
-
-def test_attention_under_autocast_is_in_float32_on_a_cpu(example, monkeypatch):
-    """In bfloat16 its backward pass takes five times as long there."""
-    encoder = example.SequenceEncoder(3, 9, 16, layers=2, heads=2, dropout=0.0, size="apart")
-    x, padding = torch.randn(6, 7, 3), torch.rand(6, 7) < 0.4
-    expected = encoder(x, padding)
-    seen, attention = [], example.F.scaled_dot_product_attention
-
-    def spy(*tensors, **options):
-        result = attention(*tensors, **options)
-        seen.extend(tensor.dtype for tensor in (*tensors, result))
-        return result
-
-    monkeypatch.setattr(example.F, "scaled_dot_product_attention", spy)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        encoded = encoder(x, padding)
-    assert seen == [torch.float32] * 8
-    torch.testing.assert_close(encoded, expected, rtol=0.05, atol=0.05)

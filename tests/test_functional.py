@@ -16,11 +16,13 @@ from torch.profiler import ProfilerActivity, profile
 from support import (
     HALF,
     TOLERANCE,
+    Bad,
     close,
     gradient,
     poisoned,
     random_latent,
     record_validate_args,
+    refused,
 )
 from uncertainty_mm import functional
 from uncertainty_mm._supcon import supcon
@@ -366,6 +368,81 @@ def test_supcon_mean_is_over_anchors_with_a_positive():
     rows = naive_supcon_rows(embeddings, classes)
     assert len(rows) == 4
     close(functional.supcon_loss(embeddings, classes), sum(rows.values()) / 4)
+
+
+def tight_pairs(spread):
+    """16 pairs of unit rows, each far nearer to each other than to the rest."""
+    rows = torch.randn(16, 64).repeat_interleave(2, 0) + spread * torch.randn(32, 64)
+    return F.normalize(rows, dim=1), torch.arange(32) // 2
+
+
+@pytest.mark.parametrize("spread", [0.1, 0.001])
+@pytest.mark.parametrize("in_bank", [False, True])
+def test_supcon_keeps_its_digits_where_it_is_next_to_nothing(spread, in_bank):
+    rows, classes = tight_pairs(spread)
+    bank = {}
+    if in_bank:
+        bank = {"bank": rows[1::2], "bank_classes": classes[1::2]}
+        rows, classes = rows[::2], classes[::2]
+    rows.requires_grad_()
+    exact = rows.detach().double().requires_grad_()
+    loss = functional.supcon_loss(rows, classes, **bank)
+    keys = (bank["bank"].double(), bank["bank_classes"]) if in_bank else ((), ())
+    expected = naive_supcon(exact, classes, None, *keys)
+    assert expected < 1e-3
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+    (actual,), (wanted,) = gradient(loss, rows), gradient(expected, exact)
+    assert (actual - wanted).norm() < 1e-5 * wanted.norm()
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_supcon_of_one_row_far_longer_than_its_class(count):
+    rows, classes = torch.randn(4 * count, 16), torch.arange(4 * count) % 4
+    rows[0] *= 1e5
+    rows.requires_grad_()
+    exact = rows.detach().double().requires_grad_()
+    losses = functional.supcon_loss(rows, classes, temperature=1e7, reduction="none")
+    expected = functional.supcon_loss(exact, classes, temperature=1e7, reduction="none")
+    torch.testing.assert_close(losses.double(), expected, rtol=1e-6, atol=0)
+    for actual, wanted in zip(*gradient(losses, rows), *gradient(expected, exact), strict=True):
+        assert (actual - wanted).norm() < 2e-6 * wanted.norm()
+
+
+@pytest.mark.parametrize("bf16_products", [False, True])
+@pytest.mark.parametrize("count", [2, 3])
+def test_supcon_is_at_least_the_logarithm_of_the_number_of_positives(bf16_products, count):
+    rows = torch.randn(20, 48).repeat_interleave(count, 0) + 0.01 * torch.randn(20 * count, 48)
+    rows = F.normalize(rows, dim=1).requires_grad_()
+    options = {"reduction": "none", "bf16_products": bf16_products}
+    losses = functional.supcon_loss(rows, torch.arange(20).repeat_interleave(count), **options)
+    assert (losses >= torch.tensor(count - 1.0).log()).all()
+    assert (gradient(losses, rows)[0].norm(dim=1) > 0).all()  # also where the value is at its bound
+
+
+OPERATORS = {
+    "forward": lambda x, c, a, b, bc: torch.library.opcheck(
+        torch.ops.uncertainty_mm.supcon.default, (x, c, a, b, bc, 0.07, "mean", False, True)
+    ),
+    "forward none": lambda x, c, a, b, bc: torch.library.opcheck(
+        torch.ops.uncertainty_mm.supcon.default, (x, c, a, b, bc, 0.07, "none", True, True)
+    ),
+    "backward": lambda x, c, a, b, bc: torch.library.opcheck(
+        torch.ops.uncertainty_mm.supcon_backward.default,
+        (x.detach(), c, a, b, bc, 0.07, False, torch.rand(len(c))),
+    ),
+    "scale": lambda x, *_: torch.library.opcheck(
+        torch.ops.uncertainty_mm.supcon_scale.default,
+        (x.detach(), torch.tensor(2.0), torch.float32),
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", [torch.Tensor.contiguous, lambda x: x.t().contiguous().t()])
+@pytest.mark.parametrize("name", OPERATORS)
+def test_supcon_operators_pass_the_checks_of_torch(name, layout):
+    rows = layout(torch.randn(6, 4)).requires_grad_()
+    bank, anchors = torch.randn(3, 4), torch.ones(6, dtype=torch.bool)
+    OPERATORS[name](rows, torch.arange(6) % 2, anchors, bank, torch.tensor([0, 1, -1]))
 
 
 def test_supcon_reads_classes_as_names_only():
@@ -1088,3 +1165,149 @@ def test_rejects_a_tensor_on_another_device_than_the_first(function, name):
     arguments = ARGUMENTS[function] | {name: ARGUMENTS[function][name].to("meta")}
     with pytest.raises(ValueError, match=f"`{name}` to be on cpu, but got meta"):
         getattr(functional, function)(**arguments)
+
+
+# --------------------------------------------------------------------------------------- bad input
+
+
+def rejects(name, call, message, error=ValueError):
+    return Bad(name, call, error, f"^Expected {message}$")
+
+
+def rejects_type(name, call, message):
+    return rejects(name, call, message, TypeError)
+
+
+def ints(*values):
+    return torch.tensor(values)
+
+
+def filled(shape, value, place, wrong):
+    x = torch.full(shape, value)
+    x[place] = wrong
+    return x
+
+
+def meta(*shape, dtype=torch.float32):
+    return torch.zeros(*shape, dtype=dtype, device="meta")
+
+
+NAN, INF = math.nan, math.inf
+SHAPE = r"to have shape \({}\), but got \({}\)"
+ROWS, CLASSES = torch.eye(4), ints(0, 0, 1, 1)
+
+
+def supcon_call(embeddings=ROWS, classes=CLASSES, **options):
+    return lambda _: functional.supcon_loss(embeddings, classes, **options)
+
+
+FUNCTIONAL = [
+    rejects(
+        "supcon: vector", supcon_call(torch.ones(4)), "`embeddings` " + SHAPE.format("N, E", "4,")
+    ),
+    rejects(
+        "supcon: without features",
+        supcon_call(torch.ones(4, 0)),
+        r"`embeddings` to have at least one feature, but got shape \(4, 0\)",
+    ),
+    rejects(
+        "supcon: nan",
+        supcon_call(filled((4, 4), 1.0, (0, 0), NAN)),
+        "`embeddings` to be finite, but got 1 NaN .*",
+    ),
+    rejects_type(
+        "supcon: bool classes",
+        supcon_call(classes=CLASSES.bool()),
+        r"`classes` to have an integer dtype \(.*\), but got torch.bool",
+    ),
+    rejects_type(
+        "supcon: classes without sign",
+        supcon_call(classes=CLASSES.to(torch.uint32)),
+        r"`classes` to have an integer dtype \(.*\), but got torch.uint32",
+    ),
+    rejects(
+        "supcon: too few classes",
+        supcon_call(classes=CLASSES[:3]),
+        "`classes` " + SHAPE.format("N=4", "3,"),
+    ),
+    rejects(
+        "supcon: classes elsewhere",
+        supcon_call(classes=meta(4, dtype=torch.int64)),
+        "`classes` to be on cpu, but got meta",
+    ),
+    rejects_type(
+        "supcon: anchors by number",
+        supcon_call(anchor_mask=ints(0, 1, 1, 1)),
+        "`anchor_mask` to have a bool dtype, but got torch.int64",
+    ),
+    rejects(
+        "supcon: bank without classes",
+        supcon_call(bank=ROWS),
+        "`bank` and `bank_classes` together, but got `bank` without `bank_classes`",
+    ),
+    rejects(
+        "supcon: bank of another width",
+        supcon_call(bank=torch.ones(2, 3), bank_classes=ints(0, 1)),
+        "`bank` " + SHAPE.format("Q, E=4", "2, 3"),
+    ),
+    rejects(
+        "supcon: infinite bank",
+        supcon_call(bank=torch.full((1, 4), INF), bank_classes=ints(0)),
+        "`bank` to be finite, but got 4 NaN .*",
+    ),
+    rejects(
+        "supcon: temperature infinite",
+        supcon_call(temperature=INF),
+        "`temperature` to be a number above 0, but got inf",
+    ),
+    rejects(
+        "supcon: reduction unknown",
+        supcon_call(reduction="avg"),
+        r"`reduction` to be one of \['mean', 'none', 'sum'\], but got 'avg'",
+    ),
+    rejects(
+        "embedding: number",
+        lambda _: functional.distribution_embedding(torch.tensor(1.0), torch.tensor(1.0)),
+        r"`mean` to have shape \(\.\.\., K\), but got \(\)",
+    ),
+    rejects(
+        "embedding: negative std",
+        lambda _: functional.distribution_embedding(torch.ones(2), -torch.ones(2)),
+        r"`std` to be in \[0, inf\], but got -1.0",
+    ),
+    rejects(
+        "soft rank: matrix",
+        lambda _: functional.soft_rank(torch.ones(2, 2)),
+        "`scores` " + SHAPE.format("B", "2, 2"),
+    ),
+    rejects(
+        "soft rank: infinite",
+        lambda _: functional.soft_rank(torch.tensor([INF, 0.0])),
+        "`scores` to be finite, but got 1 NaN .*",
+    ),
+    rejects(
+        "soft rank: temperature 0",
+        lambda _: functional.soft_rank(torch.ones(2), 0.0),
+        "`temperature` to be a number above 0, but got 0.0",
+    ),
+    rejects(
+        "soft rank: mask of another batch",
+        lambda _: functional.soft_rank(torch.ones(2), mask=torch.zeros(3).bool()),
+        "`mask` " + SHAPE.format("B=2", "3,"),
+    ),
+    rejects(
+        "divergence: lengths differ",
+        lambda _: functional.ordinality_divergence(torch.ones(2), torch.ones(3)),
+        "`b` " + SHAPE.format("B=2", "3,"),
+    ),
+    rejects(
+        "divergence: devices",
+        lambda _: functional.ordinality_divergence(torch.ones(2), meta(2)),
+        "`b` to be on cpu, but got meta",
+    ),
+]
+
+
+@pytest.mark.parametrize("case", FUNCTIONAL, ids=lambda case: case.name)
+def test_bad_input_is_refused(case):
+    refused(case, None)

@@ -361,56 +361,70 @@ def test_float64_stays_float64():
 
 # --------------------------------------------------------------------------------------- bad inputs
 
+FLOATING = r"a floating dtype \(float16 to float64\)"
+META = {"device": "meta"}
+
 
 @pytest.mark.parametrize(
-    ("change", "error", "name"),
+    ("change", "error", "message"),
     [
-        ({"mode": "ranks"}, ValueError, "mode"),
-        ({"pairs": ("SX",)}, ValueError, "pairs"),
-        ({"pairs": ()}, ValueError, "pairs"),
-        ({"pairs": "SR"}, TypeError, "pairs"),
-        ({"pairs": {"SR"}}, TypeError, "pairs"),
-        ({"pairs": ("SR", "DR", "SR")}, ValueError, "pairs"),
-        ({"gather": 1}, TypeError, "gather"),
-        ({"validate_args": 1}, TypeError, "validate_args"),
-        ({"temperature": 0.0}, ValueError, "temperature"),
-        ({"temperature": math.inf}, ValueError, "temperature"),
+        ({"mode": "ranks"}, ValueError, r"`mode` to be one of \['pearson', .*\], but got 'ranks'"),
+        ({"pairs": ("RS",)}, ValueError, r"`pairs` to be one of \['DR', 'DS', 'SR'\], .* 'RS'"),
+        ({"pairs": ()}, ValueError, "`pairs` to name at least one pair, but got none"),
+        ({"pairs": "SR"}, TypeError, "`pairs` to be a sequence such as .*, but got 'SR'"),
+        ({"pairs": {"SR"}}, TypeError, "`pairs` to be a sequence such as .*, but got {'SR'}"),
+        ({"pairs": ("SR", "SR")}, ValueError, r"`pairs` to name each pair once, but .* 'SR'\)"),
+        ({"gather": 1}, TypeError, "`gather` to be True or False, but got 1"),
+        ({"validate_args": 1}, TypeError, "`validate_args` to be True, False or None, but got 1"),
+        ({"temperature": 0.0}, ValueError, "`temperature` to be a number above 0, but got 0.0"),
+        ({"temperature": math.inf}, ValueError, "`temperature` to be a number .*, but got inf"),
+        ({"temperature": torch.ones(())}, TypeError, r"`temperature` .*, but got tensor\(1\.\)"),
     ],
 )
-def test_constructor_rejects(change, error, name):
-    with pytest.raises(error, match=f"`{name}`"):
+def test_constructor_refuses(change, error, message):
+    with pytest.raises(error, match=f"^Expected {message}$"):
         SoftRankOrdinalityLoss(**change)
 
 
 @pytest.mark.parametrize(
-    ("change", "error", "name"),
+    ("name", "value", "error", "message"),
     [
-        ({"std_norm": torch.rand(BATCH, 2)}, ValueError, "std_norm"),
-        ({"std_norm": torch.ones(BATCH, dtype=torch.long)}, TypeError, "std_norm"),
-        ({"std_norm": torch.full((BATCH,), math.nan)}, ValueError, "std_norm"),
-        ({"std_norm": torch.full((BATCH,), -1.0)}, ValueError, "std_norm"),
-        ({"std_norm": torch.zeros(BATCH)}, ValueError, "std_norm"),
-        ({"distance": torch.rand(BATCH + 1)}, ValueError, "distance"),
-        ({"distance": torch.ones(BATCH, dtype=torch.long)}, TypeError, "distance"),
-        ({"distance": torch.full((BATCH,), 1.5)}, ValueError, "distance"),
-        ({"distance": torch.full((BATCH,), -0.5)}, ValueError, "distance"),
-        ({"distance": torch.full((BATCH,), math.nan)}, ValueError, "distance"),
-        ({"correctness": torch.rand(BATCH + 1)}, ValueError, "correctness"),
-        ({"correctness": torch.ones(BATCH, dtype=torch.long)}, TypeError, "correctness"),
-        ({"correctness": torch.full((BATCH,), -0.5)}, ValueError, "correctness"),
-        ({"correctness": torch.full((BATCH,), 1.5)}, ValueError, "correctness"),
-        ({"correctness": torch.full((BATCH,), math.nan)}, ValueError, "correctness"),
-        ({"mask": torch.zeros(BATCH)}, TypeError, "mask"),
-        ({"mask": torch.zeros(BATCH + 1, dtype=torch.bool)}, ValueError, "mask"),
-        ({"distance": torch.rand(BATCH, device="meta")}, ValueError, "distance"),
-        ({"correctness": torch.rand(BATCH, device="meta")}, ValueError, "correctness"),
-        ({"mask": torch.zeros(BATCH, dtype=torch.bool, device="meta")}, ValueError, "mask"),
+        ("std_norm", torch.ones(BATCH, 1), ValueError, r"to have shape \(B\), but got \(7, 1\)"),
+        (
+            "std_norm",
+            torch.ones(BATCH).long(),
+            TypeError,
+            f"to have {FLOATING}, but .* torch.int64",
+        ),
+        ("std_norm", torch.full((BATCH,), math.nan), ValueError, "to be finite, but got 7 NaN .*"),
+        ("std_norm", torch.full((BATCH,), -1.0), ValueError, "to be above 0, but got -1.0"),
+        ("std_norm", torch.zeros(BATCH), ValueError, "to be above 0, but got 0.0"),
+        ("distance", torch.ones(2), ValueError, r"to have shape \(B=7\), but got \(2,\)"),
+        (
+            "distance",
+            torch.ones(BATCH).long(),
+            TypeError,
+            f"to have {FLOATING}, but .* torch.int64",
+        ),
+        ("distance", torch.full((BATCH,), 1.5), ValueError, r"to be in \[0, 1\], but got 1.5"),
+        ("distance", torch.full((BATCH,), -0.5), ValueError, r"to be in \[0, 1\], but got -0.5"),
+        ("distance", torch.full((BATCH,), math.nan), ValueError, r"to be in \[0, 1\], but got nan"),
+        ("distance", torch.ones(BATCH, **META), ValueError, "to be on cpu, but got meta"),
+        ("correctness", torch.ones(2), ValueError, r"to have shape \(B=7\), but got \(2,\)"),
+        ("correctness", torch.ones(BATCH).bool(), TypeError, f"to have {FLOATING}, .* torch.bool"),
+        ("correctness", torch.full((BATCH,), -0.5), ValueError, r"to be in \[0, 1\], but got -0.5"),
+        ("correctness", torch.full((BATCH,), 1.5), ValueError, r"to be in \[0, 1\], but got 1.5"),
+        ("correctness", torch.full((BATCH,), math.nan), ValueError, r"to be in .*, but got nan"),
+        ("correctness", torch.ones(BATCH, **META), ValueError, "to be on cpu, but got meta"),
+        ("mask", torch.zeros(BATCH), TypeError, "to have a bool dtype, but got torch.float32"),
+        ("mask", torch.zeros(2).bool(), ValueError, r"to have shape \(B=7\), but got \(2,\)"),
+        ("mask", torch.zeros(BATCH, **META).bool(), ValueError, "to be on cpu, but got meta"),
     ],
 )
-def test_rejects(change, error, name):
-    batch = dict(zip(("std_norm", "distance", "correctness"), random_batch(), strict=True))
-    with pytest.raises(error, match=f"`{name}`"):
-        SoftRankOrdinalityLoss()(**(batch | change))
+def test_refuses(name, value, error, message):
+    views = dict(zip(("std_norm", "distance", "correctness"), random_batch(), strict=True))
+    with pytest.raises(error, match=f"^Expected `{name}` {message}$"):
+        SoftRankOrdinalityLoss()(**(views | {name: value}))
 
 
 @pytest.mark.parametrize("settings", [{}, {"validate_args": False}, {"validate_args": True}])

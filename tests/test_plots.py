@@ -46,6 +46,10 @@ CALLS = {
     "latent_tsne": (lambda ax: plots.latent_tsne(torch.randn(5, M, Q, 3), ax=ax), 1),
     "attention_map": (lambda ax: plots.attention_map(torch.rand(Q, 9), ax=ax), 1),
     "label_correlation": (lambda ax: plots.label_correlation(*predictions()[::-1], ax=ax), 2),
+    "training_curves": (
+        lambda ax: plots.training_curves([{"epoch": 0, "loss/cls": 0.5, "val/miF1": 0.4}], ax=ax),
+        2,
+    ),
 }
 
 
@@ -274,7 +278,7 @@ DRAWN = {
 
 @pytest.mark.parametrize("name", DRAWN)
 def test_tensors_of_a_training_step_are_drawn(name):
-    assert {*plots.__all__, "of rows"} == set(DRAWN)
+    assert {*plots.__all__, "of rows"} == {*DRAWN, "training_curves"}
 
     def tensors(*shape):
         return torch.rand(shape, dtype=torch.bfloat16, requires_grad=True)
@@ -286,6 +290,7 @@ def test_tensors_of_a_training_step_are_drawn(name):
 def test_what_is_unknown_is_not_drawn(value):
     probs, labels = predictions()
     unknown = torch.rand(N, Q) < 0.3
+    plots.reliability_diagram(probs, labels, unknown=unknown | (torch.arange(Q) == 1))  # none known
     given = [x.double().masked_fill(unknown, value) for x in (probs, labels)]
     axes = plots.reliability_diagram(*given, NAMES, unknown=unknown)
     for q, ax in enumerate(axes):

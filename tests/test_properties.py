@@ -42,14 +42,11 @@ from uncertainty_mm import (
 from uncertainty_mm.data import (
     MultimodalDataset,
     read_folder,
-    read_label_csv,
-    read_m3ed,
-    read_mmsa,
     read_npz,
-    read_tailor,
     write_folder,
     write_npz,
 )
+from uncertainty_mm.data.convert import read_label_csv, read_m3ed, read_mmsa, read_tailor
 from uncertainty_mm.metrics import functional as measures
 
 MODALITIES, LABELS, LATENT = 3, 2, 4
@@ -397,6 +394,21 @@ def test_product_is_equivariant_and_blind_to_the_order_of_modalities(seed, batch
     after = moved.product(missing[samples][:, names])
     for x, y in zip(after, latent.product(missing), strict=True):
         close(x, y[samples][:, labels])
+
+
+@given(seed=seeds, batch=batches, factor=positive)
+def test_chi2_is_equivariant_and_blind_to_the_order_of_modalities_and_to_the_unit(
+    seed, batch, factor
+):
+    seeded(seed)
+    (mean, std), missing = random_latent(batch, MODALITIES, LABELS, LATENT), some(batch, MODALITIES)
+    before = functional.reduced_chi2(mean, std, missing)
+    samples, labels, names = order_of(batch), order_of(LABELS), order_of(MODALITIES)
+    moved = [x[samples][:, names][:, :, labels] for x in (factor * mean - 7, factor * std)]
+    close(functional.reduced_chi2(*moved, missing[samples][:, names]), before[samples][:, labels])
+    factors = torch.full((batch, MODALITIES), factor, dtype=torch.float64)
+    wider = DiagonalGaussian(mean, std).inflated(factors)
+    close(functional.reduced_chi2(*wider, missing), before / factor)
 
 
 @given(seed=seeds, count=counts, mode=st.sampled_from(["rank", "standardized", "raw", "pearson"]))

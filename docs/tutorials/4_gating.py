@@ -102,14 +102,19 @@ print("distance if absent ", prediction_distance(first, torch.zeros(1, 3)))
 # A model can learn to read that. To see it, here is a task on which nothing can be learned: labels drawn by coin,
 # features that have nothing to do with them. The loss of a coin is ln 2 = 0.693. Both models are trained the same
 # way, one with the true distance and one with the expected distance, on new samples at each step; then both are
-# evaluated with the gate they were trained with, and with the one that needs no labels.
+# evaluated with the gate they were trained with, and with the one that needs no labels. Gaussians and fusion are those
+# of the paper here.
 
 
 class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.decoupler = GaussianDecoupler(2, in_dim=8, latent_dim=8, dropout=0.0)
-        self.fusion = UncertaintyGatedFusion(2, 3, 8, dropout=0.0)
+        self.decoupler = GaussianDecoupler(
+            2, in_dim=8, latent_dim=8, dropout=0.0, normalize_mean=False
+        )
+        self.fusion = UncertaintyGatedFusion(
+            2, 3, 8, dropout=0.0, combine="concat", detach_std=False
+        )
 
     def forward(self, z, gate):
         return self.fusion(self.decoupler(z), gate).logits

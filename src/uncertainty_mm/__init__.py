@@ -15,6 +15,7 @@ from uncertainty_mm.queue import EmbeddingQueue
 
 if TYPE_CHECKING:
     from uncertainty_mm import data as data
+    from uncertainty_mm import encoder as encoder
     from uncertainty_mm import metrics as metrics
     from uncertainty_mm import plots as plots
 
@@ -35,7 +36,7 @@ __all__ = [
 ]
 
 # Imported when asked for, because they take time or need an extra.
-_ROOMS = ("data", "metrics", "plots")
+_ROOMS = ("data", "encoder", "metrics", "plots")
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Files: written in one step (:func:`replacing`), told apart (:func:`kind_of`), found damaged (:func:`check_sums`)."""
+"""Files that are whole: written in one step (:func:`replacing`), checked for damage (:func:`check_sums`)."""
 
 from __future__ import annotations
 
@@ -87,49 +87,6 @@ def _clear_remnants(path: Path) -> None:
         with suppress(OSError), open(remnant, "rb+") as file:
             flock(file, LOCK_EX | LOCK_NB)
             remnant.unlink()
-
-
-# How files begin that are taken for others; the longest that fits counts.
-_BEGINNINGS = {
-    b"\x1f\x8b": "gzip",
-    b"BZh": "bzip2",
-    b"\xfd7zXZ\x00": "xz",
-    b"\x28\xb5\x2f\xfd": "Zstandard",
-    b"7z\xbc\xaf\x27\x1c": "7z",
-    b"Rar!": "RAR",
-    b"\x89HDF\r\n\x1a\n": "HDF5",
-    b"CDF\x01": "NetCDF",
-    b"MATLAB 5.0 MAT-file": "MATLAB",
-    b"PAR1": "Parquet",
-    b"ARROW1": "Arrow",
-    b"SQLite format 3\x00": "SQLite",
-    b"\x93NUMPY": ".npy",
-    b"PK\x03\x04": "zip",
-    # a pickled long, with which files of torch.save began before they were archives
-    b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.": "torch.save",
-    b"version https://git-lfs": "Git LFS pointer",
-    b"<!DOCTYPE html": "HTML",
-    b"<html": "HTML",
-} | {b"\x80" + bytes([protocol]): "pickle" for protocol in range(2, 6)}
-
-
-def kind_of(path: str | PathLike[str]) -> str | None:
-    """What a file is by its first bytes, or of an archive by its members; None if they do not tell.
-
-    An archive is `".npz"`, `"torch.save"` or `"zip"`; for others see `_BEGINNINGS`.
-    """
-    with open(path, "rb") as file:
-        start = file.read(max(map(len, _BEGINNINGS)))
-    fits = [beginning for beginning in _BEGINNINGS if start.startswith(beginning)]
-    kind = _BEGINNINGS[max(fits, key=len)] if fits else None
-    if kind == "zip":
-        with suppress(zipfile.BadZipFile, OSError), zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-            if any(name.endswith("/data.pkl") for name in names):
-                return "torch.save"
-            if any(name.endswith(".npy") for name in names):
-                return ".npz"
-    return kind
 
 
 def check_sums(path: str | PathLike[str]) -> None:

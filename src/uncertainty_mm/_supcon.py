@@ -9,7 +9,7 @@ rest is arranged around them:
   along with the sum, tile by tile. The keys of the batch come last, when the sum of a row is known, and receive their
   gradient from the same tile.
 - Similarity is a dot product, so the positives need no mask: their mean score is the anchor's product with the mean of
-  the class without itself.
+  the class without itself. (A single positive is picked from its tile.)
 - Logarithms are to base 2: exp2 is several times faster than exp on a CPU, and the factor goes into the anchors.
 """
 
@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Reduction = Literal["none", "mean", "sum"]
@@ -161,7 +162,7 @@ def _(
 @torch.library.custom_op("uncertainty_mm::supcon_scale", mutates_args=())
 def _scale(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """The backward pass of a scalar loss; an operator of its own because it has no derivative."""
-    return (gradient * factor).to(dtype, copy=True)
+    return (gradient * factor).to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 @_scale.register_fake
@@ -224,37 +225,41 @@ def _compute(
         rows = embeddings.to(dtype).masked_fill(~valid.unsqueeze(1), 0)
         bank, bank_classes = _without_empty_slots(bank, bank_classes)
 
-        totals, counts, segment = _class_sums(rows, classes, bank, bank_classes)
+        segment, bank_segment = _segments(classes, bank_classes)
         first = slice(anchor_mask.shape[0])
-        anchor_rows, anchor_segment = rows[first], segment[first]
-        num_positives = counts[anchor_segment] - 1
+        num_positives, single = (x[first] for x in _positives(segment, bank_segment))
         anchors = anchor_mask & valid[first] & (num_positives > 0)
-        inverse = num_positives.clamp_min(1).reciprocal()
-        mean_positive = (totals[anchor_segment] - anchor_rows) * inverse.unsqueeze(1)
+        num_positives = num_positives.clamp_min(1).to(dtype)
+        inverse = num_positives.reciprocal()
+        positives = _sum_of_others(rows, segment, _sums(bank, bank_segment, rows))[first]
+        mean_positive = positives * inverse.unsqueeze(1)
         if weights is None:
             weights = anchors.to(dtype)
             if reduction == "mean":
                 weights = weights / weights.sum().clamp_min(1)
         weights = weights.to(dtype).masked_fill(~anchors, 0)
 
-        losses, grad = _log_sum_exp(
+        losses, slope, grad = _against_all(
             rows,
             valid,
             anchors,
             weights,
+            (rows[first] * mean_positive).sum(1) / temperature,
+            single.masked_fill(~anchors, -1),
             bank,
             bank_classes,
             temperature,
             bf16_products,
             needs_grad,
         )
-        losses = losses - (anchor_rows * mean_positive).sum(1) / temperature
+        losses = torch.maximum(losses, num_positives.log())  # below which only rounding leads
         losses = losses.masked_fill(~anchors, 0)
         if needs_grad:
-            weighted = anchor_rows * (weights * inverse).unsqueeze(1)
-            per_class = torch.zeros_like(rows).index_add_(0, anchor_segment, weighted)
-            grad -= per_class[segment]
-            grad[first] -= weights.unsqueeze(1) * mean_positive - weighted
+            pull = (weights * slope).unsqueeze(1)
+            grad[first] -= pull * mean_positive
+            pulls = torch.zeros_like(rows)
+            pulls[first] = rows[first] * (pull * inverse.unsqueeze(1))
+            grad -= _sum_of_others(pulls, segment, rows.new_zeros(len(rows) + 1, rows.shape[1]))
             grad /= temperature
         loss = losses if reduction == "none" else (losses * weights).sum()
         return loss, grad
@@ -271,50 +276,86 @@ def _without_empty_slots(bank: Tensor, bank_classes: Tensor) -> tuple[Tensor, Te
     return bank[full], bank_classes[full]
 
 
-def _class_sums(
-    rows: Tensor, classes: Tensor, bank: Tensor, bank_classes: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum and number of all keys of each class of the batch, and where to find the class of a row in both.
+def _segments(classes: Tensor, bank_classes: Tensor) -> tuple[Tensor, Tensor]:
+    """Where each row of batch and bank finds its class: at its first place among the sorted classes of the batch.
 
-    A class is known by its first place among the sorted classes; keys of a class that the batch does not have go to
-    the last entry.
+    Keys of a class that the batch does not have go to one more place, behind all others.
     """
-    num_rows, dim = rows.shape
+    num_rows = classes.shape[0]
     ordered = classes.sort().values
     segment = torch.searchsorted(ordered, classes.contiguous())
-    place = torch.searchsorted(ordered, bank_classes.to(classes.dtype).contiguous()).clamp_max(
-        num_rows - 1
-    )
-    bank_segment = torch.where(ordered[place] == bank_classes, place, num_rows)
-    totals = rows.new_zeros(num_rows + 1, dim).index_add_(0, segment, rows)
-    counts = rows.new_zeros(num_rows + 1)
-    counts.index_add_(0, segment, torch.ones_like(rows[:, 0]))
-    counts.index_add_(0, bank_segment, counts.new_ones(()).expand(bank.shape[0]))
+    place = torch.searchsorted(ordered, bank_classes.to(classes.dtype).contiguous())
+    place.clamp_max_(num_rows - 1)
+    return segment, torch.where(ordered[place] == bank_classes, place, num_rows)
+
+
+def _positives(segment: Tensor, bank_segment: Tensor) -> tuple[Tensor, Tensor]:
+    """Number of positives of each row, and which key (the bank's first) is the only one, -1 where there are others."""
+    keys = torch.cat([bank_segment, segment])
+    places = torch.arange(keys.shape[0], device=keys.device)
+    empty = places.new_zeros(segment.shape[0] + 1)
+    number = empty.index_add(0, keys, torch.ones_like(places))[segment] - 1
+    only = empty.index_add(0, keys, places)[segment] - places[bank_segment.shape[0] :]
+    return number, only.masked_fill(number != 1, -1)
+
+
+def _sums(bank: Tensor, bank_segment: Tensor, rows: Tensor) -> Tensor:
+    """Sum of the keys of the bank in each class of the batch."""
+    totals = rows.new_zeros(rows.shape[0] + 1, rows.shape[1])
     for keys, places in zip(bank.split(_CPU_KEYS), bank_segment.split(_CPU_KEYS), strict=True):
         totals.index_add_(0, places, keys.to(rows.dtype))
-    return totals, counts, segment
+    return totals
 
 
-def _log_sum_exp(
+def _sum_of_others(rows: Tensor, segment: Tensor, totals: Tensor) -> Tensor:
+    """For each row, the sum of the other rows of its class and of the class in `totals`, which changes.
+
+    A row is taken off the sum of its class, except the longest of the class, which is kept out of that sum: what is
+    taken off is never longer than what is left, so that no digits are lost.
+    """
+    num_rows = rows.shape[0]
+    places = torch.arange(num_rows, device=rows.device)
+    length = rows.abs().amax(1)
+    longest = length.new_zeros(num_rows + 1).scatter_reduce(0, segment, length, "amax")
+    candidate = places.masked_fill(length != longest[segment], num_rows)
+    chosen = segment.new_full((num_rows + 1,), num_rows - 1)
+    chosen = chosen.scatter_reduce(0, segment, candidate, "amin")[segment]
+    is_other = (chosen != places).unsqueeze(1).to(rows.dtype)
+    # products and index_select: on a CPU a tenth of the time of masked_fill and of indexing
+    shorter = rows * is_other
+    others = totals.index_add_(0, segment, shorter).index_select(0, segment)
+    return others.sub_(shorter).add_(rows.index_select(0, chosen).mul_(is_other))
+
+
+def _against_all(
     rows: Tensor,
     valid: Tensor,
     anchors: Tensor,
     weights: Tensor,
+    positive: Tensor,
+    single: Tensor,
     bank: Tensor,
     bank_classes: Tensor,
     temperature: float,
     bf16_products: bool,
     needs_grad: bool,
-) -> tuple[Tensor, Tensor]:
-    """Log-sum-exp of each anchor over its keys, and temperature times the gradient of their weighted sum."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses of the anchors, how much each falls as its positives come nearer, and the gradient without that.
+
+    The gradient is that of the weighted sum of the losses, times the temperature.
+    With several positives the loss is the log-sum-exp over the keys, less the mean score `positive`, and at least the
+    logarithm of their number. With a `single` one it may be next to nothing, and a difference would leave nothing of
+    it: it is log(1 + exp(L - s)), L the log-sum-exp of the other keys and s the score from the same tile.
+    """
     num_rows, dim = rows.shape
     scale = math.log2(math.e) / temperature
-    result = torch.zeros_like(weights)
+    result, slope = torch.zeros_like(weights), torch.ones_like(weights)
     grad = rows.new_zeros(num_rows, dim) if needs_grad else rows.new_zeros(0)
     on_cpu = rows.device.type == "cpu"
     places = torch.arange(anchors.shape[0], device=rows.device)
     if on_cpu:
         places = places[anchors]
+    any_single = not on_cpu or bool((single >= 0).any())
     size, num_keys = (_CPU_TILE, _CPU_KEYS) if on_cpu else (_ACCELERATOR_TILE, _ACCELERATOR_KEYS)
     if bf16_products:
         size //= 2  # there are two tiles
@@ -330,6 +371,7 @@ def _log_sum_exp(
         highest = anchor.new_full((place.shape[0], 1), torch.finfo(anchor.dtype).min)
         total = torch.zeros_like(highest)
         gathered = torch.zeros_like(anchor)
+        spot, pair = single[place].unsqueeze(1), torch.zeros_like(highest)
         factors = product_tile
         for keys, bias, is_batch in _key_tiles(rows, valid, bank, bank_classes, num_keys):
             keys = keys.to(product_dtype)
@@ -341,6 +383,13 @@ def _log_sum_exp(
                 probs += bias
             if is_batch:  # itself; before the maximum is taken, which it would dominate
                 probs.scatter_(1, place.unsqueeze(1), -math.inf)
+            if any_single:
+                inside = (spot >= 0) & (spot < keys.shape[0])
+                here = spot.clamp(0, keys.shape[0] - 1)
+                score = probs.gather(1, here)
+                probs.scatter_(1, here, score.masked_fill(inside, -math.inf))
+                pair = torch.where(inside, score, pair)
+                spot = spot - keys.shape[0]
             previous, highest = highest, torch.maximum(highest, probs.amax(1, keepdim=True))
             probs.sub_(highest).exp2_()
             shrink = (previous - highest).exp2_()
@@ -350,13 +399,18 @@ def _log_sum_exp(
                     factors.copy_(probs)
                 gathered.mul_(shrink).add_(factors @ keys)
         total.clamp_min_(torch.finfo(total.dtype).tiny)  # an anchor without any key
-        result[place] = ((highest + total.log2()) * math.log(2)).squeeze(1)
+        log_total = highest + total.log2()
+        lead = (log_total - pair) * math.log(2)
+        is_single = (single[place] >= 0).unsqueeze(1)
+        excess = log_total * math.log(2) - positive[place].unsqueeze(1)
+        result[place] = torch.where(is_single, F.softplus(lead), excess).squeeze(1)
+        slope[place] = torch.where(is_single, lead.sigmoid(), 1).squeeze(1)
         if needs_grad:
-            share = weights[place].unsqueeze(1) / total
+            share = (weights[place] * slope[place]).unsqueeze(1) / total
             # the keys of the batch, whose tile came last
             grad += factors.t() @ (anchor * share).to(product_dtype)
             grad.index_add_(0, place, gathered * share)
-    return result, grad
+    return result, slope, grad
 
 
 def _key_tiles(

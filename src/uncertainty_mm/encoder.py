@@ -20,12 +20,15 @@ from uncertainty_mm._checks import (
 )
 from uncertainty_mm._component import Component
 
+__all__ = ["EncoderLayer", "PackedSteps", "SequenceEncoder"]
+
 
 class PackedSteps:
     """Packs the steps of padded sequences (B, S, D) into one matrix (N, D), and back.
 
     All but attention treats every step alone and need not compute what stands at padding. To count the steps, however,
-    the host would wait for an accelerator: there, as in a compiled or exported program, N is B * S, padding included.
+    the host would wait for an accelerator: there, as in a compiled or exported program and under the transforms of
+    `torch.func`, N is B * S, padding included.
 
     Args:
         padding: Bool tensor (B, S), True where a step is to be left out.
@@ -39,7 +42,7 @@ class PackedSteps:
     def __init__(self, padding: Tensor) -> None:
         self.shape = padding.shape
         rows = torch.arange(padding.numel(), device=padding.device)
-        counted = padding.is_cpu and not torch.compiler.is_compiling()
+        counted = checks_values(padding)
         self.rows = rows[~padding.flatten()] if counted else rows
         self.left_out = None if counted else padding.flatten().unsqueeze(1)
 
@@ -147,6 +150,7 @@ class SequenceEncoder(Component):
     in_dim: int
     max_steps: int
     hidden_dim: int
+    num_heads: int
     validate_args: bool | None
 
     def __init__(
@@ -177,9 +181,8 @@ class SequenceEncoder(Component):
         check_dropout(dropout)
         check_choice("size", size, ("apart", "within"))
         check_validate_args(validate_args)
-        self._set(
-            in_dim=in_dim, max_steps=max_steps, hidden_dim=hidden_dim, validate_args=validate_args
-        )
+        self._set(in_dim=in_dim, max_steps=max_steps, hidden_dim=hidden_dim)
+        self._set(num_heads=num_heads, validate_args=validate_args)
         self._keep(mean=torch.zeros(in_dim), std=torch.ones(in_dim))
         self.project = nn.Linear(in_dim, hidden_dim)
         self.positions = nn.Parameter(torch.empty(max_steps, hidden_dim))
@@ -196,11 +199,17 @@ class SequenceEncoder(Component):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draws new positions and forgets the statistics; the layers inside have such a method of their own."""
+        """Gives all parameters their initial distribution, and forgets the statistics."""
+        super().reset_parameters()
         # as large as the projected features: much smaller ones are hardly seen on small data sets
         nn.init.normal_(self.positions, std=0.5)
         self.mean.zero_()
         self.std.fill_(1)
+
+    def extra_repr(self) -> str:
+        """The settings, for `repr`."""
+        names = "in_dim", "max_steps", "hidden_dim", "num_heads"
+        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
 
     def standardize(self, mean: Tensor, std: Tensor) -> None:
         """Sets the statistics by which features are standardised, those of the training data.
@@ -230,7 +239,7 @@ class SequenceEncoder(Component):
             padding: Bool tensor (B, S), True where a step is to be left out. What stands there has no influence.
 
         Returns:
-            Tensor (B, S, hidden_dim). What stands at padded steps means nothing, and is finite.
+            Tensor (B, S, hidden_dim), 0 at padded steps.
 
         Raises:
             ValueError: If shapes or devices disagree, a sequence is too long, or a step that counts is not finite.
@@ -250,16 +259,18 @@ class SequenceEncoder(Component):
         mask = ~padding | padding.all(dim=1, keepdim=True)
         sample = steps.rows // x.shape[1]
         step = steps.rows - sample * x.shape[1]  # %, which ONNX lacks for sizes that vary
-        features = (steps.pack(x) - self.mean) / self.std
+        features = steps.pack((x - self.mean) / self.std)
         embedded = F.embedding(step, self.positions)
         if self.size is not None:
-            wide = features.to(torch.promote_types(features.dtype, torch.float32))
-            square = steps.unpack(wide.square().mean(1, keepdim=True))
+            features = features.to(torch.promote_types(features.dtype, torch.float32))
+            square = steps.unpack(features.square().mean(1, keepdim=True))
             valid = (~padding).unsqueeze(2)
             size = ((square * valid).sum(1) / valid.sum(1).clamp_min(1)).clamp_min(1e-6).sqrt()
-            features = (wide / size[sample]).to(features.dtype)
-            embedded = embedded + self.size(size.log().to(features.dtype))[sample]
-        x = self.dropout(self.project(features) + embedded)
+            features = features / size[sample]
+            embedded = embedded + self.size(size.log().to(x.dtype))[sample]
+        # tools that cast inputs and parameters, as sharding does, leave the statistics as they are
+        x = self.dropout(self.project(features.to(x.dtype)) + embedded)
         for layer in self.layers:
             x = layer(x, steps, mask[:, None, None])
-        return steps.unpack(self.norm(x))
+        encoded = steps.unpack(self.norm(x))
+        return encoded if steps.left_out is None else encoded.masked_fill(padding.unsqueeze(2), 0)

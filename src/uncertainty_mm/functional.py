@@ -58,6 +58,8 @@ def supcon_loss(
     .. math::
         \ell_e = \log \sum_{k \in T_e} \exp(e^\top k / \tau) - \frac{1}{|P_e|} \sum_{p \in P_e} e^\top p / \tau
 
+    It starts near the logarithm of the number of keys and is at least that of the number of positives.
+
     Time is linear in the number of keys, and the matrix of similarities never exists: tiles of it are reduced as they
     are made, and the gradient is formed along the way, so that the backward pass only scales it (for `"none"`, where
     the weights of the anchors are known only then, the backward pass computes it anew).
@@ -75,8 +77,11 @@ def supcon_loss(
         temperature: :math:`\tau`, above 0.
         reduction: `"mean"` over the anchors that have a positive (0 if none has), `"sum"` of the same, or `"none"`.
         bf16_products: Round the factors and results of the matrix products to bfloat16, which is faster where the
-            processor multiplies it natively. Sums, exponentials and logarithms stay in at least float32. For embeddings
-            of length 1 and :math:`\tau = 0.07` the gradient is then off by about half a per cent.
+            processor multiplies it natively. Sums, exponentials and logarithms stay in at least float32. Measured with
+            128 features, 12 classes and :math:`\tau = 0.07`, the gradient is off by 0.2 % while the rows of a class
+            point in all directions, by 0.7, 4 and 10 % when they are scattered about its centre by 1, 0.5 and 0.3 times
+            its length, and means nothing at 0.1: leave it off where the loss comes near its lowest value. The
+            rounding of the embeddings alone does most of that.
         validate_args: Look at values: None on the CPU only, False never, True everywhere.
 
     Returns:

@@ -8,7 +8,6 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from uncertainty_mm._checks import (
@@ -22,7 +21,7 @@ from uncertainty_mm._checks import (
     checks_values,
 )
 from uncertainty_mm._component import Component
-from uncertainty_mm.distributed import gather_rows, largest_of_ranks, world_size
+from uncertainty_mm.distributed import gather_rows, group_name, world_size
 from uncertainty_mm.functional import ordinality_divergence, soft_rank
 
 Mode = Literal["rank", "standardized", "raw", "pearson"]
@@ -91,7 +90,7 @@ class SoftRankOrdinalityLoss(Component):
     pairs: tuple[Pair, ...]
     temperature: float
     gather: bool
-    process_group: dist.ProcessGroup | None
+    process_group: str
     validate_args: bool | None
 
     def __init__(
@@ -124,7 +123,7 @@ class SoftRankOrdinalityLoss(Component):
             pairs=tuple(pairs),
             temperature=temperature,
             gather=gather,
-            process_group=process_group,
+            process_group=group_name(process_group),
             validate_args=validate_args,
         )
 
@@ -175,11 +174,14 @@ class SoftRankOrdinalityLoss(Component):
             check_range("distance", distance, 0, 1, mask)
             check_range("correctness", correctness, 0, 1, mask)
         dtype = torch.promote_types(std_norm.dtype, torch.float32)
-        # What is left out is filled before any arithmetic: its derivative would be NaN times 0.
         rows = torch.stack([x.to(dtype) for x in (std_norm, distance, correctness.detach())], 1)
+        if (
+            self.gather and world_size(self.process_group) > 1
+        ):  # smaller batches are filled up with class -1
+            rows, left_out = gather_rows(rows, mask.long(), process_group=self.process_group)
+            mask = left_out != 0
+        # What is left out is filled before any arithmetic: its derivative would be NaN times 0.
         rows = rows.masked_fill(mask.unsqueeze(1), 1)
-        if self.gather and world_size() > 1:
-            rows, mask = _joined(rows, mask)
         std_norm, distance, correctness = rows.unbind(1)
         scores = {
             "S": std_norm.clamp_min(torch.finfo(dtype).tiny).reciprocal(),
@@ -214,15 +216,6 @@ class SoftRankOrdinalityLoss(Component):
             return score / self.temperature
         ranks = soft_rank(score, self.temperature, mask=mask, validate_args=False)
         return (ranks - 1) / (count - 1).clamp_min(1)
-
-
-def _joined(rows: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows and mask of all ranks; smaller batches are filled up with samples that are left out."""
-    padding = largest_of_ranks(rows.shape[0], rows.device) - rows.shape[0]
-    rows, left_out = gather_rows(
-        F.pad(rows, (0, 0, 0, padding), value=1.0), F.pad(mask.long(), (0, padding), value=1)
-    )
-    return rows, left_out > 0
 
 
 def _standardize(score: Tensor, kept: Tensor) -> Tensor:

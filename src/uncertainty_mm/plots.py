@@ -38,6 +38,7 @@ __all__ = [
     "modality_attribution",
     "reliability_diagram",
     "risk_coverage",
+    "training_curves",
     "uncertainty_against_noise",
 ]
 
@@ -135,7 +136,7 @@ def _draw_counts(ax: Axes, count: npt.NDArray[Any]) -> None:
     bins = len(count)
     middle = (np.arange(bins) + 0.5) / bins
     ax.bar(middle, count, 0.9 / bins, color="0.8")
-    ax.set(xlim=(0, 1), ylim=(0, count.max()))
+    ax.set(xlim=(0, 1), ylim=(0, max(count.max(), 1)))  # no sample of a label may be known
     ax.set_axis_off()
     if bins <= 15:
         for x, number in zip(middle, count.astype(int), strict=True):
@@ -512,6 +513,51 @@ def label_correlation(
                         column, row, text, ha="center", va="center", fontsize="x-small", color=color
                     )
     axes[0].figure.colorbar(image, ax=list(axes), label="correlation", shrink=0.8)
+    return axes
+
+
+def training_curves(
+    rows: Sequence[Mapping[str, float]],
+    panels: Sequence[Sequence[str]] = (("loss/cls", "loss/dir", "val/cls"), ("val/miF1",)),
+    *,
+    ax: Sequence[Axes] | AxesArray | None = None,
+) -> AxesArray:
+    """What was logged over the epochs, several quantities in a panel.
+
+    Args:
+        rows: What was logged, by name, one mapping an epoch with its number under `"epoch"` (the first is 0); such as
+            the rows of :class:`~uncertainty_mm.lightning.History`.
+        panels: Names of the quantities of every panel; what was never logged is left out.
+        ax: Axes to draw into, one a panel.
+
+    Returns:
+        Array of Axes.
+
+    Raises:
+        ValueError: If there is no row or no panel, or a row lacks its epoch.
+
+    Example:
+        >>> from uncertainty_mm import plots
+        >>> rows = [{"epoch": 0, "val/miF1": 0.5}, {"epoch": 1, "val/miF1": 0.7}]
+        >>> (axes,) = plots.training_curves(rows, [["val/miF1"]])
+        >>> axes.lines[0].get_xydata().tolist()
+        [[1.0, 0.5], [2.0, 0.7]]
+    """
+    if not rows or not panels:
+        raise ValueError(
+            f"Expected `rows` and `panels` to hold something, but got {len(rows)} and {len(panels)}"
+        )
+    if not all("epoch" in row for row in rows):
+        raise ValueError("Expected every row of `rows` to have `epoch`, but got one without")
+    axes = _panels(ax, len(panels), height=3.0)
+    for panel, names in zip(axes, panels, strict=True):
+        for index, name in enumerate(names):
+            points = [(row["epoch"] + 1, row[name]) for row in rows if name in row]
+            if points:
+                panel.plot(*zip(*points, strict=True), label=name, **_line(index))
+        panel.set(xlabel="epoch")
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+        panel.legend(fontsize="x-small")
     return axes
 
 

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from os import PathLike
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from uncertainty_mm._files import kind_of
 from uncertainty_mm.data.dataset import MultimodalDataset
 
 Path = str | PathLike[str]
@@ -24,17 +22,28 @@ MODALITIES = {
     "audio": ("audio", "src-audio"),
     "vision": ("vision", "src-visual"),
 }
-# Name that a source may give to a split: ours.
+# Name of a split: its key in the files, and what else they call it.
+SPLIT_KEYS = {"train": "train", "validation": "valid", "test": "test"}
 SPLIT_NAMES = {
     "train": "train",
+    "training": "train",
     "valid": "validation",
     "validation": "validation",
     "val": "validation",
     "dev": "validation",
     "test": "test",
+    "testing": "test",
 }
-# Name of a split: its key in the files.
-SPLIT_KEYS = {"train": "train", "validation": "valid", "test": "test"}
+
+Padding = Literal["auto", "zeros", "none"]
+Invalid = Literal["step", "value"]
+
+
+class Split(NamedTuple):
+    """One split of a file."""
+
+    key: str  # its name there
+    content: dict[str, Any]  # ours: what has been read is taken out, so that its memory is free
 
 
 class Labels(NamedTuple):
@@ -42,6 +51,7 @@ class Labels(NamedTuple):
 
     labels: NDArray[Any]  # (N, Q) of 0 and 1
     soft_labels: NDArray[Any] | None = None  # (N, Q)
+    unknown: NDArray[np.bool_] | None = None  # (N, Q)
 
 
 class Sequences(NamedTuple):
@@ -50,6 +60,8 @@ class Sequences(NamedTuple):
     features: Tensor  # (N, S, D) float32, 0 where masked
     padding_mask: Tensor  # (N, S) bool
     invalid: Tensor  # (N, S) bool, masked because the values were not finite
+    zeroed: int = 0  # values that are 0 because they were not finite
+    never_finite: tuple[int, ...] = ()  # columns without a finite value
 
 
 def need(ok: object, path: Path, problem: str) -> None:
@@ -58,17 +70,15 @@ def need(ok: object, path: Path, problem: str) -> None:
         raise ValueError(f"{path}: {problem}")
 
 
-def tensor_array(tensor: Tensor) -> NDArray[Any]:
-    """The numbers of a tensor, wherever it is; bfloat16, which NumPy lacks, as float32."""
-    tensor = tensor.detach().cpu()
-    array: NDArray[Any] = (tensor.float() if tensor.dtype is torch.bfloat16 else tensor).numpy()
-    return array
-
-
 def plain_array(value: Any) -> NDArray[Any]:
     """An array of numbers or strings from an array, a tensor, or lists of them; of objects if it is none."""
     if isinstance(value, Tensor):
-        return tensor_array(value)
+        if value.layout is not torch.strided or value.is_quantized:
+            return np.array(None)
+        value = value.detach().cpu().resolve_conj().resolve_neg()
+        if value.is_floating_point() and value.element_size() < 4:
+            value = value.float()  # NumPy has no bfloat16
+        return np.asarray(value.numpy())
     if isinstance(value, np.ndarray) and value.dtype.kind != "O":
         return np.asarray(value)
     try:
@@ -124,12 +134,17 @@ def integers(value: Any, count: int, path: Path, key: str) -> NDArray[Any]:
     if array.ndim == 2 and array.shape[1] == 1:
         array = array[:, 0]
     need(
-        array.shape == (count,)
-        and (array.dtype.kind in "iu" or (array.dtype.kind == "f" and (array % 1 == 0).all())),
+        array.shape == (count,) and (array.dtype.kind in "iu" or _whole(array)),
         path,
         f"`{key}` must hold {count} integers, got {array.dtype} {array.shape}",
     )
     return array.astype(np.int64)
+
+
+def _whole(array: NDArray[Any]) -> bool:
+    return array.dtype.kind == "f" and bool(
+        ((abs(array) < 2**53) & (array == np.rint(array))).all()
+    )
 
 
 def shown(values: NDArray[Any]) -> NDArray[np.bool_]:
@@ -173,148 +188,94 @@ def place(
     return behind
 
 
-def finish(values: NDArray[np.float32], mask: NDArray[np.bool_]) -> Sequences:
-    """Masks steps that are not finite, and writes 0 into all masked ones (in place)."""
-    invalid = ~np.isfinite(values).all(axis=2) & ~mask
-    mask = mask | invalid
+def finish(
+    values: NDArray[np.float32], mask: NDArray[np.bool_], invalid: Invalid = "step"
+) -> Sequences:
+    """Writes 0 where a value is not finite or a step is masked (in place).
+
+    Args:
+        values: (N, S, D).
+        mask: (N, S), True where a step is to be left out.
+        invalid: What a value that is not finite costs: its `"step"`, which is masked, or that `"value"` alone.
+    """
+    finite = np.isfinite(values)
+    bad = ~finite.all(axis=2) & ~mask
+    zeroed, never = 0, np.zeros(0, np.int64)
+    if bad.any():
+        never = np.flatnonzero(~(finite & ~mask[..., None]).any(axis=(0, 1)))
+        if invalid == "value":
+            zeroed = int((~finite[bad]).sum())
+            values[~finite] = 0
+            bad = np.zeros_like(bad)
+    mask = mask | bad
     values[mask] = 0
-    return Sequences(torch.from_numpy(values), torch.from_numpy(mask), torch.from_numpy(invalid))
+    features, padding_mask, masked = map(torch.from_numpy, (values, mask, bad))
+    return Sequences(features, padding_mask, masked, zeroed, tuple(never.tolist()))
 
 
-def zero_invalid(
-    values: NDArray[np.float32], mask: NDArray[np.bool_], path: Path, name: str
-) -> None:
-    """Writes 0 in place of values that are not finite, and warns of them; their steps stay (in place)."""
-    wrong = ~np.isfinite(values) & ~mask[..., None]
-    if wrong.any():
-        warnings.warn(
-            f"{path}: {wrong.sum()} values of `{name}` in {wrong.any((1, 2)).sum()} samples are not finite "
-            "and are set to 0",
-            stacklevel=2,
-        )
-        values[wrong] = 0
-
-
-def report_invalid(
-    path: Path, split: str, name: str, invalid: Tensor, padding_mask: Tensor | None = None
-) -> None:
-    """Warns of steps that were masked because they were not finite.
-
-    Args:
-        path: The file, for the message.
-        split: Name of the split, for the message; empty for all samples.
-        name: Name of the modality.
-        invalid: (N, S) bool, steps masked because they were not finite.
-        padding_mask: (N, S) bool, all masked steps; then samples that lose the modality are counted too.
-    """
-    if not invalid.any():
-        return
+def report_invalid(path: Path, split: str, name: str, read: Sequences) -> None:
+    """Warns of values that were not finite, and once more if no step is left of the modality."""
     where = f" of the {split} split" if split else ""
-    lost = 0
-    if padding_mask is not None:
-        lost = int((invalid.any(1) & padding_mask.all(1)).sum())
-    warnings.warn(
-        f"{path}: {int(invalid.sum())} steps of `{name}` in {int(invalid.any(1).sum())} samples{where} "
-        "are not finite and are left out" + f"; {lost} samples lose the modality" * (lost > 0),
-        stacklevel=2,
-    )
-    if padding_mask is not None:
-        report_lost(path, split, name, invalid, padding_mask)
+    columns = ", ".join(map(str, read.never_finite[:8]))
+    if columns:
+        columns = f"; never finite: column {columns}" + ", ..." * (len(read.never_finite) > 8)
 
+    def warn(problem: str) -> None:
+        warnings.warn(f"{path}: {problem}", stacklevel=3)
 
-def report_lost(path: Path, split: str, name: str, invalid: Tensor, padding_mask: Tensor) -> None:
-    """Warns where steps that are not finite leave nothing of a modality."""
-    if invalid.any() and padding_mask.all():
-        where = f"of the {split} split" if split else "at all"
-        warnings.warn(
-            f"{path}: modality `{name}` has no sample left {where}, because its steps are not finite; "
-            'a column that is never finite costs every step, with invalid="value" only itself',
-            stacklevel=2,
+    if read.zeroed:
+        warn(f"{read.zeroed} values of `{name}`{where} are not finite and are taken as 0{columns}")
+    if read.invalid.any():
+        warn(
+            f"{int(read.invalid.sum())} steps of `{name}` in {int(read.invalid.any(1).sum())} samples{where} "
+            "are not finite and are left out"
         )
-
-
-def unreadable(path: Path, wanted: str, error: object = "") -> ValueError:
-    """The error for a file of another kind, which is named by its first bytes, or for a damaged one.
-
-    Args:
-        path: The file.
-        wanted: The kind wanted, `".npz"` or `".npy"`.
-        error: What reading it said.
-    """
-    kind = None
-    with suppress(OSError):
-        kind = kind_of(path)
-    if kind not in (None, wanted, "zip"):
-        error = f"this is {kind}"
-    elif "pickle" in str(error):  # NumPy hints at reading it all the same
-        error = "neither numbers nor strings"
-    content = "a plain array" if wanted == ".npy" else "plain arrays"
-    return ValueError(f"{path}: not a readable {wanted} file of {content} ({error})")
-
-
-def named(
-    parts: dict[str, MultimodalDataset], label_names: Sequence[str] | None, path: Path
-) -> dict[str, MultimodalDataset]:
-    """The parts with their labels in the order wanted."""
-    for data in parts.values():
-        need(
-            label_names is None or sorted(data.label_names) == sorted(label_names),
-            path,
-            f"names the labels {data.label_names}, expected {list(label_names or ())}",
-        )
-    return {
-        name: data if label_names is None else data.in_order(label_names)
-        for name, data in parts.items()
-    }
+        if read.padding_mask.all():
+            warn(
+                f"no step of `{name}`{where} is left, it is missing in all samples{columns}; "
+                '`invalid="value"` keeps the other values'
+            )
 
 
 def read_modality(
-    part: Mapping[str, Any], name: str, key: str, path: Path, split: str, count: int, padding: str
+    split: Split, name: str, key: str, path: Path, count: int, padding: str, invalid: Invalid
 ) -> Sequences:
     """One modality of one split of MMSA's or TAILOR's files, with the mask that these files imply.
 
     Args:
-        part: The split as the file holds it.
+        split: The split; the modality is taken out of it.
         name: Name of the modality.
-        key: Its key in `part`.
+        key: Its key in the split.
         path: Name of the file, for messages.
-        split: Key of the split, for messages.
         count: Number of samples N of the split.
         padding: `"auto"`, `"zeros"` or `"none"`; see :func:`read_mmsa`.
+        invalid: See :func:`finish`.
     """
-    where = f"{split}.{key}"
-    values, lengths = stack(part[key], path, where)
+    where = f"{split.key}.{key}"
+    values, lengths = stack(split.content.pop(key), path, where)
     steps = values.shape[1]
     need(
         len(values) == count, path, f"`{where}` has {len(values)} samples, other modalities {count}"
     )
     if padding == "none":
-        return finish(values, np.zeros((count, steps), np.bool_))
+        return finish(values, np.zeros((count, steps), np.bool_), invalid)
     mask = None
     if padding == "auto":
         quiet = False
-        given = f"{name}_lengths" if f"{name}_lengths" in part else "len_list"
-        if lengths is None and given in part:
-            lengths = integers(part[given], count, path, f"{split}.{given}")
-            if given == "len_list":  # written before the sequences were cut
-                lengths = lengths.clip(max=steps)
-            need(
-                ((lengths >= 0) & (lengths <= steps)).all(),
-                path,
-                f"`{split}.{given}` must be in [0, {steps}], got {lengths.min()} to {lengths.max()}",
-            )
-        elif lengths is None and "text_bert" in part:
-            tokens = plain_array(part["text_bert"])
+        if lengths is None:
+            lengths = _given_lengths(split, name, count, steps, path)
+        if lengths is None and "text_bert" in split.content:
+            tokens = plain_array(split.content["text_bert"])
             need(
                 tokens.ndim == 3 and tokens.shape[:2] == (count, 3) and tokens.dtype.kind in "fiu",
                 path,
-                f"`{split}.text_bert` must have shape ({count}, 3, S), got {tokens.shape}",
+                f"`{split.key}.text_bert` must have shape ({count}, 3, S), got {tokens.shape}",
             )
             valid = tokens[:, 1]
             need(
                 np.isin(valid, (0, 1)).all(),
                 path,
-                f"`{split}.text_bert[:, 1]` must be a mask of 0 and 1, got {valid.min()} to {valid.max()}",
+                f"`{split.key}.text_bert[:, 1]` must be a mask of 0 and 1, got {valid.min()} to {valid.max()}",
             )
             if valid.shape[1] == steps:  # the text, and what is aligned with it
                 lengths = valid.sum(1).astype(np.int64)
@@ -326,23 +287,48 @@ def read_modality(
     outside = edges(values)
     if mask is None:
         mask = outside
-    mask = (
-        mask | np.asarray(outside.all(axis=1))[:, None]
-    )  # nothing but zeros: the sample lacks the modality
-    return finish(values, mask)
+    # nothing but zeros: the sample lacks the modality
+    return finish(values, mask | outside.all(axis=1, keepdims=True), invalid)
 
 
-def sample_ids(value: Any, count: int, path: Path, key: str) -> list[str]:
-    """N names; several parts of a name, as MulT's files have them, are joined by `$_$`."""
+def _given_lengths(
+    split: Split, name: str, count: int, steps: int, path: Path
+) -> NDArray[Any] | None:
+    """The lengths that a split states for a modality, at most the steps that it holds."""
+    own = f"{name}_lengths"
+    key = own if own in split.content else "len_list"
+    if key not in split.content:
+        return None
+    lengths = integers(split.content[key], count, path, f"{split.key}.{key}")
+    need(
+        (lengths >= 0).all(),
+        path,
+        f"`{split.key}.{key}` must be at least 0, got {lengths.min(initial=0)}",
+    )
+    cut = int((lengths > steps).sum())
+    if cut and key == own:  # of `len_list` the reader of TAILOR's files tells more
+        warnings.warn(
+            f"{path}: {cut} of `{split.key}.{key}` are above the {steps} steps of the file (up to "
+            f"{lengths.max()}), from before the sequences were cut; they are taken as {steps}",
+            stacklevel=2,
+        )
+    return lengths.clip(max=steps)
+
+
+def sample_ids(split: Split, count: int, path: Path) -> list[str] | None:
+    """N names, if the split has any; several parts of a name, as MulT's files have them, are joined by `$_$`."""
 
     def text(part: Any) -> str:
         return part.decode() if isinstance(part, bytes) else str(part)
 
-    rows = value.tolist() if isinstance(value, np.ndarray) else value
+    rows = split.content.get("id")
+    if rows is None:
+        return None
+    rows = rows.tolist() if isinstance(rows, np.ndarray | Tensor) else rows
     need(
         isinstance(rows, list | tuple) and len(rows) == count,
         path,
-        f"`{key}` must name {count} samples, got {len(rows) if hasattr(rows, '__len__') else rows}",
+        f"`{split.key}.id` must name {count} samples, got {len(rows) if hasattr(rows, '__len__') else rows}",
     )
     return [
         "$_$".join(map(text, row)) if isinstance(row, list | tuple | np.ndarray) else text(row)
@@ -350,72 +336,97 @@ def sample_ids(value: Any, count: int, path: Path, key: str) -> list[str]:
     ]
 
 
-def check_splits(content: Any, path: Path) -> None:
-    """Raises unless the content of a file is a dict with the three splits, each a dict."""
+def check_splits(content: Any, path: Path) -> dict[str, Split]:
+    """The three splits of the content of a file; raises unless it is a dict with them, each a dict."""
     need(isinstance(content, dict), path, f"must hold a dict, got {type(content).__name__}")
-    found = sorted(map(str, content))
-    for key in SPLIT_KEYS.values():
-        need(key in content, path, f"missing split `{key}`, found {found}")
-        got = type(content[key]).__name__
-        need(isinstance(content[key], dict), path, f"split `{key}` must be a dict, got {got}")
+    keys: dict[str, list[str]] = {split: [] for split in SPLIT_KEYS}
+    for key in content:
+        if isinstance(key, str) and key.lower() in SPLIT_NAMES:
+            keys[SPLIT_NAMES[key.lower()]].append(key)
+    splits = {}
+    for split, found in keys.items():
+        need(found, path, f"missing split `{SPLIT_KEYS[split]}`, found {sorted(map(str, content))}")
+        need(len(found) == 1, path, f"several splits for {split}: {found}")
+        part = content[found[0]]
+        need(
+            isinstance(part, dict),
+            path,
+            f"split `{found[0]}` must be a dict, got {type(part).__name__}",
+        )
+        splits[split] = Split(found[0], dict(part))
+    return splits
 
 
-def count_samples(part: Mapping[str, Any], path: Path, split: str) -> int:
+def count_samples(split: Split, path: Path) -> int:
     """Number of samples of a split, from its first modality."""
-    for keys in MODALITIES.values():
-        for key in keys:
-            if key in part:
-                need(hasattr(part[key], "__len__"), path, f"`{split}.{key}` holds no samples")
-                return len(part[key])
     wanted = [key for keys in MODALITIES.values() for key in keys]
+    for key in wanted:
+        if key in split.content:
+            rows = split.content[key]
+            need(hasattr(rows, "__len__"), path, f"`{split.key}.{key}` holds no samples")
+            return len(rows)
     raise ValueError(
-        f"{path}: no modality in split `{split}`: none of {wanted} in {sorted(map(str, part))}"
+        f"{path}: no modality in split `{split.key}`: "
+        f"none of {wanted} in {sorted(map(str, split.content))}"
+    )
+
+
+def make_dataset(
+    read: Mapping[str, Sequences],
+    labels: Labels,
+    label_names: Sequence[str],
+    ids: Sequence[str] | None,
+) -> MultimodalDataset:
+    """A data set of what was read."""
+
+    def tensor(array: NDArray[Any], dtype: type) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array, dtype))
+
+    options: dict[str, Any] = {}
+    if labels.soft_labels is not None:
+        options["soft_labels"] = tensor(labels.soft_labels, np.float32)
+    if labels.unknown is not None:
+        options["unknown"] = tensor(labels.unknown, np.bool_)
+    return MultimodalDataset(
+        {name: each.features for name, each in read.items()},
+        {name: each.padding_mask for name, each in read.items()},
+        tensor(labels.labels, np.uint8),
+        label_names,
+        ids=ids,
+        invalid_steps={name: int(each.invalid.sum()) for name, each in read.items()},
+        validate_args=False,
+        **options,
     )
 
 
 def assemble(
-    content: Mapping[str, Any],
+    splits: Mapping[str, Split],
     path: Path,
     labels: Mapping[str, Labels],
     label_names: Sequence[str],
-    padding: str,
+    padding: Padding,
+    invalid: Invalid,
 ) -> dict[str, MultimodalDataset]:
     """The three splits of MMSA's or TAILOR's files as data sets."""
     parts = {}
     sizes: dict[str, int] = {}
-    for split, split_key in SPLIT_KEYS.items():
-        part = content[split_key]
-        count = count_samples(part, path, split_key)
+    for split, part in splits.items():
+        count = count_samples(part, path)
         read: dict[str, Sequences] = {}
         for name, keys in MODALITIES.items():
-            key = next((key for key in keys if key in part), None)
+            key = next((key for key in keys if key in part.content), None)
             if key is None:
-                need(
-                    name not in sizes, path, f"modality `{name}` is missing in split `{split_key}`"
-                )
+                need(name not in sizes, path, f"modality `{name}` is missing in split `{part.key}`")
                 continue
-            each = read_modality(part, name, key, path, split_key, count, padding)
+            each = read_modality(part, name, key, path, count, padding, invalid)
             dim = each.features.shape[2]
             need(
                 (not sizes or name in sizes or split == "train")
                 and sizes.setdefault(name, dim) == dim,
                 path,
-                f"`{split_key}.{key}` has features of size {dim}, in split `train` {sizes.get(name, 'none')}",
+                f"`{part.key}.{key}` has features of size {dim}, in split `train` {sizes.get(name, 'none')}",
             )
-            report_invalid(path, split, name, each.invalid, each.padding_mask)
+            report_invalid(path, split, name, each)
             read[name] = each
-        ids = part.get("id")
-        given = labels[split]
-        parts[split] = MultimodalDataset(
-            {name: each.features for name, each in read.items()},
-            {name: each.padding_mask for name, each in read.items()},
-            torch.from_numpy(np.ascontiguousarray(given.labels, np.uint8)),
-            label_names,
-            soft_labels=None
-            if given.soft_labels is None
-            else torch.from_numpy(np.ascontiguousarray(given.soft_labels, np.float32)),
-            ids=None if ids is None else sample_ids(ids, count, path, f"{split_key}.id"),
-            invalid_steps={name: int(each.invalid.sum()) for name, each in read.items()},
-            validate_args=False,
-        )
+        parts[split] = make_dataset(read, labels[split], label_names, sample_ids(part, count, path))
     return parts

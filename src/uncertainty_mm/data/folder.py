@@ -13,14 +13,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from uncertainty_mm.data._sequences import SPLIT_NAMES, named, need, tensor_array, unreadable
+from uncertainty_mm.data._arrays import SPLITS, named, tensor_array, unreadable
+from uncertainty_mm.data._sequences import SPLIT_NAMES, need
 from uncertainty_mm.data.dataset import (
     MultimodalDataset,
     check_names,
     check_parts,
     check_targets,
 )
-from uncertainty_mm.data.npz import SPLITS
 
 _UNFINISHED = ".unfinished"
 
@@ -129,7 +129,7 @@ def read_folder(
     if not found:
         for each in sorted(root.iterdir()):
             if each.is_dir() and not each.name.startswith("."):
-                name = SPLIT_NAMES.get(each.name, each.name)
+                name = SPLIT_NAMES.get(each.name.lower(), each.name)
                 need(name not in found, root, f"holds the {name} split twice, in `{each.name}` too")
                 found[name] = each
     need(found, root, "holds no split, that is, no folder")
@@ -143,9 +143,13 @@ def _read_split(split: Path, label_names: Sequence[str] | None) -> MultimodalDat
     for file in sorted(split.glob("*.npy")):
         mapped = file.name.startswith("features.")
         try:
-            arrays[file.stem] = np.load(file, mmap_mode="c" if mapped else None, allow_pickle=False)
+            array = np.load(file, mmap_mode="c" if mapped else None, allow_pickle=False)
         except Exception as error:  # a damaged header may raise anything
             raise unreadable(file, ".npy", error) from error
+        if not isinstance(array, np.ndarray):  # an archive
+            array.close()
+            raise unreadable(file, ".npy", "it is a zip archive")
+        arrays[file.stem] = array
     if "modalities" in arrays:
         names = [str(name) for name in arrays["modalities"].reshape(-1)]
     else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -13,24 +13,18 @@ from numpy.typing import NDArray
 
 from uncertainty_mm._checks import check_choice
 from uncertainty_mm._files import replacing
+from uncertainty_mm.data._arrays import SPLITS, named, tensor_array, unreadable
 from uncertainty_mm.data._sequences import (
     SPLIT_NAMES,
+    Invalid,
     Sequences,
     beyond,
     finish,
     integers,
-    named,
     need,
     report_invalid,
-    report_lost,
-    tensor_array,
-    unreadable,
-    zero_invalid,
 )
 from uncertainty_mm.data.dataset import MultimodalDataset, check_names, check_parts
-
-SPLITS = ("train", "validation", "test")
-"""Names of the splits, in the order of the codes 0, 1 and 2."""
 
 
 def read_npz(
@@ -38,7 +32,7 @@ def read_npz(
     *,
     splits: Sequence[str] = SPLITS,
     label_names: Sequence[str] | None = None,
-    invalid: Literal["step", "value"] = "step",
+    invalid: Invalid = "step",
 ) -> dict[str, MultimodalDataset]:
     """Reads a data set from one archive of plain arrays; nothing in it is unpickled.
 
@@ -94,7 +88,7 @@ def read_npz(
         >>> read_npz(path, label_names=["happy", "sad"])["all"].unknown.all()
         tensor(True)
     """
-    check_choice("invalid", invalid, ("step", "value"))
+    check_choice("invalid", invalid, get_args(Invalid))
     if isinstance(splits, str) or not set(splits) <= set(SPLITS):
         raise ValueError(f"Expected `splits` to name splits of {SPLITS}, but got {splits!r}")
     arrays = _arrays(path)
@@ -155,12 +149,8 @@ def read_npz(
         )
         with np.errstate(over="ignore"):  # becomes infinite, and is left out
             values = values.astype(np.float32, copy=False)
-        mask = beyond(values.shape[1], lengths)
-        if invalid == "value":
-            zero_invalid(values, mask, path, name)
-        read[name] = finish(values, mask)
-
-        report_invalid(path, "", name, read[name].invalid, read[name].padding_mask)
+        read[name] = finish(values, beyond(values.shape[1], lengths), invalid)
+        report_invalid(path, "", name, read[name])
 
     parts = {}
     found = (
@@ -172,12 +162,16 @@ def read_npz(
         rows = torch.from_numpy(np.flatnonzero(chosen))
         needed = part in splits or (part == "all" and splits)
         need(len(rows) or not needed, path, f"no sample in the {part} split")
-        for name, each in read.items():
-            if not each.padding_mask.all():  # else it has been said
-                report_lost(path, part, name, each.invalid[rows], each.padding_mask[rows])
+        own = {
+            name: Sequences(each.features[rows], each.padding_mask[rows], each.invalid[rows])
+            for name, each in read.items()
+        }
+        for name, each in own.items():
+            if each.padding_mask.all() and not read[name].padding_mask.all():
+                report_invalid(path, part, name, each)
         parts[part] = MultimodalDataset(
-            {name: each.features[rows] for name, each in read.items()},
-            {name: each.padding_mask[rows] for name, each in read.items()},
+            {name: each.features for name, each in own.items()},
+            {name: each.padding_mask for name, each in own.items()},
             torch.from_numpy(labels[chosen]),
             file_names,
             soft_labels=None
@@ -186,7 +180,7 @@ def read_npz(
             unknown=None if unknown is None else torch.from_numpy(unknown[chosen]),
             ids=None if ids is None else [str(name) for name in ids[chosen]],
             groups=None if groups is None else torch.from_numpy(groups[chosen]),
-            invalid_steps={name: int(each.invalid[rows].sum()) for name, each in read.items()},
+            invalid_steps={name: int(each.invalid.sum()) for name, each in own.items()},
             validate_args=False,
         )
     return named(parts, label_names, path)

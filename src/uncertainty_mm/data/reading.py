@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from uncertainty_mm._checks import check_choice
-from uncertainty_mm._files import kind_of
-from uncertainty_mm.data._sequences import named, need
+from uncertainty_mm.data._arrays import SPLITS, named
+from uncertainty_mm.data._formats import format_of
+from uncertainty_mm.data._sequences import need
 from uncertainty_mm.data.dataset import MultimodalDataset, check_names
 from uncertainty_mm.data.folder import read_folder
-from uncertainty_mm.data.npz import SPLITS, read_npz
+from uncertainty_mm.data.npz import read_npz
 
 Format = Literal["auto", "npz", "folder", "mmsa", "tailor", "m3ed", "m3ed-dialogue"]
 """Names of the layouts of files."""
@@ -23,14 +24,6 @@ _SUFFIXES: dict[str, Format] = {
     ".pickle": "mmsa",
     ".pt": "tailor",
     ".pth": "tailor",
-}
-# What the files of a layout are by their first bytes; None: the bytes do not tell, which is left to the reader.
-_KINDS: dict[str, tuple[str | None, ...]] = {
-    "npz": (".npz", "zip", None),
-    "mmsa": ("pickle", "torch.save", None),
-    "tailor": ("torch.save", "pickle", "zip", None),
-    "m3ed": ("pickle", "torch.save", None),
-    "m3ed-dialogue": ("pickle", "torch.save", None),
 }
 
 
@@ -45,16 +38,13 @@ def read(
 ) -> dict[str, MultimodalDataset]:
     """Reads a data set in any layout that the library knows.
 
-    ===================  ==========================================  ==================================================
-    `format`             By `"auto"`                                 Reader
-    ===================  ==========================================  ==================================================
-    ``"npz"``            ``.npz``                                    :func:`read_npz`
-    ``"folder"``         a folder                                    :func:`read_folder`
-    ``"mmsa"``           ``.pkl``, ``.pickle``                       :func:`read_mmsa`: MMSA, MulT, released LDDU
-    ``"tailor"``         ``.pt``, ``.pth``                           :func:`read_tailor`: TAILOR, CARAT
-    ``"m3ed"``           never                                       :func:`read_m3ed`, a sample is an utterance
-    ``"m3ed-dialogue"``  never                                       :func:`read_m3ed`, a sample is a dialogue
-    ===================  ==========================================  ==================================================
+    - `"npz"` (`"auto"`: `.npz`): :func:`read_npz`
+    - `"folder"` (`"auto"`: a folder): :func:`read_folder`
+    - `"mmsa"` (`"auto"`: `.pkl`, `.pickle`): features of MMSA, MulT and the released LDDU code
+    - `"tailor"` (`"auto"`: `.pt`, `.pth`): files of TAILOR and CARAT
+    - `"m3ed"`, `"m3ed-dialogue"`: the source pickle of M3ED, where a sample is an utterance or a dialogue
+
+    The last four are the readers of :mod:`uncertainty_mm.data.convert`.
 
     New data, without labels and splits, are read from an archive or a folder where `label_names` are given: all their
     labels are unknown, and their one part is `"all"`.
@@ -65,7 +55,7 @@ def read(
         labels: The file with the labels, where they are not in the first (`"mmsa"` only).
         label_names: Labels in the order wanted, whatever their order in the file; None for the order of the file.
         splits: Splits that must have samples; `()` for none. New data (`"all"`) are not asked for them.
-        options: Passed to the reader, such as `invalid="value"` of :func:`read_npz` or `padding` of :func:`read_mmsa`.
+        options: Passed to the reader, such as `invalid="value"`, or `padding` where it has that.
 
     Returns:
         Data sets by the name of their split.
@@ -93,9 +83,11 @@ def read(
         if not each.exists():
             raise FileNotFoundError(f"{each}: no such file or folder")
     if format == "auto":
-        known = path.is_dir() or path.suffix.lower() in _SUFFIXES
+        hint = "" if path.is_dir() or format_of(path) is None else f" (it is {format_of(path)})"
         need(
-            known, path, f"its suffix does not tell the format, give one of {get_args(Format)[1:]}"
+            path.is_dir() or path.suffix.lower() in _SUFFIXES,
+            path,
+            f"the suffix does not tell the format{hint}; give one of {get_args(Format)[1:]}",
         )
         format = "folder" if path.is_dir() else _SUFFIXES[path.suffix.lower()]
     need(
@@ -108,9 +100,6 @@ def read(
         (what == "folder") == (format == "folder"), path, f"a {what} is not of the format {format}"
     )
     try:
-        if format in _KINDS:
-            kind = kind_of(path)
-            need(kind in _KINDS[format], path, f"this is {kind}, not a file of the format {format}")
         if labels is not None:
             options["labels"] = labels
         parts = _open(path, format, label_names, options)
@@ -135,13 +124,10 @@ def _open(
     if format == "folder":
         return read_folder(path, label_names=label_names, **options)
     # Foreign files are rare; their readers are imported where one is met.
-    from uncertainty_mm.data.convert.m3ed import read_m3ed
-    from uncertainty_mm.data.convert.mmsa import read_mmsa
-    from uncertainty_mm.data.convert.tailor import read_tailor
+    from uncertainty_mm.data.convert import read_m3ed, read_mmsa, read_tailor
 
     if format in ("m3ed", "m3ed-dialogue"):
-        level = "utterance" if format == "m3ed" else "dialogue"
-        return read_m3ed(path, level=level, **options)
+        return read_m3ed(path, "utterance" if format == "m3ed" else "dialogue", **options)
     if label_names is not None:
         options["label_names"] = label_names
     return read_mmsa(path, **options) if format == "mmsa" else read_tailor(path, **options)

@@ -176,7 +176,9 @@ def _dropped(given: _Input) -> Tensor:
 
 
 def _permuted(given: _Input) -> Tensor:
-    return given.x[..., _uniform(given.x, given.generator, given.x.shape[2]).argsort()]
+    order = _uniform(given.x, given.generator, given.x.shape[2]).argsort()
+    # one cycle through all: no feature stays where it is
+    return given.x[..., torch.empty_like(order).scatter_(0, order, order.roll(1))]
 
 
 def _shuffled(given: _Input) -> Tensor:
@@ -270,7 +272,7 @@ def corrupt(
     ``burst``      as ``noise``, in a quarter of the steps that follow each other
     ``blurred``    each is the mean of those at most `size` (rounded) steps away
     ``dropped``    each is 0 with a probability of `size` / (1 + `size`)
-    ``permuted``   the features change places, in all samples alike
+    ``permuted``   every feature takes the place of another, in all samples alike
     ``shuffled``   the steps change places
     ``swapped``    those of another sample that has the modality, repeated where it has fewer
     =============  ===============================================================================================

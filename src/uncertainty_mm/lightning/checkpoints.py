@@ -63,7 +63,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
         map_location: Any = lambda storage, _: storage,
         weights_only: bool | None = None,
     ) -> dict[str, Any]:
-        return super().load_checkpoint(path, map_location, weights_only=True)
+        return super().load_checkpoint(Path(path), map_location, weights_only=True)
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:

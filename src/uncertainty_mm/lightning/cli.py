@@ -26,8 +26,10 @@ from jsonargparse import ActionConfigFile
 from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from matplotlib.figure import Figure
 
 import uncertainty_mm
+from uncertainty_mm import plots
 from uncertainty_mm._files import replacing
 from uncertainty_mm.calibration import best_threshold
 from uncertainty_mm.lightning.callbacks import DeterministicDropout, FiniteGuard, History
@@ -98,6 +100,7 @@ class ModelCLI(LightningCLI):
     def __init__(
         self, model_class: type[MultilabelModule], configs: Path, arguments: list[str]
     ) -> None:
+        self.kind = model_class
         self.configs = configs
         self.folder: Path | None = None
         super().__init__(
@@ -123,7 +126,7 @@ class ModelCLI(LightningCLI):
             },
         )
 
-    def init_parser(self, **kwargs: Any) -> Parser:
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """A parser whose `--config` also takes the names of the bundled files."""
         configs = self.configs
 
@@ -151,7 +154,7 @@ class ModelCLI(LightningCLI):
         """Adds the options of trainer, model, parts and data."""
         parser.add_lightning_class_args(L.Trainer, "trainer")
         parser.set_defaults({f"trainer.{name}": x for name, x in self.trainer_defaults.items()})
-        model = self._model_class
+        model = self.kind
         sizes = ("modality_dims", "max_steps", "label_names", "num_train_samples")
         parser.add_class_arguments(model, "model", skip={*model.parts}, fail_untyped=False)
         parser.add_lightning_class_args(MultimodalDataModule, "data")
@@ -212,7 +215,7 @@ class ModelCLI(LightningCLI):
         self.given = self.config
         self.config = self.given.clone()
         options = self.options
-        for name in self._model_class.parts:
+        for name in self.kind.parts:
             options.model[name] = options.model[name].as_dict()
         checkpoint = options.ckpt_path
         if not self.trains and checkpoint is None:
@@ -226,7 +229,7 @@ class ModelCLI(LightningCLI):
             if checkpoint is not None and self.trains:
                 self._check_resumable(Path(checkpoint))
             elif checkpoint is not None:
-                self.model = self._model_class.load(checkpoint)
+                self.model = self.kind.load(checkpoint)
                 check_fits(self.datamodule, self.model.hparams)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
@@ -249,9 +252,7 @@ class ModelCLI(LightningCLI):
                 ),
             ]
         if self.subcommand == "predict":
-            callbacks.append(
-                PredictionWriter(output_file(options), getattr(self._model_class, "axes", {}))
-            )
+            callbacks.append(PredictionWriter(output_file(options), self.kind.axes))
         if options.trainer.enable_progress_bar is not False:
             callbacks.append(TQDMProgressBar(refresh_rate=5))
         config = {**self._get(self.config_init, "trainer"), **kwargs}
@@ -299,9 +300,8 @@ class ModelCLI(LightningCLI):
         given = self.given if self.subcommand is None else self.given[self.subcommand]
         text = self._parser(self.subcommand).dump(given, skip_none=False, skip_link_targets=True)
         options = yaml.safe_load(text)
-        return yaml.safe_dump(
-            {key: x for key, x in options.items() if key not in _OF_ONE_CALL}, sort_keys=False
-        )
+        kept = {key: x for key, x in options.items() if key not in _OF_ONE_CALL}
+        return str(yaml.safe_dump(kept, sort_keys=False))
 
     def _check_resumable(self, path: Path) -> None:
         """Raises UsageError unless the checkpoint is of the same training and leaves something to do.
@@ -337,7 +337,7 @@ class ModelCLI(LightningCLI):
             return {}
         best = self.model
         if self.folder is not None:
-            best = self._model_class.load(trainer.checkpoint_callback.best_model_path)
+            best = self.kind.load(self._callback(MovableCheckpoint).best_model_path)
         tester = L.Trainer(
             accelerator=options.trainer.accelerator,
             devices=1,
@@ -383,23 +383,22 @@ class ModelCLI(LightningCLI):
 
     def _write_results(self, results: dict[str, Any], best: MultilabelModule) -> None:
         """The predictions of the test split, and a figure of the training."""
-        from uncertainty_mm import plots
-
         assert self.folder is not None
         test = self.datamodule.part("test")
         answers = {key: x for key, x in best.answers.items() if key not in ("labels", "unknown")}
         PredictionWriter(self.folder / "predictions.npz").write(answers, test, best.threshold)
-        figure = plots.training(
-            self._callback(History).rows,
-            answers["probs"],
-            best.answers["labels"],
-            best.answers["unknown"],
-        )
+        figure = Figure(figsize=(11, 3.8), layout="constrained")
+        losses, scores, reliability = figure.subplots(1, 3)
+        plots.training_curves(self._callback(History).rows, ax=[losses, scores])
+        known = ~best.answers["unknown"]
+        probs, labels = (x[known].unsqueeze(1) for x in (answers["probs"], best.answers["labels"]))
+        plots.reliability_diagram(probs, labels, ["all labels, test split"], ax=[reliability])
         with replacing(self.folder / "training.png") as partial:
             figure.savefig(partial, dpi=120)
 
     def _callback(self, kind: type[Any]) -> Any:
-        return next(each for each in self.trainer.callbacks if isinstance(each, kind))
+        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined] # set by a connector
+        return next(each for each in callbacks if isinstance(each, kind))
 
     def after_validate(self) -> None:
         """Prints the table."""
@@ -412,7 +411,8 @@ class ModelCLI(LightningCLI):
     def after_predict(self) -> None:
         """Says what was written."""
         thresholds = [round(value, 2) for value in self.model.threshold.tolist()]
-        count = len(self.trainer.predict_dataloaders.dataset)
+        loader: Any = self.trainer.predict_dataloaders
+        count = len(loader.dataset)
         print(f"{count} samples, thresholds {thresholds}: {output_file(self.options)}")
 
 
@@ -486,15 +486,14 @@ def print_table(
     columns = columns or list(next(iter(rows.values())))
     width = max(map(len, rows))
     widths = [max(8, len(column) + 2) for column in columns]
-    cells = [("", *columns)]
+    cells = {"": list(columns)}
     for row, measures in rows.items():
-        values = (measures[column] for column in columns)
-        cells.append((row, *("-" if x is None else f"{x:.3f}" for x in values)))
+        numbers = [measures[column] for column in columns]
+        cells[row] = ["-" if x is None else f"{x:.3f}" for x in numbers]
     print()
-    for name, *values in cells:
-        print(
-            f"{name:>{width}}" + "".join(f"{x:>{w}}" for x, w in zip(values, widths, strict=True))
-        )
+    for row, texts in cells.items():
+        line = "".join(f"{text:>{space}}" for text, space in zip(texts, widths, strict=True))
+        print(f"{row:>{width}}{line}")
 
 
 def quiet() -> None:

@@ -12,8 +12,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
-from uncertainty_mm.data import MultimodalBatch, MultimodalDataset, SyntheticMMER, read, transforms
-from uncertainty_mm.data.npz import SPLITS
+from uncertainty_mm.data import (
+    SPLITS,
+    MultimodalBatch,
+    MultimodalDataset,
+    SyntheticMMER,
+    read,
+    transforms,
+)
 from uncertainty_mm.lightning.callbacks import place
 from uncertainty_mm.lightning.checkpoints import UsageError
 
@@ -130,7 +136,9 @@ class MultimodalDataModule(L.LightningDataModule):
         """The training split, in an order that depends on seed and epoch alone, divided among the processes."""
         assert self.trainer is not None
         data, rank = self.part("train"), self.trainer.global_rank
-        sampler = DistributedSampler(data, self.trainer.world_size, rank, seed=self.seed)
+        sampler: DistributedSampler[Any] = DistributedSampler(
+            data, self.trainer.world_size, rank, seed=self.seed
+        )
         return self._loader(data, sampler)
 
     def val_dataloader(self) -> DataLoader[MultimodalBatch]:
@@ -144,6 +152,12 @@ class MultimodalDataModule(L.LightningDataModule):
     def predict_dataloader(self) -> DataLoader[MultimodalBatch]:
         """The split `split`, or all samples of a file without splits."""
         return self._in_order("all" if "all" in self.parts else self.split)
+
+    def transfer_batch_to_device(
+        self, batch: MultimodalBatch, device: torch.device, dataloader_idx: int
+    ) -> MultimodalBatch:
+        """The batch on the device, without waiting where its memory is pinned."""
+        return batch.to(device, non_blocking=True)
 
     def on_after_batch_transfer(
         self, batch: MultimodalBatch, dataloader_idx: int

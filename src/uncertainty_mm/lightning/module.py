@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from itertools import product
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import lightning as L
@@ -69,6 +70,7 @@ class MultilabelModule(Component, L.LightningModule):
         soft_labels: float = 0.0,
     ) -> None:
         super().__init__()
+        self._largest = 1.0
         self.save_hyperparameters()
         for name, value, ok, rule in (
             ("lr", lr, lr > 0, "above 0"),
@@ -100,7 +102,8 @@ class MultilabelModule(Component, L.LightningModule):
     def on_fit_start(self) -> None:
         """Learns of the data how large soft labels are: shares of raters up to 1, intensities up to 3 in CMU-MOSEI."""
         if self.hparams["soft_labels"]:
-            soft_labels = self.trainer.datamodule.part("train").soft_labels
+            data: Any = self.trainer.datamodule  # type: ignore[attr-defined] # set by a connector
+            soft_labels = data.part("train").soft_labels
             if soft_labels is None:
                 raise UsageError("soft_labels: the training split has none")
             self._largest = max(1.0, float(soft_labels.max()))
@@ -125,7 +128,9 @@ class MultilabelModule(Component, L.LightningModule):
         """What the classifiers are trained towards: the labels, or soft labels in [0, 1], or between the two."""
         labels = batch.labels.float()
         share = self.hparams["soft_labels"]
-        return labels if not share else labels.lerp(batch.soft_labels / self._largest, share)
+        if not share or batch.soft_labels is None:
+            return labels
+        return labels.lerp(batch.soft_labels / self._largest, share)
 
     def log_losses(self, losses: Mapping[str, Tensor], batch: MultimodalBatch) -> None:
         """Logs the mean of every loss over an epoch."""
@@ -253,7 +258,7 @@ class MultilabelModule(Component, L.LightningModule):
                 raise ValueError(
                     f"Expected `features[{name!r}]` to have shape (S, {dim}), but got {tuple(x.shape)}"
                 )
-            batch[name] = x.to(self.device, self.dtype).unsqueeze(0)
+            batch[name] = x.to(self.threshold).unsqueeze(0)
         padding = {
             name: torch.full(x.shape[:2], name not in features, device=x.device)
             for name, x in batch.items()
@@ -287,7 +292,7 @@ class MultilabelModule(Component, L.LightningModule):
         """
         read_checkpoint(path)
         try:
-            module = cls.load_from_checkpoint(path, map_location="cpu", weights_only=True)
+            module = cls.load_from_checkpoint(Path(path), map_location="cpu", weights_only=True)
         except (RuntimeError, TypeError, KeyError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise UsageError(f"{path}: of another model or version ({reason})") from error

@@ -44,9 +44,10 @@ class PredictionWriter(BasePredictionWriter):
         predictions: Sequence[Any],
         batch_indices: Sequence[Any],
     ) -> None:
-        data = trainer.predict_dataloaders.dataset
+        loader: Any = trainer.predict_dataloaders
+        module: Any = pl_module
         outputs = {key: torch.cat([each[key] for each in predictions]) for key in predictions[0]}
-        self.write(outputs, data, pl_module.threshold)
+        self.write(outputs, loader.dataset, module.threshold)
 
     def write(
         self, outputs: Mapping[str, Tensor], data: MultimodalDataset, threshold: Tensor

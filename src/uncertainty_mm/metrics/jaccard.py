@@ -17,8 +17,8 @@ __all__ = ["SampleJaccard"]
 class SampleJaccard(OfPredictions):
     """Mean Jaccard index of a sample's label sets, the "accuracy" of the field.
 
-    See :func:`~uncertainty_mm.metrics.functional.sample_jaccard`; a sample whose sets are both empty counts 0, one of
-    which no label is known does not count.
+    `update(probs, labels, unknown=None)` takes what :func:`~uncertainty_mm.metrics.functional.sample_jaccard` takes.
+    A sample whose sets are both empty counts 0; one of which no label is known does not count.
 
     Args:
         threshold: A label is predicted where its probability is above this, in [0, 1].

@@ -56,7 +56,7 @@ class _Ranking(Accumulated):
 class AURC(_Ranking):
     """Area under the risk-coverage curve, :func:`~uncertainty_mm.metrics.functional.risk_coverage` over batches.
 
-    It keeps two numbers of every sample.
+    `update(uncertainty, errors)` takes what the function takes. It keeps two numbers of every sample.
 
     Args:
         excess: Give E-AURC, the area in excess of that of the best order, instead of AURC.
@@ -93,8 +93,8 @@ class AURC(_Ranking):
 class DetectionAUROC(_Ranking):
     """How well an uncertainty detects errors, or corrupted input: :func:`~uncertainty_mm.metrics.functional.auroc`.
 
-    It keeps two numbers of every sample. `errors` are 0 and 1, or bool. Unlike `torchmetrics.AUROC` it takes scores of
-    any size as they are.
+    `update(uncertainty, errors)` takes what the function takes, errors of 0 and 1, or bool. It keeps two numbers of
+    every sample. Unlike `torchmetrics.AUROC` it takes scores of any size as they are.
 
     Args:
         validate_args: Whether values are looked at: None, on the CPU only; False, never; True, everywhere.
@@ -134,8 +134,9 @@ class DetectionAUROC(_Ranking):
 class SpearmanCorrelation(_Ranking):
     """Rank correlation of uncertainty and error, :func:`~uncertainty_mm.metrics.functional.spearman` over batches.
 
-    It keeps two numbers of every sample; `errors` may be any reference. Unlike `torchmetrics.SpearmanCorrCoef` it gives
-    nan for constant input, and is right for any number of ties.
+    `update(uncertainty, errors)` takes what the function takes; `errors` may be any reference. It keeps two numbers of
+    every sample. Unlike `torchmetrics.SpearmanCorrCoef` it gives nan for constant input, and is right for any number of
+    ties.
 
     Args:
         validate_args: Whether values are looked at: None, on the CPU only; False, never; True, everywhere.

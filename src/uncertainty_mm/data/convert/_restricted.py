@@ -7,18 +7,22 @@ could make NumPy take plain bytes for pointers to objects.
 
 from __future__ import annotations
 
+import io
 import math
 import pickle
 import re
+import warnings
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from os import PathLike
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
+from torch.storage import TypedStorage, UntypedStorage
 
 from uncertainty_mm._files import check_sums
+from uncertainty_mm.data._formats import OLD_TORCH, PICKLE, TORCH, format_of
 
 _KINDS = "biufSU"  # booleans, integers, floats, strings; O (objects) is read as a list
 
@@ -83,12 +87,19 @@ def _reconstruct(*_: object) -> _Array:
     return _Array()
 
 
-def _frombuffer(buffer: object, wrapped: object, shape: object, order: object) -> Any:
-    """How protocol 5 writes an array."""
-    if order not in ("C", "F"):
-        raise ValueError(f"an array in the order {order!r}")
-    flat = np.frombuffer(bytearray(_bytes(buffer)), _plain(wrapped))
-    return flat.reshape(_shape(shape), order=order)
+def _frombuffer(
+    buffer: object, wrapped: object, shape: object, order: object, axes: object = None
+) -> _Array:
+    """How protocol 5 writes an array; since NumPy 2.3 one with its axes exchanged has the order K."""
+    flat = np.frombuffer(
+        buffer if isinstance(buffer, bytearray) else bytearray(_bytes(buffer)), _plain(wrapped)
+    )
+    sizes = _shape(shape)
+    if order in ("C", "F") and axes is None:
+        return flat.reshape(sizes, order=order).view(_Array)
+    if order != "K" or sorted(_shape(axes)) != list(range(len(sizes))):
+        raise ValueError(f"an array in the order {order!r} with the axes {axes!r}")
+    return flat.reshape(sizes).transpose(_shape(axes)).view(_Array)
 
 
 def _scalar(wrapped: object, data: object) -> Any:
@@ -116,6 +127,15 @@ def _empty_bytes() -> bytes:
     return b""
 
 
+def _dict(content: object = None) -> dict[Any, Any]:
+    """A plain dict for `Counter`, made from a dict, and for `defaultdict`, whose default is dropped."""
+    return dict(content) if isinstance(content, dict) else {}
+
+
+def _default(*_: object) -> None:
+    """Stand-in for the types that a `defaultdict` names."""
+
+
 class _Settings:
     """Stand-in for `argparse.Namespace`, which TAILOR's files carry under `settings`; its content is dropped."""
 
@@ -123,20 +143,63 @@ class _Settings:
         pass
 
 
+def _storage(data: object) -> TypedStorage:
+    """The memory of a tensor: a file of torch.save within the pickle."""
+    storage = _torch_load(io.BytesIO(_bytes(data)))
+    if not isinstance(storage, TypedStorage):
+        raise ValueError("a tensor without data")
+    return storage
+
+
+def _tensor(
+    storage: object, offset: object, shape: object, strides: object, *_: object
+) -> np.ndarray[Any, Any]:
+    """A tensor, as an array that is not to be written to: others may share its memory."""
+    sizes, steps = _shape(shape), _shape(strides)
+    if not isinstance(storage, TypedStorage) or type(offset) is not int or offset < 0:
+        raise ValueError("a tensor without data")
+    held: UntypedStorage = storage._untyped_storage
+    empty = torch.empty(0, dtype=storage.dtype, device="cpu")
+    last = offset + sum((size - 1) * step for size, step in zip(sizes, steps, strict=True))
+    # torch would enlarge the memory of one that reaches beyond it
+    if 0 not in sizes and last >= held.nbytes() // empty.element_size():
+        raise ValueError(f"a tensor of shape {sizes} with data for another")
+    tensor = empty.set_(held, offset, sizes, steps)
+    array = (tensor.float() if tensor.dtype is torch.bfloat16 else tensor).numpy().view(_Array)
+    array.flags.writeable = False
+    return array
+
+
+def _parameter(tensor: object, *_: object) -> _Array:
+    if not isinstance(tensor, _Array):
+        raise ValueError("a parameter without a tensor")
+    return tensor
+
+
 _ADMITTED: dict[str, Callable[..., Any]] = {
     "argparse.Namespace": _Settings,
     "builtins.bytes": _empty_bytes,
     "builtins.frozenset": frozenset,
     "builtins.set": set,
+    "collections.Counter": _dict,
     "collections.OrderedDict": OrderedDict,
+    "collections.defaultdict": _dict,
     "_codecs.encode": _encode,
     "numpy.dtype": _Dtype,
     "numpy.ndarray": _Array,
 }
+for _name in ("bool", "dict", "float", "int", "list", "long", "str", "tuple", "unicode"):
+    _ADMITTED[f"builtins.{_name}"] = _default
 for _package in ("numpy.core", "numpy._core"):  # NumPy 1 and 2
     _ADMITTED[f"{_package}.multiarray._reconstruct"] = _reconstruct
     _ADMITTED[f"{_package}.multiarray.scalar"] = _scalar
     _ADMITTED[f"{_package}.numeric._frombuffer"] = _frombuffer
+# Tensors in a pickle; those in a file of torch.save are read by torch.
+_TENSORS: dict[str, Callable[..., Any]] = {
+    "torch._utils._rebuild_parameter": _parameter,
+    "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch.storage._load_from_bytes": _storage,
+}
 
 
 class _Refused(pickle.UnpicklingError):
@@ -146,47 +209,67 @@ class _Refused(pickle.UnpicklingError):
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         full = f"{'builtins' if module == '__builtin__' else module}.{name}"
-        if full not in _ADMITTED:
+        if full in _ADMITTED:
+            return _ADMITTED[full]
+        if full not in _TENSORS:
             raise _Refused(full)
-        return _ADMITTED[full]
+        return _TENSORS[full]
 
 
-def _refusal(path: str | PathLike[str], name: str) -> ValueError:
-    return ValueError(
-        f"{path}: refused, because it names `{name}`; "
-        "only arrays, tensors, numbers, strings and plain containers are read"
-    )
+def _torch_load(file: IO[bytes]) -> Any:
+    """`torch.load` of nothing but what is admitted, with errors that do not advise to admit more."""
+    admitted: list[Any] = [(value, name) for name, value in _ADMITTED.items()]
+    try:
+        with torch.serialization.safe_globals(admitted), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if refused:
+            raise _Refused(refused[1]) from None
+        if "Unsupported operand" in str(error):
+            raise ValueError("damaged, or written with another `pickle_protocol` than 2") from None
+        raise ValueError("damaged, or it holds other things than tensors and arrays") from None
 
 
-def _unreadable(path: str | PathLike[str], what: str, error: Exception) -> ValueError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return ValueError(f"{path}: not a readable {what} ({reason})")
+def _read(
+    path: str | PathLike[str], what: str, formats: Collection[str], load: Callable[[IO[bytes]], Any]
+) -> Any:
+    """What `load` makes of a file of one of the formats; `what` is its name in messages."""
+    found = format_of(path)
+    if found is not None and found not in formats:
+        raise ValueError(f"{path}: not a readable {what} (it is {found})")
+    with open(path, "rb") as file:
+        try:
+            return load(file)
+        except _Refused as error:
+            raise ValueError(
+                f"{path}: refused, because it names `{ascii(str(error))[1:-1]}`; "
+                "only arrays, tensors, numbers, strings and plain containers are read"
+            ) from None
+        except Exception as error:  # a broken file may raise anything
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ValueError(f"{path}: not a readable {what} ({reason})") from error
 
 
 def load_pickle(path: str | PathLike[str]) -> Any:
-    """Reads a pickle of plain containers, numbers, strings and NumPy arrays.
+    """Reads a pickle of plain containers, numbers, strings, NumPy arrays and tensors.
 
     Args:
         path: The file; of any protocol, written by Python 2 or 3, by NumPy 1 or 2.
 
     Returns:
-        The content; arrays are of a subclass of `numpy.ndarray`.
+        The content; arrays and tensors are of a subclass of `numpy.ndarray`.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is broken, or names anything else, which is not called.
+        ValueError: If the file is broken or of another format, or names anything else, which is not called.
     """
-    with open(path, "rb") as file:
-        try:
-            return _Unpickler(file, encoding="latin1").load()
-        except _Refused as error:
-            raise _refusal(path, str(error)) from None
-        except Exception as error:  # a broken pickle may raise anything
-            raise _unreadable(path, "pickle", error) from error
+    return _read(path, "pickle", (PICKLE,), lambda file: _Unpickler(file, encoding="latin1").load())
 
 
 def load_torch(path: str | PathLike[str]) -> Any:
-    """Reads a file of `torch.save`, zip or legacy: what :func:`load_pickle` reads, and tensors.
+    """Reads a file of `torch.save`, zip or legacy: what :func:`load_pickle` reads.
 
     Args:
         path: The file.
@@ -196,17 +279,11 @@ def load_torch(path: str | PathLike[str]) -> Any:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is broken, or names anything else, which is not called.
+        ValueError: If the file is broken or of another format, or names anything else, which is not called.
     """
-    admitted: list[Any] = [(value, name) for name, value in _ADMITTED.items()]
-    try:
+
+    def load(file: IO[bytes]) -> Any:
         check_sums(path)
-        with torch.serialization.safe_globals(admitted):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
-    except Exception as error:
-        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if refused:
-            raise _refusal(path, refused[1]) from None
-        raise _unreadable(path, "file of torch.save", error) from error
+        return _torch_load(file)
+
+    return _read(path, "file of torch.save", (TORCH, OLD_TORCH), load)

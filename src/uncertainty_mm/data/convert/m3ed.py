@@ -3,24 +3,37 @@
 from __future__ import annotations
 
 from os import PathLike
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from uncertainty_mm._checks import check_choice
-from uncertainty_mm.data._sequences import beyond, finish, need, plain_array, report_invalid, shown
+from uncertainty_mm.data._sequences import (
+    Invalid,
+    Labels,
+    beyond,
+    finish,
+    make_dataset,
+    need,
+    plain_array,
+    report_invalid,
+    shown,
+)
 from uncertainty_mm.data.convert._restricted import load_pickle
 from uncertainty_mm.data.convert.label_table import M3ED_LABELS
 from uncertainty_mm.data.dataset import MultimodalDataset
+
+Level = Literal["utterance", "dialogue"]
 
 _UTTERANCES, _LABELS = 0, 2  # positions in the list of ten
 _MODALITIES = {"text": 3, "audio": 4, "vision": 5}
 _SPLITS = {"train": 7, "validation": 8, "test": 9}
 
 
-def read_m3ed(path: str | PathLike[str], level: str = "utterance") -> dict[str, MultimodalDataset]:
+def read_m3ed(
+    path: str | PathLike[str], level: Level = "utterance", *, invalid: Invalid = "step"
+) -> dict[str, MultimodalDataset]:
     """Reads the features of M3ED from their source: a pickled list of ten, by dialogue.
 
     Args:
@@ -28,17 +41,19 @@ def read_m3ed(path: str | PathLike[str], level: str = "utterance") -> dict[str, 
         level: `"utterance"`: a sample is an utterance, a sequence of one step with exactly one label.
             `"dialogue"`: a sample is a dialogue, a sequence of utterances with the labels of any of them, as in CARAT
             and LDDU, but not cut, and with the padding masked.
+        invalid: What a number that is not finite costs, its `"step"` or that `"value"` alone; see :func:`read_mmsa`.
 
     Returns:
         The splits `"train"`, `"validation"` and `"test"` with the modalities `text`, `audio` and `vision`, labels in
-        the order of :data:`M3ED_LABELS`, and the ids of the utterances or dialogues. Steps that are not finite are
-        masked, and a warning counts them; features of zeros throughout are missing.
+        the order of :data:`M3ED_LABELS`, and the ids of the utterances or dialogues. Warnings count
+        what was not finite; features of zeros throughout are missing.
 
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If the file cannot be read, names code, or breaks the layout.
     """
-    check_choice("level", level, ("utterance", "dialogue"))
+    check_choice("level", level, get_args(Level))
+    check_choice("invalid", invalid, get_args(Invalid))
     content = load_pickle(path)
     need(
         isinstance(content, list | tuple) and len(content) == 10,
@@ -89,32 +104,19 @@ def read_m3ed(path: str | PathLike[str], level: str = "utterance") -> dict[str, 
                 padded[~mask] = values
                 values = padded
                 mask = mask | ~shown(values).any(axis=1, keepdims=True)
-            read[modality] = finish(values, mask)
-            report_invalid(path, split, modality, read[modality].invalid)
+            read[modality] = finish(values, mask, invalid)
+            report_invalid(path, split, modality, read[modality])
+        codes = np.concatenate([labels[name] for name in names])
         if level == "utterance":
-            codes = np.concatenate([labels[name] for name in names])
             sample = np.arange(len(codes))
-            ids = [utterance for name in names for utterance in _utterances(content, name)]
+            ids = [str(each) for name in names for each in content[_UTTERANCES][name]]
         else:
-            codes = np.concatenate([labels[name] for name in names])
             sample = np.repeat(np.arange(len(names)), lengths)
             ids = names
         multi_hot = np.zeros((len(ids), len(M3ED_LABELS)), np.uint8)
         multi_hot[sample, codes] = 1
-        parts[split] = MultimodalDataset(
-            {name: each.features for name, each in read.items()},
-            {name: each.padding_mask for name, each in read.items()},
-            torch.from_numpy(multi_hot),
-            M3ED_LABELS,
-            ids=ids,
-            invalid_steps={name: int(each.invalid.sum()) for name, each in read.items()},
-            validate_args=False,
-        )
+        parts[split] = make_dataset(read, Labels(multi_hot), M3ED_LABELS, ids)
     return parts
-
-
-def _utterances(content: Any, dialogue: str) -> list[str]:
-    return [str(name) for name in content[_UTTERANCES][dialogue]]
 
 
 def _labels(content: Any, dialogue: str, path: str | PathLike[str]) -> NDArray[Any]:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
-from typing import Any
+from typing import Any, get_args
 
 from uncertainty_mm._checks import check_choice
 from uncertainty_mm.data._sequences import (
-    SPLIT_KEYS,
+    Invalid,
     Labels,
+    Padding,
     Path,
+    Split,
     assemble,
     check_splits,
     count_samples,
@@ -19,7 +21,7 @@ from uncertainty_mm.data._sequences import (
     need,
 )
 from uncertainty_mm.data.convert._restricted import load_torch
-from uncertainty_mm.data.convert.label_table import canonical, order, tokens_to_labels
+from uncertainty_mm.data.convert.label_table import canonical, labels_of, order
 from uncertainty_mm.data.dataset import MultimodalDataset
 
 _SPECIAL = {"<blank>", "<unk>", "<s>", "</s>"}
@@ -31,7 +33,8 @@ def read_tailor(
     path: str | PathLike[str],
     label_names: Sequence[str] | None = None,
     *,
-    padding: str = "auto",
+    padding: Padding = "auto",
+    invalid: Invalid = "step",
 ) -> dict[str, MultimodalDataset]:
     """Reads a `.pt` file of TAILOR or CARAT: `train_valid_test.pt` of CMU-MOSEI, or `m3ed_data_60.pt` of M3ED.
 
@@ -47,6 +50,7 @@ def read_tailor(
         label_names: Labels in the order wanted; None for the order of the file.
         padding: `"auto"`: lengths from the file (`len_list`), else frames of zeros before and behind a sequence;
             `"zeros"`: always these frames; `"none"`: no padding, as in the released code. See :func:`read_mmsa`.
+        invalid: What a number that is not finite costs, its `"step"` or that `"value"` alone; see :func:`read_mmsa`.
 
     Returns:
         The splits `"train"`, `"validation"` and `"test"` with the modalities `text`, `audio` and `vision`.
@@ -56,27 +60,33 @@ def read_tailor(
         ValueError: If the file cannot be read, names code, or breaks the layout, or if its labels are not
             `label_names`.
     """
-    check_choice("padding", padding, ("auto", "zeros", "none"))
+    check_choice("padding", padding, get_args(Padding))
+    check_choice("invalid", invalid, get_args(Invalid))
     content = load_torch(path)
-    check_splits(content, path)
-    labels, names = tailor_labels(content, path, label_names)
-    content = _exchanged_back(content, path)
-    parts = assemble(content, path, labels, names, padding)
-    for split, key in SPLIT_KEYS.items():
-        if "len_list" in content[key]:
-            steps = max(parts[split].steps.values())
-            lengths = integers(content[key]["len_list"], len(parts[split]), path, f"{key}.len_list")
+    splits = check_splits(content, path)
+    labels, names = tailor_labels(content, splits, path, label_names)
+    del content  # `assemble` frees what it has read
+    _exchange_back(splits, path)
+    parts = assemble(splits, path, labels, names, padding, invalid)
+    for name, split in splits.items():
+        if "len_list" in split.content:
+            steps = max(parts[name].steps.values())
+            where = f"{split.key}.len_list"
+            lengths = integers(split.content["len_list"], len(parts[name]), path, where)
             cut = int((lengths > steps).sum())
             if cut:
                 warnings.warn(
-                    f"{path}: {cut} sequences of the {split} split were cut to {steps} steps, their labels were not",
+                    f"{path}: {cut} sequences of the {name} split were cut to {steps} steps, their labels were not",
                     stacklevel=2,
                 )
     return parts
 
 
 def tailor_labels(
-    content: dict[str, Any], path: Path, label_names: Sequence[str] | None
+    content: Mapping[str, Any],
+    splits: Mapping[str, Split],
+    path: Path,
+    label_names: Sequence[str] | None,
 ) -> tuple[dict[str, Labels], list[str]]:
     """Labels by split from `tgt` and `dict`, and their names."""
     vocabulary = content.get("dict")
@@ -94,42 +104,28 @@ def tailor_labels(
     if label_names is None:
         label_names = [canonical(name) for name in file_names]
     columns = order(file_names, label_names, path, "`dict.tgt`")
-    codes = {int(found[position][0]): column for column, position in enumerate(columns)}
-    labels = {}
-    for split, split_key in SPLIT_KEYS.items():
-        part = content[split_key]
-        need("tgt" in part, path, f"missing `{split_key}.tgt`, found {sorted(map(str, part))}")
-        rows = tokens_to_labels(part["tgt"], codes, len(codes), path, f"{split_key}.tgt")
-        count = count_samples(part, path, split_key)
-        need(
-            len(rows) == count,
-            path,
-            f"`{split_key}.tgt` has {len(rows)} samples, the features {count}",
-        )
-        labels[split] = Labels(rows)
+    codes = {found[position][0]: column for column, position in enumerate(columns)}
+    labels = {
+        name: labels_of(split, count_samples(split, path), codes, columns, path)
+        for name, split in splits.items()
+    }
     return labels, list(label_names)
 
 
-def _exchanged_back(content: dict[str, Any], path: Path) -> dict[str, Any]:
+def _exchange_back(splits: Mapping[str, Split], path: Path) -> None:
     """Audio under `src-audio` and vision under `src-visual`, whichever way the file has them."""
 
     def size(key: str) -> int:
-        rows = content["train"].get(key, ())
+        rows = splits["train"].content.get(key, ())
         first = next(iter(rows), None) if hasattr(rows, "__iter__") else None
         return int((getattr(first, "shape", None) or (0,))[-1])
 
     if size("src-visual") not in _M3ED_AUDIO or size("src-audio") != _M3ED_VISION:
-        return content
+        return
     warnings.warn(
         f"{path}: `src-visual` holds audio ({size('src-visual')} features) and `src-audio` vision ({_M3ED_VISION}); "
         "they are exchanged back",
         stacklevel=3,
     )
-    swapped = {}
-    for split in SPLIT_KEYS.values():
-        part = content[split]
-        swapped[split] = part | {
-            "src-visual": part.get("src-audio"),
-            "src-audio": part.get("src-visual"),
-        }
-    return content | swapped
+    for _, part in splits.values():
+        part["src-visual"], part["src-audio"] = part.get("src-audio"), part.get("src-visual")
