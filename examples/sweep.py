@@ -183,11 +183,7 @@ def run_all(
 ) -> tuple[list[Row], int]:
     """Runs `work` for all files, arms and seeds, `args.jobs` at a time; writes `runs.json` and `runs.csv`.
 
-    Args:
-        work: Takes a run, writes into its folder and returns its measures.
-        arms: Arms by name.
-        args: What a :func:`parser` returns.
-        base: Options of all runs, beside `args.options`, which hold before these.
+    The options `base` hold for all runs, before `args.options`, which hold before those of the arms.
 
     Returns:
         A row for every finished run (`data`, `arm`, `seed`, and its measures), and how many runs failed.

@@ -33,7 +33,10 @@ class Sizes(NamedTuple):
 
 
 class Baseline(MultilabelModule):
-    """A network that adds its layers in `build` and joins the modalities in `fuse`.
+    """A network that joins what the encoders say of the modalities.
+
+    A subclass adds its layers in `build(sizes)`. Its `fuse(encoded, padding)` makes logits (B, Q), or an `Output`, of
+    the encoded steps (B, S_m, D) and their padding (B, S_m), each a list by modality.
 
     Args:
         modality_dims: Sizes of the features by modality.
@@ -62,14 +65,6 @@ class Baseline(MultilabelModule):
             self.encoder[name] = first = self.part("encoder", encoder, dim, max_steps[name])
         heads = first.layers[0].num_heads
         self.build(Sizes(len(modality_dims), len(label_names), first.hidden_dim, heads, dropout))
-
-    def build(self, sizes: Sizes) -> None:
-        """Adds the layers behind the encoders."""
-        raise NotImplementedError
-
-    def fuse(self, encoded: Vectors, padding: Vectors) -> Tensor | Output:
-        """Logits (B, Q) from what the encoders say, (B, S_m, D) by modality, and the padding (B, S_m)."""
-        raise NotImplementedError
 
     def forward(self, features: Mapping[str, Tensor], padding_mask: Mapping[str, Tensor]) -> Output:
         masks = [padding_mask[name] for name in self.encoder]

@@ -38,24 +38,9 @@ NETWORKS = {
     "misa": InvariantSpecific,
 }
 LDDU = {"lddu": sweep.Arm(), "lddu-residual": sweep.Arm(["--config", "study/final-residual"])}
-ARMS = {
-    **{name: sweep.Arm((), PooledMLP, CONFIGS) for name in classical.METHODS},
-    **{name: sweep.Arm((), network, CONFIGS) for name, network in NETWORKS.items()},
-    **LDDU,
-}
-TITLES = {
-    "br-logistic": "BR logistic",
-    "lp-logistic": "LP logistic",
-    "cc-logistic": "CC logistic",
-    "br-trees": "BR boosted trees",
-    "mlp": "MLP pooled",
-    "early": "early fusion",
-    "late": "late fusion",
-    "mult": "cross-modal (MulT)",
-    "misa": "invariant/specific (MISA)",
-    "lddu": "LDDU",
-    "lddu-residual": "LDDU residual",
-}
+ARMS = {name: sweep.Arm((), PooledMLP, CONFIGS) for name in classical.METHODS}
+ARMS |= {name: sweep.Arm((), network, CONFIGS) for name, network in NETWORKS.items()}
+ARMS |= LDDU
 # No early stopping: some networks need many steps before the first gain, and the checkpoint is chosen anyway.
 BASE = ["--trainer.max_epochs", "30", "--early_stopping.patience", "1000"]
 
@@ -84,8 +69,7 @@ def differences(rows: Sequence[sweep.Row], folder: Path, name: str) -> list[str]
                 for each in (name, arm)
             )
             found = paired_bootstrap(ours, theirs)
-            title = TITLES.get(arm, arm)
-            lines.append(f"| {title} | {len(both)} | {found['miF1']} | {found['Brier']} |")
+            lines.append(f"| {arm} | {len(both)} | {found['miF1']} | {found['Brier']} |")
     return lines and ["| arm | seeds | miF1 | Brier |", "|---|---:|---:|---:|", *lines]
 
 
@@ -94,10 +78,10 @@ def report(rows: Sequence[sweep.Row], output: Path) -> str:
 
     def tables(name: str, here: list[sweep.Row]) -> list[str]:
         sizes = {row["arm"]: f"{row['parameters']:,}" for row in here if "parameters" in row}
-        lines = sweep.table(here, sweep.COLUMNS[:-1], {"parameters": sizes}, TITLES)
+        lines = sweep.table(here, sweep.COLUMNS[:-1], {"parameters": sizes})
         for ours in LDDU:
             if compared := differences(here, output / name, ours):
-                title = f"{TITLES[ours]} minus the other, 95 % interval, * where it excludes 0:"
+                title = f"{ours} minus the other, 95 % interval, * where it excludes 0:"
                 lines += ["", title, "", *compared]
         return lines
 
