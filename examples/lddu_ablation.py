@@ -2,63 +2,50 @@
 
     python examples/lddu_ablation.py --data FILE --seeds 0 1 2               # the paper's model, less one part a row
     python examples/lddu_ablation.py --data FILE --seeds 0 1 2 --model ours --output runs/ours  # with our defaults
-    python examples/lddu_ablation.py --data FILE --arms full "(4) w/o queue" # some rows
+    python examples/lddu_ablation.py --data FILE --arms 00-full 04-without-queue -- --config small  # some rows, small
 
-Every row is a run of `lddu_full.py` for several seeds; what is finished is not repeated, and a failing row does not
-stop the others (`sweep.py`). It writes every run (`runs.json`, `runs.csv`), and mean and standard deviation over seeds
-beside the paper's figures (`ablation.md`).
+A sweep (`sweep.py`) over the files `configs/ablation`. It writes mean and standard deviation over seeds beside the
+paper's figures (`ablation.md`).
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-try:
-    from . import lddu_full
-    from .sweep import Row, Run, add_arguments, check_arguments, sweep, table
-except ImportError:  # run as a script
-    import lddu_full  # type: ignore[no-redef]
-    from sweep import Row, Run, add_arguments, check_arguments, sweep, table  # type: ignore[no-redef]
-
-WITHOUT_QUERIES = "(1) w/o label queries"
-
-
-class Ablation(NamedTuple):
-    """A row of Table 3."""
-
-    options: str  # what it changes, as options of lddu_full.py
-    paper: str = "-"  # micro F1 that the paper gives for CMU-MOSEI, aligned
-
+from uncertainty_mm.examples import sweep
+from uncertainty_mm.examples.lddu_full import LDDU
+from uncertainty_mm.lightning.cli import one_line_errors
 
 # The paper calls row 5 "w/o variance mu" and row 6 "w/o center sigma"; here the words hold, not the symbols. It has two
-# rows (12). Rows 8 to 10 have 0.581, 0.584 and a value between, in an order that we do not know.
-ARMS: dict[str, Ablation] = {
-    "full": Ablation("", "0.587"),
-    WITHOUT_QUERIES: Ablation(""),
-    "(2) w/o L_dir": Ablation("--dir-weight 0"),
-    "(3) w/o L_scl": Ablation("--scl-weight 0"),
-    "(4) w/o queue": Ablation("--queue-size 0", "0.578"),
-    "(5) w/o variance in L_scl": Ablation("--embedding mean"),
-    "(6) w/o center in L_scl": Ablation("--embedding std"),
-    "(7) w/o L_ocl": Ablation("--ocl-weight 0", "0.580"),
-    "(8) only Corr(S,R)": Ablation("--pairs SR", "0.581 to 0.584"),
-    "(9) only Corr(D,R)": Ablation("--pairs DR", "0.581 to 0.584"),
-    "(10) only Corr(D,S)": Ablation("--pairs DS", "0.581 to 0.584"),
-    "(11) w/o mean branch": Ablation("--gate std"),
-    "(12) w/o std branch": Ablation("--gate mean"),
+# rows (12).
+TITLES = {
+    "00-full": "full",
+    "01-without-queries": "(1) w/o label queries",
+    "02-without-dir": "(2) w/o L_dir",
+    "03-without-scl": "(3) w/o L_scl",
+    "04-without-queue": "(4) w/o queue",
+    "05-without-variance-in-scl": "(5) w/o variance in L_scl",
+    "06-without-center-in-scl": "(6) w/o center in L_scl",
+    "07-without-ocl": "(7) w/o L_ocl",
+    "08-only-sr": "(8) only Corr(S,R)",
+    "09-only-dr": "(9) only Corr(D,R)",
+    "10-only-ds": "(10) only Corr(D,S)",
+    "11-without-mean-branch": "(11) w/o mean branch",
+    "12-without-std-branch": "(12) w/o std branch",
 }
-MODELS = {
-    "paper": "--size within --combine concat --embedding both --anchors present --ordinality raw --pairs SR+DR "
-    "--targets sample --ocl-weight 0.1 --scl-weight 0.8 "
-    "--modality-weight 0 --kl-weight 0 --std-branch shapes",
-    "ours": "",
+# Micro F1 that the paper gives for CMU-MOSEI, aligned. Rows 8 to 10 have 0.581, 0.584 and a value between, in an order
+# that we do not know.
+PAPER = dict.fromkeys(TITLES, "-") | {
+    "00-full": "0.587",
+    "04-without-queue": "0.578",
+    "07-without-ocl": "0.580",
+    **dict.fromkeys(("08-only-sr", "09-only-dr", "10-only-ds"), "0.581 to 0.584"),
 }
-COLUMNS = ("Acc", "P", "R", "miF1", "mAP", "Brier", "ECE", "rho")
+MODELS = {"paper": ["--config", "study/paper"], "ours": []}
 
 
 class AttentionPooling(nn.Module):
@@ -68,20 +55,21 @@ class AttentionPooling(nn.Module):
     """
 
     def __init__(
-        self, modality_dims: Mapping[str, int], label_embedding: nn.Embedding, out_dim: int
+        self,
+        modality_dims: Mapping[str, int],
+        num_labels: int,
+        *,
+        label_dim: int = 256,
+        out_dim: int = 128,
     ) -> None:
         super().__init__()
-        self.label_embedding = label_embedding  # scales and shifts the answers, see LDDU
-        size = label_embedding.num_embeddings * out_dim
-        self.score = nn.ModuleDict(
-            {
-                name: nn.Sequential(nn.Linear(dim, dim), nn.Tanh(), nn.Linear(dim, 1))
-                for name, dim in modality_dims.items()
-            }
-        )
-        self.answer = nn.ModuleDict(
-            {name: nn.Linear(dim, size) for name, dim in modality_dims.items()}
-        )
+        self.out_dim = out_dim
+        self.label_embedding = nn.Embedding(num_labels, label_dim)  # scales the answers, see LDDU
+        self.score = nn.ModuleDict()
+        self.answer = nn.ModuleDict()
+        for name, dim in modality_dims.items():
+            self.score[name] = nn.Sequential(nn.Linear(dim, dim), nn.Tanh(), nn.Linear(dim, 1))
+            self.answer[name] = nn.Linear(dim, num_labels * out_dim)
 
     def missing(self, features: Mapping[str, Tensor], padding_mask: Mapping[str, Tensor]) -> Tensor:
         return torch.stack([padding_mask[name].all(1) for name in self.score], dim=1)
@@ -93,68 +81,33 @@ class AttentionPooling(nn.Module):
             scores = score(x).float().masked_fill(mask, -torch.inf)
             weights = scores.softmax(dim=1).masked_fill(mask, 0)  # 0 / 0 of a missing modality too
             answers.append(self.answer[name]((weights * x).sum(1)))
-        shape = (self.label_embedding.num_embeddings, -1)
-        return torch.stack(answers, dim=1).unflatten(2, shape)  # (B, M, Q, out_dim)
+        return torch.stack(answers, dim=1).unflatten(2, (-1, self.out_dim))  # (B, M, Q, out_dim)
 
 
-class WithoutQueries(lddu_full.LDDU):
+class WithoutQueries(LDDU):
     """LDDU whose labels do not look for themselves."""
 
-    def __init__(self, modality_dims: Mapping[str, int], *args: Any, **options: Any) -> None:
-        super().__init__(modality_dims, *args, **options)
-        dims = dict.fromkeys(modality_dims, options["hidden_dim"])
-        self.attention = AttentionPooling(
-            dims, self.attention.label_embedding, self.attention.out_dim
-        )
+    parts: ClassVar = LDDU.parts | {"attention": AttentionPooling}
 
 
-class LitWithoutQueries(lddu_full.LitLDDU):
-    """Trains row 1."""
-
-    network = WithoutQueries
+ARMS = {name: sweep.Arm(["--config", f"ablation/{name}"]) for name in TITLES}
+ARMS["01-without-queries"] = ARMS["01-without-queries"]._replace(model=WithoutQueries)
 
 
-def work(run: Run) -> dict[str, float]:
-    """Trains one row with one seed."""
-    args = run.args
-    options = ["--accelerator cpu", MODELS[args.model], args.options, f"--seed {run.seed}"]
-    if args.epochs:
-        options.append(f"--epochs {args.epochs}")
-    options.append(ARMS[run.arm].options)  # last: what the row is about holds
-    where = ["--data", str(run.file), "--output", str(run.folder)]
-    arguments = lddu_full.parse(["train", *" ".join(options).split(), *where])
-    lit = LitWithoutQueries if run.arm == WITHOUT_QUERIES else lddu_full.LitLDDU
-    return lddu_full.train(arguments, lit)["test"]
-
-
-def report(rows: Sequence[Row]) -> str:
+def report(rows: Sequence[sweep.Row]) -> str:
     """Markdown, a table a data set: mean and standard deviation over seeds, and the paper's micro F1."""
-    paper = {"paper: miF1": {arm: ablation.paper for arm, ablation in ARMS.items()}}
-    lines = []
-    for name in dict.fromkeys(row["data"] for row in rows):
-        here = [row for row in rows if row["data"] == name]
-        lines += [f"{name}:", "", *table(here, COLUMNS, paper), ""]
-    return "\n".join(lines)
+    notes = {"paper: miF1": PAPER}
+    return sweep.by_data(rows, lambda _, here: sweep.table(here, notes=notes, titles=TITLES))
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line."""
-    parser = lddu_full.Parser(description="Table 3 of the paper on your data.")
-    add_arguments(parser, list(ARMS), "runs/ablation")
-    parser.add_argument(
-        "--model", choices=list(MODELS), default="paper", help="what rows are removed from"
-    )
-    parser.add_argument("--epochs", type=int, help="default: that of lddu_full.py")
-    args = parser.parse_args(sys.argv[1:] if argv is None else argv)
-    if not args.data:
-        parser.error("--data is needed")
-    with lddu_full.ending_in_one_line():
-        check_arguments(parser, args)
-        rows, failed = sweep(work, args.data, args)
-        lddu_full.write_text(args.output / "ablation.md", report(rows))
-    print(report(rows))
-    if failed:
-        sys.exit(f"{failed} runs failed")
+    with one_line_errors():
+        parser = sweep.parser("Table 3 of the paper on your data.", "runs/ablation", list(ARMS))
+        parser.add_argument("--model", choices=list(MODELS), default="paper", help="the full model")
+        args = parser.parse_args(arguments)
+        rows, failed = sweep.run_all(sweep.work, ARMS, args, MODELS[args.model])
+        sweep.publish(args.output / "ablation.md", report(rows), failed)
 
 
 if __name__ == "__main__":

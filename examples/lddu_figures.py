@@ -1,8 +1,9 @@
 """Figures of the paper, drawn from runs of `lddu_full.py`.
 
-    python examples/lddu_figures.py RUN --data FILE                  # the folder of a run, and its data
-    python examples/lddu_figures.py RUN RUN_WITHOUT_SCL --data FILE  # second run: trained with --scl-weight 0
-    python examples/lddu_figures.py RUN --data FILE --sample 17      # another sample for the case study
+    python examples/lddu_figures.py RUN                  # the folder of a run
+    python examples/lddu_figures.py RUN RUN_WITHOUT_SCL  # second run: trained with --model.scl_weight 0
+    python examples/lddu_figures.py RUN --sample 17      # another sample for the case study
+    python examples/lddu_figures.py RUN --data FILE      # other data than those of the run, or where they are now
 
 The best checkpoint of a run is applied to the test split. Huang et al. 2025, arXiv 2502.13954, have such figures:
 
@@ -30,39 +31,39 @@ from torch import Tensor
 from uncertainty_mm import plots
 from uncertainty_mm._files import replacing
 from uncertainty_mm.data import MultimodalDataset
+from uncertainty_mm.examples.lddu_full import LDDU, Output
+from uncertainty_mm.examples.sweep import data_of
 from uncertainty_mm.functional import expected_distance
-from uncertainty_mm.measures import modality_attribution, predictive_entropy
+from uncertainty_mm.lightning import UsageError
+from uncertainty_mm.lightning.cli import Parser, check_fits, one_line_errors
+from uncertainty_mm.metrics.functional import modality_attribution, predictive_entropy
 
-try:
-    from . import lddu_full
-except ImportError:  # run as a script
-    import lddu_full  # type: ignore[no-redef]
-
-APPLY = argparse.Namespace(accelerator="cpu", batch_size=256)  # how a checkpoint is applied
 TSNE_SAMPLES = 250  # t-SNE then takes seconds
 PRESENT, ABSENT, ACCENT = plots.COLORS[0], "0.75", plots.COLORS[1]
 
 
-def explain(
-    lit: lddu_full.LitLDDU, data: MultimodalDataset
-) -> tuple[lddu_full.Output, dict[str, Tensor]]:
+def explain(model: LDDU, data: MultimodalDataset) -> tuple[Output, dict[str, Tensor]]:
     """What the model says of a few samples, and its attention weights (B, Q, S_m) by modality."""
     batch = next(iter(data.loader(len(data))))
-    model = lit.model.eval()
     with torch.no_grad():
-        output = model(batch.features, batch.padding_mask)
+        output = model.eval()(batch.features, batch.padding_mask)
         encoded = {
             name: encoder(batch.features[name], batch.padding_mask[name])
-            for name, encoder in model.encoders.items()
+            for name, encoder in model.encoder.items()
         }
         _, weights = model.attention(encoded, batch.padding_mask, need_weights=True)
     return output, weights
 
 
+def known(data: MultimodalDataset) -> Tensor:
+    """(N, Q), True where a label is known."""
+    return torch.ones_like(data.labels).bool() if data.unknown is None else ~data.unknown
+
+
 # --- Fig. 4 ----------------------------------------------------------------------------------------------------------
 
 
-def tsne(runs: Sequence[lddu_full.LitLDDU], data: MultimodalDataset) -> Figure:
+def tsne(models: Sequence[LDDU], data: MultimodalDataset) -> Figure:
     """The Gaussians of the labels that are present, one panel a run, for the same samples.
 
     Drawn is what the contrastive loss compares (Eq. 4, as the first run has it). The title has the silhouette
@@ -71,17 +72,15 @@ def tsne(runs: Sequence[lddu_full.LitLDDU], data: MultimodalDataset) -> Figure:
     """
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
     few = data.select(order[:TSNE_SAMPLES])
-    contrastive = runs[0].model.contrastive
-    figure = Figure(figsize=(1.6 + 4 * len(runs), 4.2), layout="constrained")
-    panels = figure.subplots(1, len(runs), squeeze=False)[0]
-    for panel, lit in zip(panels, runs, strict=True):
-        output, _ = explain(lit, few)
-        embedding = output.latent.embedding(
-            contrastive.use_mean, contrastive.use_std, contrastive.joint
-        )
-        shown = (few.labels > 0).unsqueeze(1) & ~output.missing.unsqueeze(2)  # (B, M, Q)
+    figure = Figure(figsize=(1.6 + 4 * len(models), 4.2), layout="constrained")
+    panels = figure.subplots(1, len(models), squeeze=False)[0]
+    for panel, model in zip(panels, models, strict=True):
+        output, _ = explain(model, few)
+        embedding = output.latent.embedding(models[0].contrastive.embedding)
+        present = (few.labels > 0) & known(few)
+        shown = present.unsqueeze(1) & ~output.missing.unsqueeze(2)  # (B, M, Q)
         if shown.sum() < 3:
-            raise lddu_full.UsageError(
+            raise UsageError(
                 f"t-SNE needs at least 3 distributions of labels that are present, got {shown.sum()}"
             )
         plots.latent_tsne(embedding, few.label_names, list(few.dims), shown=shown, ax=panel)
@@ -90,7 +89,7 @@ def tsne(runs: Sequence[lddu_full.LitLDDU], data: MultimodalDataset) -> Figure:
         silhouette = math.nan  # unless there are classes of several points
         if 1 < len(classes.unique()) < len(classes):
             silhouette = silhouette_score(embedding[shown].numpy(), classes.numpy())
-        weight = lit.hparams["model"]["scl_weight"]
+        weight = model.hparams["scl_weight"]
         loss = r"$\mathcal{L}_{scl}$"
         title = f"with {loss}, weight {weight:g}" if weight else f"without {loss}"
         panel.set_title(f"{title} (silhouette {silhouette:.2f})", fontsize="medium")
@@ -108,24 +107,26 @@ def position_of(sample: str, data: MultimodalDataset) -> int:
         return data.ids.index(sample)
     if sample.isdecimal() and int(sample) < len(data):
         return int(sample)
-    raise lddu_full.UsageError(
+    raise UsageError(
         f"--sample {sample}: neither the name of a test sample nor a position, 0 to {len(data) - 1}"
     )
 
 
-def interesting(probs: Tensor, threshold: Tensor, missing: Tensor, labels: Tensor) -> int:
-    """The most uncertain sample of those with several labels, all predicted, and all modalities.
+def interesting(
+    probs: Tensor, threshold: Tensor, missing: Tensor, labels: Tensor, known: Tensor
+) -> int:
+    """The most uncertain sample of those with several labels, all known and predicted, and all modalities.
 
     Where none is like that, the most uncertain of all.
     """
-    right = ((probs > threshold) == (labels > 0)).all(1)
+    right = (((probs > threshold) == (labels > 0)) & known).all(1)
     wanted = right & (labels.sum(1) > 1) & ~missing.any(1)
     left_out = ~wanted if wanted.any() else torch.zeros_like(wanted)
     return int(predictive_entropy(probs).masked_fill(left_out, -1).argmax())
 
 
 def case(
-    lit: lddu_full.LitLDDU,
+    model: LDDU,
     data: MultimodalDataset,
     outputs: Mapping[str, Tensor],
     position: int,
@@ -133,23 +134,24 @@ def case(
     """One sample: probabilities, D of the first prediction, modality attribution, attention.
 
     Args:
-        lit: The model.
+        model: The model.
         data: The split.
-        outputs: Those of `lddu_full.apply` for the split.
+        outputs: Those of `model.predict` for the split.
         position: Of the sample in the split.
     """
     sample = data.select([position])
-    output, weights = explain(lit, sample)
+    output, weights = explain(model, sample)
     names, rows = data.label_names, len(data.label_names)
     figure = Figure(figsize=(max(9.5, 3.2 * len(weights)), 3.4 + 0.5 * rows), layout="constrained")
     above, below = figure.subfigures(2, 1)
     name = position if data.ids is None else data.ids[position]
-    present = [label for label, y in zip(names, sample.labels[0].tolist(), strict=True) if y]
+    there = (sample.labels[0] > 0) & known(sample)[0]
+    present = [label for label, y in zip(names, there.tolist(), strict=True) if y]
     figure.suptitle(f"sample {name}: {', '.join(present) or 'no label'}")
 
     bars, dots, shares = above.subplots(1, 3, width_ratios=(3, 1.8, 2.4))
     first = output.dir_logits[0].sigmoid()
-    draw_probs(bars, outputs["probs"][position], first, lit.threshold, sample.labels[0], names)
+    draw_probs(bars, outputs["probs"][position], first, model.threshold, there, names)
     certainty = 1 - expected_distance(first)
     dots.hlines(range(rows), 0.5, certainty, color=ABSENT)
     dots.plot(certainty, range(rows), "o", color=ACCENT)
@@ -158,7 +160,7 @@ def case(
     dots.set_yticks(range(rows), [])
 
     sizes = torch.linalg.vector_norm(outputs["std_norm"], dim=2)
-    draw_shares(shares, sizes, outputs["missing"].bool(), position, list(data.dims))
+    draw_shares(shares, sizes, outputs["missing"], position, list(data.dims))
 
     maps = below.subplots(1, len(weights), squeeze=False)[0]
     for index, (panel, modality) in enumerate(zip(maps, weights, strict=True)):
@@ -191,7 +193,12 @@ def draw_probs(
         label="first prediction",
     )
     lines = ax.vlines(
-        threshold, rows - 0.5, rows + 0.5, color="black", linestyle="--", label="threshold"
+        threshold.expand(len(names)),
+        rows - 0.5,
+        rows + 0.5,
+        color="black",
+        linestyle="--",
+        label="threshold",
     )
     ax.set(xlim=(0, 1), xlabel="probability")
     ax.set_yticks(rows, names)
@@ -209,12 +216,19 @@ def draw_probs(
 def draw_shares(
     ax: Axes, sizes: Tensor, missing: Tensor, position: int, names: Sequence[str]
 ) -> None:
-    """Bars of the shares of the modalities in one sample, with their means over all."""
+    """Bars of the shares of the modalities in one sample, with their means over all that have the same modalities."""
     shares = modality_attribution(sizes, missing)
     rows = torch.arange(len(names))
-    mean = (shares * ~missing).sum(0) / (~missing).sum(0).clamp_min(1)
+    alike = (missing == missing[position]).all(1)
+    mean = shares[alike].mean(0)
     ax.barh(rows, shares[position], 0.6, color=PRESENT)
-    ax.vlines(mean, rows - 0.4, rows + 0.4, color="black", label="mean of the test split")
+    ax.vlines(
+        mean,
+        rows - 0.4,
+        rows + 0.4,
+        color="black",
+        label="mean of the samples with the same modalities",
+    )
     ax.set(xlim=(0, 1), xlabel="share of the modality")
     ax.set_yticks(rows, names)
     ax.invert_yaxis()
@@ -227,7 +241,8 @@ def draw_shares(
 def correlations(probs: Tensor, threshold: Tensor, data: MultimodalDataset) -> Figure:
     """Correlations of the labels and of the decisions, with their cosine similarity."""
     decisions = (probs > threshold).float()
-    figure: Figure = plots.label_correlation(data.labels, decisions, data.label_names)[0].figure
+    axes = plots.label_correlation(data.labels, decisions, data.label_names, unknown=data.unknown)
+    figure: Figure = axes[0].figure
     return figure
 
 
@@ -236,54 +251,46 @@ def correlations(probs: Tensor, threshold: Tensor, data: MultimodalDataset) -> F
 
 def draw(args: argparse.Namespace) -> None:
     """Writes all figures."""
-    data = lddu_full.read_data(args.data, args.format, args.labels, ["test"])["test"]
+    models = [LDDU.load(run / "best.ckpt") for run in args.runs]
+    changes = {} if args.data is None else {"path": args.data, "format": "auto", "labels": None}
+    source, model = data_of(args.runs[0], **changes), models[0]
+    for each in models:
+        check_fits(source, each.hparams)
+    data = source.part("test")
     if min(data.labels.shape) < 2:
-        raise lddu_full.UsageError(
-            f"{args.data}: the figures need at least two test samples and two labels"
+        raise UsageError(
+            f"{source.name}: the figures need at least two test samples and two labels"
         )
-    runs = [lddu_full.load_for(data, args.data, run / "best.ckpt") for run in args.runs]
-    lit = runs[0]
     position = None if args.sample is None else position_of(args.sample, data)
-    outputs = lddu_full.apply(lit, data, APPLY)
-    probs, missing = outputs["probs"], outputs["missing"].bool()
+    outputs = model.predict(data)
     if position is None:
-        position = interesting(probs, lit.threshold, missing, data.labels)
+        position = interesting(
+            outputs["probs"], model.threshold, outputs["missing"], data.labels, known(data)
+        )
     figures = {
-        "tsne": tsne(runs, data),
-        "case": case(lit, data, outputs, position),
-        "correlations": correlations(probs, lit.threshold, data),
+        "tsne": tsne(models, data),
+        "case": case(model, data, outputs, position),
+        "correlations": correlations(outputs["probs"], model.threshold, data),
     }
     folder = args.output or args.runs[0] / "figures"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise lddu_full.UsageError(f"{folder}: cannot write there ({error.strerror})") from error
+    folder.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
         with replacing(folder / f"{name}.png") as partial:
             figure.savefig(partial, dpi=110)
-    print(
-        f"{folder}/: {', '.join(f'{name}.png' for name in figures)}; case: test sample {position}"
-    )
+    names = ", ".join(f"{name}.png" for name in figures)
+    print(f"{folder}/: {names}; case: test sample {position}")
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    result = lddu_full.Parser(description="Figures of the paper, from runs of lddu_full.py.")
-    add = result.add_argument
-    add("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run; further ones for t-SNE")
-    add("--data", type=Path, required=True, help="file or folder that the runs were trained on")
-    lddu_full.add_layout(add)
-    add("--sample", help="name or position of the test sample of the case study (see docs)")
-    add("--output", type=Path, help="folder (default: RUN/figures)")
-    return result
-
-
-def main(argv: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line."""
-    args = parser().parse_args(argv)
-    lddu_full.quiet()
-    with lddu_full.ending_in_one_line():
-        draw(args)
+    with one_line_errors():
+        parser = Parser(description="Figures of the paper, from runs of lddu_full.py.")
+        add = parser.add_argument
+        add("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run; others for t-SNE")
+        add("--data", type=Path, help="file or folder (default: the data of the run)")
+        add("--sample", help="name or position of the test sample of the case study (see docs)")
+        add("--output", type=Path, help="folder (default: RUN/figures)")
+        draw(parser.parse_args(arguments))
 
 
 if __name__ == "__main__":

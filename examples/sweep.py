@@ -1,8 +1,14 @@
-"""Many runs, each on its own: over data sets, variants and seeds, some at a time, resumable.
+"""Many runs, each on its own: data files x arms x seeds, some at a time, resumable.
 
-A run has a folder, prints into `run.log` there, and leaves its measures in `measures.json`. A run that is finished is
-not repeated, and one that fails does not stop the others. `uncertainty_study.py`, `lddu_ablation.py` and `baselines.py`
-are such sweeps.
+    python examples/sweep.py --data FILE FILE --arms study/default study/paper --seeds 0 1 2 -- --config small
+
+An arm is a file of options, bundled in `configs` or your own. What follows `--` holds for all runs, in the options of
+`lddu_full.py`; where an arm says otherwise, the arm holds. A run has a process and a folder of its own, as any run of
+`lddu_full.py` has; beside the folder it prints into a `.log`, and its measures appear in a `.json`. A run that is
+finished is not repeated, one that was killed goes on from its last checkpoint, and one that fails costs only itself.
+All measures are in `runs.json` and `runs.csv`, mean and standard deviation over the seeds in `table.md`.
+
+`lddu_ablation.py`, `uncertainty_study.py` and `baselines` are such sweeps.
 """
 
 from __future__ import annotations
@@ -10,128 +16,138 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import io
 import json
 import os
+import re
+import shutil
+import sys
 import threading
-import traceback
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import yaml
 from tqdm import tqdm
 
 from uncertainty_mm._files import replacing
+from uncertainty_mm.examples.lddu_full import LDDU
+from uncertainty_mm.lightning import (
+    MultilabelModule,
+    MultimodalDataModule,
+    UsageError,
+    run_command_line,
+)
+from uncertainty_mm.lightning.cli import Parser, one_line_errors, write_text
 
-try:
-    from . import lddu_full
-except ImportError:  # run as a script
-    import lddu_full  # type: ignore[no-redef]
+CONFIGS = Path(__file__).with_name("configs")
+COLUMNS = ("Acc", "P", "R", "miF1", "mAP", "Brier", "ECE", "rho")
+QUIET = ("--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false")
+
+
+class Arm(NamedTuple):
+    """What is varied."""
+
+    options: Sequence[str] = ()
+    model: type[MultilabelModule] = LDDU
+    configs: Path = CONFIGS  # the files that `--config` knows by name
 
 
 class Run(NamedTuple):
     """One run of a sweep."""
 
     file: Path  # the data
-    arm: str  # the variant
+    name: str  # of the arm
     seed: int
-    folder: Path  # where the run is written
-    args: argparse.Namespace  # command line of the sweep
+    folder: Path
+    arm: Arm
+    options: list[str]  # all but where it is written
+
+    def beside(self, suffix: str) -> Path:
+        """A file of the sweep beside the folder of the run."""
+        return self.folder.with_suffix(suffix)
 
     def __str__(self) -> str:
-        return f"{self.file.stem}, {self.arm}, seed {self.seed}"
+        return f"{self.file.stem}, {self.name}, seed {self.seed}"
 
 
 Row = dict[str, Any]
-Work = Callable[[Run], Mapping[str, float]]
+# Writes into the folder of a run and returns its measures; processes import it by its name.
+Work = Callable[[Run], Mapping[str, Any]]
+
+# --- A run -----------------------------------------------------------------------------------------------------------
 
 
-def add_arguments(parser: argparse.ArgumentParser, arms: Sequence[str], output: str) -> None:
-    """The options that all sweeps share."""
-    add = parser.add_argument
-    add("--data", type=Path, nargs="*", default=[], help="files, in a layout of lddu_full.py")
-    add("--arms", nargs="*", default=list(arms), choices=list(arms), metavar="ARM", help="variants")
-    add("--seeds", type=int, nargs="*", default=[0, 1, 2, 3, 4], help="default: 0 to 4")
-    add("--options", default="", help="options of lddu_full.py for all runs, in quotes")
-    add("--jobs", type=int, default=os.cpu_count(), help="runs at a time")
-    add("--output", type=Path, default=Path(output), help="folder (default: %(default)s)")
+def train(run: Run) -> dict[str, Any]:
+    """Trains and tests a model, or goes on where an earlier try was killed; returns what `metrics.json` holds."""
+    results, last = run.folder / "metrics.json", run.folder / "last.ckpt"
+    if not results.exists():
+        if not last.exists():
+            shutil.rmtree(run.folder, ignore_errors=True)
+        where = ["--ckpt_path", last] if last.exists() else ["--output", run.folder]
+        run_command_line(run.arm.model, run.arm.configs, [*run.options, *map(str, where)])
+    return json.loads(results.read_text())
 
 
-def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Ends the program where a run could only fail, or two would write into one folder."""
-    for name in ("data", "arms", "seeds"):
-        values = getattr(args, name)
-        if len(set(values)) < len(values):
-            parser.error(f"--{name} must be different, got {' '.join(map(str, values))}")
-        if not values and name != "data":
-            parser.error(f"--{name} must name at least one")
-    if min(args.seeds) < 0:
-        parser.error(f"--seeds must not be negative, got {min(args.seeds)}")
-    if args.jobs is not None and args.jobs < 1:
-        parser.error(f"--jobs must be above 0, got {args.jobs}")
-    if args.epochs is not None and args.epochs < 1:
-        parser.error(f"--epochs must be above 0, got {args.epochs}")
-    for file in args.data:
-        if not file.exists():
-            parser.error(f"--data: no such file, {file}")
-    stems = [file.stem for file in args.data]
-    if len(set(stems)) < len(stems):
-        parser.error(f"--data must have different names, got {' '.join(stems)}")
-    lddu_full.check_options(lddu_full.parse(["train", *args.options.split()]))
-    args.output.mkdir(parents=True, exist_ok=True)
+def data_of(folder: Path, **changes: Any) -> MultimodalDataModule:
+    """The data of a run, read as it read them."""
+    options = yaml.safe_load((folder / "config.yaml").read_text())
+    return MultimodalDataModule(**options["data"] | {"seed": options["seed_everything"]} | changes)
 
 
-def sweep(work: Work, files: Sequence[Path], args: argparse.Namespace) -> tuple[list[Row], int]:
-    """Runs `work` for all files, arms and seeds, `args.jobs` at a time; writes `runs.json` and `runs.csv`.
+def finished(run: Run) -> Row | None:
+    """The measures of a run if it is done.
 
-    Args:
-        work: Takes a run, writes into its folder, and returns its measures. It must be importable by its name.
-        files: Data sets.
-        args: What :func:`add_arguments` has added, parsed.
-
-    Returns:
-        A row for every finished run (`data`, `arm`, `seed`, and its measures), and how many runs failed.
+    Raises:
+        UsageError: If it was begun with other options, or its folder is not of this sweep.
     """
-    names = [file.stem for file in files]
-    if len(set(names)) < len(names):
-        raise lddu_full.UsageError(f"Expected files of different names, but got {names}")
-    runs = [
-        Run(file, arm, seed, args.output / file.stem / slug(arm) / str(seed), args)
-        for seed in args.seeds  # a stopped sweep has all arms of the first seeds
-        for file in files
-        for arm in args.arms
-    ]
-    rows: dict[int, Row] = {}
-    with ProcessPoolExecutor(
-        args.jobs, mp_context=get_context("spawn"), initializer=end_with_parent
-    ) as pool:
-        futures = {pool.submit(finish, work, run): index for index, run in enumerate(runs)}
-        with tqdm(total=len(runs), unit="run", smoothing=0) as bar:
-            for future in as_completed(futures):
-                index = futures[future]
-                try:
-                    rows[index] = future.result()
-                except (Exception, SystemExit) as error:  # the other runs go on
-                    bar.write(f"{runs[index]}: failed: {error}, see {runs[index].folder}/run.log")
-                bar.update()
-    finished = [rows[index] for index in sorted(rows)]
-    args.output.mkdir(parents=True, exist_ok=True)
-    lddu_full.write_text(args.output / "runs.json", json.dumps(finished, indent=1) + "\n")
-    with replacing(args.output / "runs.csv") as partial, open(partial, "w", newline="") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in finished for key in row)))
-        writer.writeheader()
-        writer.writerows(finished)
-    return finished, len(runs) - len(finished)
+    record = run.beside(".json")
+    if not record.exists():
+        if run.folder.exists():
+            raise UsageError(f"{run.folder}: exists already, and no run of a sweep made it")
+        return None
+    found = json.loads(record.read_text())
+    if found["options"] != run.options:
+        raise UsageError(
+            f"begun with {found['options']}, not {run.options}; choose another --output"
+        )
+    if "measures" not in found:
+        return None
+    return {"data": run.file.stem, "arm": run.name, "seed": run.seed, **found["measures"]}
 
 
-def end_with_parent() -> None:
-    """Ends this process when the one that started it does, however it does.
+def carry_out(work: Work, run: Run) -> None:
+    """Does a run; its measures appear in one piece or not at all."""
 
-    A sweep that was killed would else leave runs behind, and the next would start them again in the same folders.
+    def record(**measures: Any) -> None:
+        content = json.dumps({"options": run.options, **measures}, indent=2)
+        write_text(run.beside(".json"), content + "\n")
+
+    record()
+    record(measures=work(run))
+
+
+def in_a_process(work: Work, run: Run) -> None:
+    """Does a run in a process of its own, whose end, however it comes, is nobody else's.
+
+    Raises:
+        RuntimeError: If it does not end well.
     """
+    process = get_context("spawn").Process(target=alone, args=(work, run))
+    process.start()
+    process.join()
+    if process.exitcode:
+        log = run.beside(".log")
+        last = log.read_text().strip().rpartition("\n")[2] if log.exists() else ""
+        raise RuntimeError(f"exit code {process.exitcode}, {last!r}, see {log}")
+
+
+def alone(work: Work, run: Run) -> None:
+    """Does a run, prints into its log, and ends with the sweep: a killed one leaves no run behind for the next."""
 
     def watch() -> None:
         parent = parent_process()
@@ -140,52 +156,109 @@ def end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+    with open(run.beside(".log"), "a") as log:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(log.fileno(), stream.fileno())
+    sys.stdout.reconfigure(line_buffering=True)
+    torch.set_num_threads(1)
+    carry_out(work, run)
 
 
-def finish(work: Work, run: Run) -> Row:
-    """Does a run unless it was done; its measures appear in one piece or not at all.
+def attempt(work: Work, run: Run) -> Row:
+    """The measures of a run, which is done if it was not done before."""
+    row = finished(run)
+    if row is None:
+        run.folder.parent.mkdir(parents=True, exist_ok=True)
+        in_a_process(work, run)
+        row = finished(run)
+        assert row is not None
+    return row
+
+
+# --- All runs --------------------------------------------------------------------------------------------------------
+
+
+def run_all(
+    work: Work, arms: Mapping[str, Arm], args: argparse.Namespace, base: Sequence[str] = ()
+) -> tuple[list[Row], int]:
+    """Runs `work` for all files, arms and seeds, `args.jobs` at a time; writes `runs.json` and `runs.csv`.
+
+    The options `base` hold for all runs, before `args.options`, which hold before those of the arms.
+
+    Returns:
+        A row for every finished run (`data`, `arm`, `seed`, and its measures), and how many runs failed.
 
     Raises:
-        ValueError: If it was done on other data or with other options.
+        UsageError: If a run could only fail, or two would write into one folder.
     """
-    done = run.folder / "measures.json"
-    same_for_all = ("data", "arms", "seeds", "jobs", "output")  # may differ where runs are added
-    settings = {name: value for name, value in vars(run.args).items() if name not in same_for_all}
-    settings = json.loads(json.dumps({"file": run.file.resolve(), **settings}, default=str))
-    if done.exists():
-        before = json.loads((run.folder / "settings.json").read_text())
-        if before != settings:
-            raise ValueError(f"done with {before}, not with {settings}; choose another --output")
-    else:
-        torch.set_num_threads(1)
-        run.folder.mkdir(parents=True, exist_ok=True)
-        lddu_full.write_text(run.folder / "settings.json", json.dumps(settings, indent=2) + "\n")
-        with (
-            open(run.folder / "run.log", "w") as log,
-            contextlib.redirect_stdout(log),
-            contextlib.redirect_stderr(log),
-        ):
-            try:
-                measures = work(run)
-            except BaseException:
-                traceback.print_exc()
+    for file in args.data:
+        if not file.exists():
+            raise UsageError(f"--data: no such file, {file}")
+    base = [*QUIET, *base, *args.options]
+    runs = [
+        make_run(file, name, arms[name], seed, base, args.output)
+        for seed in args.seeds  # a stopped sweep has all arms of the first seeds
+        for file in args.data
+        for name in args.arms
+    ]
+    if not runs or len({run.folder for run in runs}) < len(runs):
+        raise UsageError("--data, --arms, --seeds: at least one of each is needed, no two alike")
+    if args.jobs < 1 or min(args.seeds) < 0:
+        given = f"{args.jobs}, {args.seeds}"
+        raise UsageError(f"--jobs must be at least 1 and --seeds at least 0, got {given}")
+    for run in runs[: len(args.data) * len(args.arms)]:
+        check_options(run)
+    args.output.mkdir(parents=True, exist_ok=True)
+    rows: dict[int, Row] = {}
+    with ThreadPoolExecutor(args.jobs) as pool, tqdm(total=len(runs), unit="run") as bar:
+        futures = {pool.submit(attempt, work, run): index for index, run in enumerate(runs)}
+        try:
+            for future in as_completed(futures):
+                index = futures[future]
+                try:
+                    rows[index] = future.result()
+                except (Exception, SystemExit) as error:  # the other runs go on
+                    bar.write(f"{runs[index]}: failed: {error}")
+                bar.update()
+        finally:
+            pool.shutdown(cancel_futures=True)  # of an interrupted sweep
+    done = [rows[index] for index in sorted(rows)]
+    write_text(args.output / "runs.json", json.dumps(done, indent=1) + "\n")
+    with replacing(args.output / "runs.csv") as partial, open(partial, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in done for key in row)))
+        writer.writeheader()
+        writer.writerows(done)
+    return done, len(runs) - len(done)
+
+
+def make_run(file: Path, name: str, arm: Arm, seed: int, base: Sequence[str], output: Path) -> Run:
+    """A run, whose folder is `output/FILE/ARM/SEED`; the options of the arm hold before those of all runs."""
+    folder = output / file.stem / re.sub(r"[^\w.-]+", "-", name) / str(seed)
+    own = ["--seed_everything", str(seed), "--data.path", str(file.resolve())]
+    return Run(file, name, seed, folder, arm, [*base, *arm.options, *own])
+
+
+def check_options(run: Run) -> None:
+    """Ends the program with one line where an option is not one of the model."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        try:
+            run_command_line(run.arm.model, run.arm.configs, [*run.options, "--print_config"])
+        except SystemExit as stop:
+            if stop.code:
                 raise
-        lddu_full.write_text(done, json.dumps(measures, indent=2) + "\n")
-    return {
-        "data": run.file.stem,
-        "arm": run.arm,
-        "seed": run.seed,
-        **json.loads(done.read_text()),
-    }
+
+
+# --- What comes of it ------------------------------------------------------------------------------------------------
 
 
 def table(
     rows: Sequence[Row],
-    columns: Sequence[str],
+    columns: Sequence[str] = COLUMNS,
     notes: Mapping[str, Mapping[str, str]] | None = None,
+    titles: Mapping[str, str] | None = None,
 ) -> list[str]:
     """Markdown, one line an arm: mean and standard deviation over seeds, then `notes[column][arm]`."""
-    notes = notes or {}
+    notes, titles = notes or {}, titles or {}
     lines = [
         "| " + " | ".join(("arm", "seeds", *columns, *notes)) + " |",
         "|---|---:|" + "---:|" * (len(columns) + len(notes)),
@@ -193,8 +266,8 @@ def table(
     for arm in dict.fromkeys(row["arm"] for row in rows):
         of_arm = [row for row in rows if row["arm"] == arm]
         cells = [cell([row.get(column) for row in of_arm]) for column in columns]
-        cells += [note[arm] for note in notes.values()]
-        lines.append("| " + " | ".join((arm, str(len(of_arm)), *cells)) + " |")
+        cells += [note.get(arm, "") for note in notes.values()]
+        lines.append("| " + " | ".join((titles.get(arm, arm), str(len(of_arm)), *cells)) + " |")
     return lines
 
 
@@ -205,6 +278,52 @@ def cell(values: Sequence[float | None]) -> str:
     return f"{array.mean():.3f}{spread}"
 
 
-def slug(arm: str) -> str:
-    """Name of an arm's folder."""
-    return "".join(c if c.isalnum() else "_" for c in arm)
+def by_data(rows: Sequence[Row], tables: Callable[[str, list[Row]], list[str]]) -> str:
+    """Markdown: what `tables` makes of the rows of every data set."""
+    lines = []
+    for name in dict.fromkeys(row["data"] for row in rows):
+        lines += [f"{name}:", "", *tables(name, [row for row in rows if row["data"] == name]), ""]
+    return "\n".join(lines)
+
+
+def publish(path: Path, text: str, failed: int) -> None:
+    """Writes and prints a report; ends the program with an exit code where runs failed."""
+    write_text(path, text)
+    print(text)
+    if failed:
+        sys.exit(f"{failed} runs failed")
+
+
+# --- Command line ----------------------------------------------------------------------------------------------------
+
+
+def parser(description: str, output: str, arms: Sequence[str] = ()) -> Parser:
+    """The options that all sweeps share."""
+    result = Parser(description=description)
+    add = result.add_argument
+    add("--data", type=Path, nargs="*", default=[], help="files, in a layout of lddu_full.py")
+    known = {"choices": list(arms)} if arms else {}
+    add("--arms", nargs="*", default=list(arms), metavar="ARM", help="what is varied", **known)
+    add("--seeds", type=int, nargs="*", default=[0, 1, 2, 3, 4])
+    add("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time")
+    add("--output", type=Path, default=Path(output))
+    add("options", nargs="*", help="after --: options of lddu_full.py for all runs")
+    return result
+
+
+def work(run: Run) -> dict[str, Any]:
+    """Trains one arm with one seed."""
+    return train(run)["test"]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line."""
+    with one_line_errors():
+        args = parser("LDDU with various options.", "runs/sweep").parse_args(arguments)
+        arms = {name: Arm(["--config", name]) for name in args.arms}
+        rows, failed = run_all(work, arms, args)
+        publish(args.output / "table.md", by_data(rows, lambda _, here: table(here)), failed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,20 +1,19 @@
 """Does the standard deviation mean something? Variants of LDDU, measured where the answer is known.
 
     python examples/uncertainty_study.py                                       # synthetic data, exact posterior
-    python examples/uncertainty_study.py --data FILE.npz FILE.npz              # also your data
+    python examples/uncertainty_study.py --data FILE FILE                      # also your data
     python examples/uncertainty_study.py --arms default paper --seeds 0 1      # part of it
+    python examples/uncertainty_study.py -- --trainer.max_epochs 25            # with other options for all runs
 
-Every run is a run of `lddu_full.py` with a few options changed (`ARMS`), for several seeds. A finished run is not
-repeated, so the command can be stopped and started again, and extended by arms, seeds and files (`sweep.py`). It writes
-every run (`runs.json`, `runs.csv`), mean and standard deviation over seeds (`study.md`) and figures of the default arm.
+A sweep (`sweep.py`) over the files `configs/study`, so that the command can be stopped and started again, and extended
+by arms, seeds and files. It writes mean and standard deviation over seeds (`study.md`), and figures of the first seed
+of the arm `default`.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,58 +23,27 @@ from torch import Tensor
 
 from uncertainty_mm import plots
 from uncertainty_mm._files import replacing
-from uncertainty_mm.data import MultimodalDataset, SyntheticMMER, read_npz
-from uncertainty_mm.measures import (
+from uncertainty_mm.data import MultimodalDataset, SyntheticMMER
+from uncertainty_mm.data.transforms import corrupted
+from uncertainty_mm.examples import sweep
+from uncertainty_mm.examples.lddu_full import LDDU, mean_over_known
+from uncertainty_mm.lightning import UsageError
+from uncertainty_mm.lightning.cli import one_line_errors
+from uncertainty_mm.metrics.functional import (
     auroc,
-    calibration_error,
     modality_attribution,
     predictive_entropy,
-    risk_coverage,
     spearman,
 )
 
-try:
-    from . import lddu_full
-    from .sweep import Row, Run, add_arguments, check_arguments, slug, sweep, table
-except ImportError:  # run as a script
-    import lddu_full  # type: ignore[no-redef]
-    from sweep import Row, Run, add_arguments, check_arguments, slug, sweep, table  # type: ignore[no-redef]
-
-# What an arm changes. Everything else is the default of `lddu_full.py`, but for the size of the model (`SMALL`).
-ARMS: dict[str, str] = {
-    "default": "",
-    "gate: constant": "--gate constant",
-    "gate: oracle in training": "--gate oracle",
-    "gate: released code": "--gate released",
-    "mean weight: uncertainty": "--mean-weight uncertainty",
-    "ordinality: raw": "--ordinality raw",
-    "ordinality: standardized": "--ordinality standardized",
-    "ordinality: none": "--ocl-weight 0",
-    "ordinality: pairs SR, DR": "--pairs SR+DR",
-    "targets: modality": "--targets modality",
-    "targets: pooled": "--targets pooled",
-    "targets: sample": "--targets sample",
-    "final: residual": "--final residual",
-    "combine: concatenation": "--combine concat",
-    "size: within": "--size within",
-    "embedding: Eq. 4": "--embedding both",
-    "embedding: mean only": "--embedding mean",
-    "anchors: present": "--anchors present",
-    "queue: none": "--queue-size 0",
-    "contrastive: none": "--scl-weight 0",
-    "prior: none": "--kl-weight 0",
-    "std branch: shapes": "--std-branch shapes",
-    "prior: none, std branch: shapes": "--kl-weight 0 --std-branch shapes",
-    "corruption in training": "--corrupt-modality 0.2",
-    "paper": "--embedding both --anchors present --size within --combine concat --targets sample "
-    "--ordinality raw --pairs SR+DR --ocl-weight 0.1 --scl-weight 0.8 "
-    "--modality-weight 0 --kl-weight 0 --std-branch shapes",
-}
-SMALL = "--config small --drop-modality 0.2"
+NAMES = sorted(path.stem for path in (sweep.CONFIGS / "study").glob("*.yaml"))
+NAMES.sort(key=lambda name: name != "default")  # first
+ARMS = {name: sweep.Arm(["--config", f"study/{name}"]) for name in NAMES}
+BASE = ["--config", "small", "--data.drop_modality", "0.2", "--trainer.max_epochs", "10"]
 PREDICTION = ("miF1", "mAP", "Brier", "ECE before", "ECE", "AURC", "entropy ~ error")
-APPLY = argparse.Namespace(accelerator="cpu", batch_size=256)  # how a checkpoint is applied
 BY_MODALITY = "corruption AUROC, "  # then the name of the modality
-CORRUPTION = 3.0  # standard deviation of the noise that is added, in that of the features
+LEVELS = (0.0, 0.5, 1.0, 2.0, 3.0, 4.0)  # of noise, in standard deviations of the features
+EMOTIONS = ["happy", "sad", "anger", "surprise", "disgust", "fear"]
 
 
 def synthetic_file(path: Path, sizes: Sequence[int]) -> None:
@@ -97,183 +65,161 @@ def synthetic_file(path: Path, sizes: Sequence[int]) -> None:
         np.savez(
             partial,
             split=np.repeat(np.arange(3), sizes),
-            label_names=np.array(["happy", "sad", "anger", "surprise", "disgust", "fear"]),
+            label_names=np.array(EMOTIONS),
             **{name: array.numpy() for name, array in arrays.items()},
         )
 
 
-def corrupted(
-    data: MultimodalDataset, modality: str, size: float, seed: int = 0
-) -> MultimodalDataset:
-    """The same samples with noise added to one modality, `size` times as large as its features."""
-    x, valid = data.features[modality], ~data.padding_mask[modality].unsqueeze(2)
-    spread = x[valid.squeeze(2)].std(0).clamp_min(1e-3)
-    generator = torch.Generator().manual_seed(seed)
-    noise = size * spread * torch.randn(x.shape, generator=generator)
-    return MultimodalDataset(
-        data.features | {modality: x + noise * valid},
-        data.padding_mask,
-        data.labels,
-        data.label_names,
-    )
+def truth(file: Path) -> dict[str, Tensor]:
+    """What is known of the test samples of a synthetic file: level of noise (N, M), entropy of the posterior (N,)."""
+    if file.suffix != ".npz":
+        return {}
+    with np.load(file, allow_pickle=False) as arrays:
+        if "noise" not in arrays:
+            return {}
+        test = arrays["split"] == 2
+        return {
+            name: torch.from_numpy(arrays[name][test]) for name in ("noise", "posterior_entropy")
+        }
 
 
-def sizes_of(outputs: Mapping[str, Tensor]) -> Tensor:
-    """Size of the standard deviations of every modality, over its labels, (N, M)."""
-    return torch.linalg.vector_norm(outputs["std_norm"], dim=2)
+class Answers:
+    """What a model says of a data set, about the samples that have any modality.
+
+    Attributes:
+        there: (N,) bool, the samples that have any modality; all else is of these.
+        probs: (N, Q).
+        sizes: (N, M), size of the standard deviations of every modality, over its labels; NaN where it is missing.
+        missing: (N, M) bool.
+        total: (N,), root mean square of the sizes, so that samples with few modalities compare with those with many.
+        entropy: (N,), predictive.
+    """
+
+    def __init__(self, model: LDDU, data: MultimodalDataset) -> None:
+        outputs = model.predict(data)
+        self.there = ~outputs["missing"].all(1)
+        outputs = {name: x[self.there] for name, x in outputs.items()}
+        self.probs, self.missing = outputs["probs"], outputs["missing"]
+        self.sizes = torch.linalg.vector_norm(outputs["std_norm"], dim=2)
+        self.total = self.sizes.square().nanmean(1).sqrt()
+        self.entropy = predictive_entropy(self.probs)
+
+    @property
+    def shares(self) -> Tensor:
+        """Share of every modality, (N, M)."""
+        return modality_attribution(self.sizes, self.missing)
 
 
-def best_of(folder: Path, file: Path) -> tuple[lddu_full.LitLDDU, MultimodalDataset]:
-    """The best checkpoint of a run, and the test split."""
-    return lddu_full.load(folder / "best.ckpt"), read_npz(file, splits=["test"])["test"]
+def error_of(answers: Answers, data: MultimodalDataset) -> Tensor:
+    """Mean absolute error of every sample over its known labels, (N,)."""
+    unknown = None if data.unknown is None else data.unknown[answers.there]
+    return mean_over_known((answers.probs - data.labels[answers.there]).abs(), unknown)
 
 
-def measure(folder: Path, file: Path) -> dict[str, float]:
+def measure(folder: Path, file: Path) -> dict[str, Any]:
     """What the test split says of the best checkpoint of a run."""
     results = json.loads((folder / "metrics.json").read_text())
-    lit, data = best_of(folder, file)
-    outputs = lddu_full.apply(lit, data, APPLY)
-    probs, sizes, missing = outputs["probs"], sizes_of(outputs), outputs["missing"].bool()
-    total = torch.linalg.vector_norm(sizes, dim=1)
-    error, entropy = (probs - data.labels).abs().mean(1), predictive_entropy(probs)
-    row = {name: results["test"][name] for name in ("miF1", "mAP", "Brier", "ECE")}
-    row["ECE before"] = float(calibration_error(outputs["uncalibrated"], data.labels))
-    row["AURC"] = float(risk_coverage(error, entropy).aurc)
-    row["entropy ~ error"] = float(spearman(entropy, error))
-    row["std ~ error"] = float(spearman(total, error))
-    row["CV of std"] = float((sizes.std(0) / sizes.mean(0)).mean())
+    model, data = LDDU.load(folder / "best.ckpt"), sweep.data_of(folder).part("test")
+    said = Answers(model, data)
+    row = {name: results["test"][name] for name in ("miF1", "mAP", "Brier", "ECE", "AURC")}
+    row["ECE before"] = results["uncalibrated"]["ECE"]
+    row["entropy ~ error"] = results["test"]["rho"]
+    row["std ~ error"] = float(spearman(said.total, error_of(said, data)))
+    spread = [each[~each.isnan()] for each in said.sizes.T]
+    row["CV of std"] = float(torch.stack([each.std() / each.mean() for each in spread]).mean())
     aurocs, shifts = {}, []
-    share = modality_attribution(sizes, missing)
     for index, name in enumerate(data.dims):
-        there = ~missing[:, index]
-        changed = sizes_of(lddu_full.apply(lit, corrupted(data, name, CORRUPTION), APPLY))
-        aurocs[BY_MODALITY + name] = float(auroc(changed[there, index], sizes[there, index]))
-        shift = modality_attribution(changed, missing)[there, index] - share[there, index]
-        shifts.append(float(shift.mean()))
+        changed, there = Answers(model, corrupted(data, name)), ~said.missing[:, index]
+        both = torch.cat([said.sizes[there, index], changed.sizes[there, index]])
+        spoilt = torch.arange(len(both)) >= len(both) // 2
+        aurocs[BY_MODALITY + name] = float(auroc(both, spoilt.float()))
+        shifts.append(float((changed.shares - said.shares)[there, index].mean()))
     row |= {"corruption AUROC": min(aurocs.values()), **aurocs}
     row["attribution shift"] = max(shifts)
-    with np.load(file, allow_pickle=False) as arrays:
-        test = arrays["split"] == 2
-        if "noise" in arrays:
-            noise = torch.from_numpy(arrays["noise"][test])
-            truth = torch.from_numpy(arrays["posterior_entropy"][test])
-            each = [
-                float(spearman(size, level)) for size, level in zip(sizes.T, noise.T, strict=True)
-            ]
-            row["std ~ noise"] = min(each)
-            row["entropy ~ truth"] = float(spearman(entropy, truth))
-            row["std ~ truth"] = float(spearman(total, truth))
-        if "label_shares" in arrays:
-            shares = torch.from_numpy(arrays["label_shares"][test].astype(np.float32))
-            raters = predictive_entropy(shares.clamp(0, 1))
-            row["entropy ~ raters"] = float(spearman(entropy, raters))
-            row["std ~ raters"] = float(spearman(total, raters))
+    if known := truth(file):
+        each = zip(said.sizes.T, known["noise"][said.there].T, strict=True)
+        row["std ~ noise"] = min(float(spearman(x[~x.isnan()], y[~x.isnan()])) for x, y in each)
+        entropy = known["posterior_entropy"][said.there]
+        row["entropy ~ truth"] = float(spearman(said.entropy, entropy))
+        row["std ~ truth"] = float(spearman(said.total, entropy))
+    if data.soft_labels is not None:
+        raters = predictive_entropy(data.soft_labels[said.there].clamp(0, 1))
+        row["entropy ~ raters"] = float(spearman(said.entropy, raters))
+        row["std ~ raters"] = float(spearman(said.total, raters))
     return row
 
 
-def work(run: Run) -> dict[str, float]:
+def work(run: sweep.Run) -> dict[str, Any]:
     """Trains one arm with one seed, and measures it."""
-    args = run.args
-    options = f"{SMALL} {args.options} --seed {run.seed} --epochs {args.epochs} "
-    options += ARMS[run.arm]  # last: what the arm is about holds
-    where = ["--accelerator", "cpu", "--data", str(run.file), "--output", str(run.folder)]
-    lddu_full.quiet()
-    lddu_full.train(lddu_full.parse(["train", *options.split(), *where]))
+    sweep.train(run)
     return measure(run.folder, run.file)
 
 
-def report(rows: Sequence[Row]) -> str:
-    """Markdown: three tables a data set, of predictions, of uncertainties, and of corrupted modalities."""
-    lines = []
-    for name in dict.fromkeys(row["data"] for row in rows):
-        here = [row for row in rows if row["data"] == name]
-        rest = [key for key in here[0] if key not in ("data", "arm", "seed", *PREDICTION)]
-        by_modality = [key for key in rest if key.startswith(BY_MODALITY)]
-        lines += [f"{name}:", "", *table(here, PREDICTION), ""]
-        lines += [*table(here, [key for key in rest if key not in by_modality]), ""]
-        lines += [*table(here, by_modality), ""]
-    return "\n".join(lines)
+def tables(name: str, rows: list[sweep.Row]) -> list[str]:
+    """Three tables of a data set: of predictions, of uncertainties, and of corrupted modalities."""
+    rest = [key for key in rows[0] if key not in ("data", "arm", "seed", *PREDICTION)]
+    by_modality = [key for key in rest if key.startswith(BY_MODALITY)]
+    others = [key for key in rest if key not in by_modality]
+    parts = [sweep.table(rows, columns) for columns in (PREDICTION, others, by_modality)]
+    return [*parts[0], "", *parts[1], "", *parts[2]]
 
 
 def figures(folder: Path, file: Path, output: Path) -> None:
-    """Reliability, risk and coverage, and, of synthetic data, the standard deviations against the noise."""
-    lit, data = best_of(folder, file)
-    outputs = lddu_full.apply(lit, data, APPLY)
-    probs, sizes, missing = outputs["probs"], sizes_of(outputs), outputs["missing"].bool()
-    names = list(data.dims)
+    """Reliability, risk and coverage, attribution, and, of synthetic data, standard deviations against the noise."""
+    model, data = LDDU.load(folder / "best.ckpt"), sweep.data_of(folder).part("test")
+    said, names = Answers(model, data), list(data.dims)
+    labels = data.labels[said.there]
+    unknown = None if data.unknown is None else data.unknown[said.there]
     axes: dict[str, Any] = {
-        "reliability": plots.reliability_diagram(probs, data.labels, data.label_names)[0],
+        "reliability": plots.reliability_diagram(
+            said.probs, labels, data.label_names, unknown=unknown
+        ),
         "risk_coverage": plots.risk_coverage(
-            (probs - data.labels).abs().mean(1),
             {
-                "predictive entropy": predictive_entropy(probs),
-                "size of the standard deviations": torch.linalg.vector_norm(sizes, dim=1),
+                "predictive entropy": said.entropy,
+                "size of the standard deviations": said.total,
             },
+            error_of(said, data),
         ),
     }
-    levels = torch.tensor([0.0, 0.5, 1.0, 2.0, 3.0, 4.0])
-    shares = []
-    for level in levels.tolist():
-        changed = sizes_of(lddu_full.apply(lit, corrupted(data, names[0], level), APPLY))
-        shares.append(modality_attribution(changed, missing).mean(0))
-    axes["attribution"] = plots.modality_attribution(levels, torch.stack(shares), names)
-    axes["attribution"].set_xlabel(
-        f"noise added to {names[0]}, in standard deviations of its features"
-    )
-    with np.load(file, allow_pickle=False) as arrays:
-        if "noise" in arrays:
-            noise = arrays["noise"][arrays["split"] == 2]
-            axes["noise"] = plots.uncertainty_against_noise(noise, sizes, names)[0]
+    whole = ~said.missing.any(1)  # shares of samples with other modalities do not compare
+    if whole.any():
+        shares = [
+            Answers(model, corrupted(data, names[0], size=level)).shares[whole].mean(0)
+            for level in LEVELS
+        ]
+        ax = plots.modality_attribution(LEVELS, torch.stack(shares), names)
+        ax.set_xlabel(f"noise added to {names[0]}, in standard deviations of its features")
+        axes["attribution"] = ax
+    if known := truth(file):
+        noise = known["noise"][said.there]
+        sizes = said.sizes.nan_to_num(1.0)
+        axes["noise"] = plots.uncertainty_against_noise(noise, sizes, names, missing=said.missing)
     for name, ax in axes.items():
-        ax = ax if not isinstance(ax, np.ndarray) else ax.flat[0]
         with replacing(output / f"{file.stem}_{name}.png") as partial:
-            ax.figure.savefig(partial, dpi=110)
+            np.ravel(ax)[0].figure.savefig(partial, dpi=110)
 
 
-def study(args: argparse.Namespace) -> int:
-    """All runs of all data sets; writes tables and figures. Returns how many runs failed."""
-    files = list(args.data)
-    if not args.no_synthetic:
-        files.insert(0, args.output / "synthetic.npz")
-        if not files[0].exists():
-            synthetic_file(files[0], args.sizes)
-    rows, failed = sweep(work, files, args)
-    lddu_full.write_text(args.output / "study.md", report(rows))
-    for file in files:
-        folder = args.output / file.stem / slug("default") / str(args.seeds[0])
-        if (folder / "best.ckpt").exists():
-            figures(folder, file, args.output)
-    return failed
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    result = lddu_full.Parser(description="Variants of LDDU and what their uncertainty is worth.")
-    add_arguments(result, list(ARMS), "runs/uncertainty")
-    add = result.add_argument
-    add("--no-synthetic", action="store_true", help="leave the synthetic data out")
-    add("--sizes", type=int, nargs=3, default=(4000, 1000, 2000), help="of the synthetic splits")
-    add("--epochs", type=int, default=10)
-    return result
-
-
-def main(argv: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line."""
-    args = parser().parse_args(sys.argv[1:] if argv is None else argv)
-    if other := [str(file) for file in args.data if file.suffix != ".npz"]:
-        parser().error(f"--data takes .npz files here, got {' '.join(other)}")
-    if min(args.sizes) < 1:
-        parser().error(f"--sizes must be above 0, got {min(args.sizes)}")
-    if not args.no_synthetic and any(file.stem == "synthetic" for file in args.data):
-        parser().error("--data must not be named synthetic, as the built-in set is")
-    if args.no_synthetic and not args.data:
-        parser().error("--no-synthetic leaves nothing without --data")
-    with lddu_full.ending_in_one_line():
-        check_arguments(parser(), args)
-        failed = study(args)
-    print((args.output / "study.md").read_text())
-    if failed:
-        sys.exit(f"{failed} runs failed")
+    with one_line_errors():
+        parser = sweep.parser("What the uncertainty of LDDU is worth.", "runs/uncertainty", NAMES)
+        add = parser.add_argument
+        add("--no-synthetic", action="store_true", help="leave the synthetic data out")
+        add("--sizes", type=int, nargs=3, default=[4000, 1000, 2000], help="of synthetic splits")
+        args = parser.parse_args(arguments)
+        if min(args.sizes) < 1:
+            raise UsageError(f"--sizes must be above 0, got {args.sizes}")
+        if not args.no_synthetic:
+            args.data.insert(0, args.output / "synthetic.npz")
+            if not args.data[0].exists():
+                synthetic_file(args.data[0], args.sizes)
+        rows, failed = sweep.run_all(work, ARMS, args, BASE)
+        for file in args.data:
+            folder = args.output / file.stem / "default" / str(args.seeds[0])
+            if (folder / "metrics.json").exists():
+                figures(folder, file, args.output)
+        sweep.publish(args.output / "study.md", sweep.by_data(rows, tables), failed)
 
 
 if __name__ == "__main__":

@@ -6,34 +6,22 @@ import numpy as np
 import pytest
 import torch
 
-from examples_support import QUIET, example_module, need_extras
-from uncertainty_mm.data import MultimodalDataset
+from examples_support import ENCODER, QUIET, TINY, need_extras
+from uncertainty_mm.data import MultimodalBatch, MultimodalDataset
 
 need_extras()
+from uncertainty_mm.examples import sweep  # noqa: E402
+from uncertainty_mm.examples.baselines import bootstrap, classical, comparison, misa, mult  # noqa: E402
+from uncertainty_mm.metrics.functional import evaluate  # noqa: E402
 
 pytestmark = QUIET
-SMALL = (
-    "--hidden-dim 16 --heads 2 --layers 1 --z-dim 8 --latent-dim 4 --queue-size 64 --batch-size 16"
-)
 DIMS, STEPS, LABELS = {"text": 5, "audio": 3, "face": 4}, {"text": 6, "audio": 8, "face": 1}, 4
-OPTIONS = {"hidden_dim": 16, "layers": 1, "heads": 2, "dropout": 0.1, "size": "apart"}
-NETWORKS = [
-    *("MLP pooled", "early fusion", "late fusion"),
-    *("cross-modal (MulT)", "invariant/specific (MISA)"),
-]
-LDDU = ["LDDU", "LDDU residual"]
-CLASSICAL = ["prior", "BR logistic", "LP logistic", "CC logistic", "BR boosted trees"]
+ENCODE = {"hidden_dim": 16, "num_layers": 1, "num_heads": 2}
+NETWORKS = list(comparison.NETWORKS)
 
 
-@pytest.fixture(scope="module")
-def baselines():
-    with example_module("baselines") as module:
-        yield module
-
-
-def network(baselines, name, dims=DIMS, **options):
-    torch.manual_seed(0)
-    return baselines.NETWORKS[name](dims, STEPS, LABELS, 100, **OPTIONS | options)
+def network(name, dims=DIMS):
+    return comparison.NETWORKS[name](dims, STEPS, [*"abcd"], encoder=ENCODE)
 
 
 def inputs(count=7, dims=DIMS, seed=0):
@@ -44,7 +32,12 @@ def inputs(count=7, dims=DIMS, seed=0):
     padding = {m: torch.arange(STEPS[m]) >= lengths[m].unsqueeze(1) for m in dims}
     for mask in padding.values():
         mask[0], mask[-1] = False, True
-    return features, padding, torch.rand(count, LABELS, generator=generator).round().long()
+    labels = torch.rand(count, LABELS, generator=generator).round().long()
+    return MultimodalBatch(features, padding, labels, torch.arange(count))
+
+
+def loss_of(model, batch):
+    return model.losses(model(batch.features, batch.padding_mask), batch)
 
 
 def write_data(path, sizes=(160, 60, 80), seed=0):
@@ -65,9 +58,9 @@ def write_data(path, sizes=(160, 60, 80), seed=0):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_what_is_padded_or_missing_does_not_count(baselines, name):
-    model = network(baselines, name).eval()
-    features, padding, _ = inputs()
+def test_what_is_padded_or_missing_does_not_count(name):
+    model = network(name).eval()
+    features, padding, *_ = inputs()
     expected = model(features, padding).logits
     assert expected.shape == (7, LABELS)
     assert expected.isfinite().all()
@@ -83,8 +76,8 @@ def test_what_is_padded_or_missing_does_not_count(baselines, name):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_every_modality_and_every_step_counts(baselines, name):
-    model = network(baselines, name).eval()
+def test_every_modality_and_every_step_counts(name):
+    model = network(name).eval()
     features = {m: x.requires_grad_() for m, x in inputs()[0].items()}
     none = {m: torch.zeros(7, STEPS[m], dtype=torch.bool) for m in DIMS}
     model(features, none).logits.square().sum().backward()
@@ -95,10 +88,9 @@ def test_every_modality_and_every_step_counts(baselines, name):
 
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("dims", [DIMS, {"text": 5}], ids=["three modalities", "one"])
-def test_gradients_are_finite_and_reach_all_parameters(baselines, name, dims):
-    model = network(baselines, name, dims)
-    features, padding, labels = inputs(dims=dims)
-    losses = model.losses(model(features, padding, labels), labels, torch.arange(7))
+def test_gradients_are_finite_and_reach_all_parameters(name, dims):
+    model = network(name, dims)
+    losses = loss_of(model, inputs(dims=dims))
     torch.testing.assert_close(
         losses["total"], sum(loss for key, loss in losses.items() if key != "total")
     )
@@ -109,21 +101,20 @@ def test_gradients_are_finite_and_reach_all_parameters(baselines, name, dims):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_batches_without_a_modality_have_finite_gradients(baselines, name):
-    model = network(baselines, name)
-    features, padding, labels = inputs(count=1)  # a batch of one, for which moments are 0
+def test_batches_without_a_modality_have_finite_gradients(name):
+    model = network(name)
+    batch = inputs(count=1)  # of one, for which moments are 0
     for missing in (["text"], list(DIMS)):
-        masks = padding | {m: torch.ones_like(padding[m]) for m in missing}
-        losses = model.losses(model(features, masks, labels), labels, torch.arange(1))
+        masks = {m: mask | (m in missing) for m, mask in batch.padding_mask.items()}
         model.zero_grad()
-        losses["total"].backward()
+        loss_of(model, batch._replace(padding_mask=masks))["total"].backward()
         grads = [p.grad for p in model.parameters() if p.grad is not None]
         assert all(grad.isfinite().all() for grad in grads)
 
 
-def test_late_fusion_is_the_mean_of_what_each_modality_says(baselines):
-    model = network(baselines, "late fusion").eval()
-    features, padding, _ = inputs()
+def test_late_fusion_is_the_mean_of_what_each_modality_says():
+    model = network("late").eval()
+    features, padding, *_ = inputs()
     logits = model(features, padding).logits
     for i in range(6):
         alone = []
@@ -135,10 +126,10 @@ def test_late_fusion_is_the_mean_of_what_each_modality_says(baselines):
             torch.testing.assert_close(logits[i], torch.stack(alone).mean(0))
 
 
-def test_cross_modal_layers_read_the_other_modality(baselines):
+def test_cross_modal_layers_read_the_other_modality():
     """Against the attention of PyTorch on the valid steps of one sample."""
     torch.manual_seed(0)
-    layer = baselines.CrossModalLayer(8, 2, 0.0).eval()
+    layer = mult.CrossModalLayer(8, 2, 0.0).eval()
     x, source = torch.randn(1, 3, 8), torch.randn(1, 5, 8)
     padding = torch.tensor([[False, False, True, True, True]])
     found = layer(x, source, padding)
@@ -149,19 +140,19 @@ def test_cross_modal_layers_read_the_other_modality(baselines):
     torch.testing.assert_close(nothing, x + layer.feed_forward(x))
 
 
-def test_vectors_of_missing_modalities_are_left_out(baselines):
+def test_vectors_of_missing_modalities_are_left_out():
     """MISA: the head's weights on a modality's vectors do not matter to samples that lack it."""
-    model = network(baselines, "invariant/specific (MISA)").eval()
-    features, padding, _ = inputs()
+    model = network("misa").eval()
+    features, padding, *_ = inputs()
     padding["text"] = (torch.arange(7) < 3)[:, None].expand(7, STEPS["text"])
     before = model(features, padding).logits
-    torch.nn.init.normal_(model.head[0].weight[:, : OPTIONS["hidden_dim"]])
+    torch.nn.init.normal_(model.head[0].weight[:, : ENCODE["hidden_dim"]])
     after = model(features, padding).logits
     torch.testing.assert_close(after[:3], before[:3])
     assert (after[3:] - before[3:]).abs().amax(1).min() > 1e-3
 
 
-def test_similarity_loss_is_the_central_moment_discrepancy(baselines):
+def test_similarity_loss_is_the_central_moment_discrepancy():
     torch.manual_seed(0)
     x, y = torch.rand(20, 3).double(), torch.rand(20, 3).double() ** 2
     there_x, there_y = torch.rand(20, 1) < 0.7, torch.rand(20, 1) < 0.7
@@ -170,13 +161,13 @@ def test_similarity_loss_is_the_central_moment_discrepancy(baselines):
     for k in range(2, 6):
         moments = [((c - c.mean(0)) ** k).mean(0) for c in (a, b)]
         expected += np.linalg.norm(moments[0] - moments[1])
-    found = baselines.similarity_loss([x, y], [there_x, there_y])
+    found = misa.similarity_loss([x, y], [there_x, there_y])
     torch.testing.assert_close(found.item(), expected)
     none = torch.zeros(20, 1, dtype=torch.bool)
-    assert baselines.similarity_loss([x, y], [there_x, none]) == 0
+    assert misa.similarity_loss([x, y], [there_x, none]) == 0
 
 
-def test_difference_loss_is_the_size_of_the_products(baselines):
+def test_difference_loss_is_the_size_of_the_products():
     """Against MISA's definition on the samples that have both: rows centred, of length 1, |A' B|^2 / D^2."""
     torch.manual_seed(0)
     there = [torch.rand(20, 1) < 0.7 for _ in range(2)]
@@ -196,20 +187,21 @@ def test_difference_loss_is_the_size_of_the_products(baselines):
     ):
         rows = here.flatten()
         expected += (a[rows].T @ b[rows]).square().sum() / 9
-    torch.testing.assert_close(baselines.difference_loss(private, shared, there), expected)
+    torch.testing.assert_close(misa.difference_loss(private, shared, there), expected)
     apart = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
     turned = torch.tensor([[1.0, 0.0], [1.0, 0.0], [-1.0, 0.0], [-1.0, 0.0]])
     all_there = [torch.ones(4, 1, dtype=torch.bool)]
-    assert baselines.difference_loss([apart], [turned], all_there) == 0  # not a line in common
-    assert baselines.difference_loss([turned], [turned], all_there) == 4.0
+    assert misa.difference_loss([apart], [turned], all_there) == 0  # not a line in common
+    assert misa.difference_loss([turned], [turned], all_there) == 4.0
 
 
-def test_pooled_features_are_mean_and_deviation_of_valid_steps(baselines):
-    features, padding, labels = inputs()
+def test_pooled_features_are_mean_and_deviation_of_valid_steps():
+    features, padding, labels, _ = inputs()[:4]
     data = MultimodalDataset(features, padding, labels, list("abcd"))
-    encoders = torch.nn.ModuleDict({m: baselines.Pooling(d) for m, d in DIMS.items()})
-    baselines.lddu_full.set_statistics(encoders, data)
-    found = baselines.pooled(encoders, data)
+    model = network("mlp")
+    for name, each in data.statistics().items():
+        model.encoder[name].standardize(each.mean, each.std)
+    found, rows = model.pooled(data), []
     for i in range(7):
         parts = []
         for m, d in DIMS.items():
@@ -218,10 +210,16 @@ def test_pooled_features_are_mean_and_deviation_of_valid_steps(baselines):
             x = ((features[m][i] - mean) / std)[~padding[m][i]]
             empty = torch.zeros(2 * d)
             parts.append(torch.cat([x.mean(0), x.std(0, correction=0)]) if len(x) else empty)
-        torch.testing.assert_close(found[i], torch.cat(parts), rtol=1e-4, atol=1e-5)
+        rows.append(torch.cat(parts))
+    expected = torch.stack(rows)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    model.standardize(data)
+    scale = expected.std(0, correction=0).clamp_min(1e-3)
+    standard = (expected - expected.mean(0)) / scale
+    torch.testing.assert_close(model.pooled(data), standard, rtol=1e-3, atol=1e-3)
 
 
-def test_classical_methods_are_those_of_scikit_learn(baselines):
+def test_classical_methods_are_those_of_scikit_learn():
     from sklearn.linear_model import LogisticRegression
     from sklearn.multiclass import OneVsRestClassifier
 
@@ -230,14 +228,14 @@ def test_classical_methods_are_those_of_scikit_learn(baselines):
     y = (x[:, :3] + rng.normal(size=(150, 3)) > 0.3).astype(int)
     model = LogisticRegression(random_state=3)
     expected = OneVsRestClassifier(model).fit(x, y).predict_proba(new)
-    np.testing.assert_allclose(baselines.binary_relevance(model, x, y)(new), expected)
+    np.testing.assert_allclose(classical.binary_relevance(model, x, y)(new), expected)
 
     powerset = LogisticRegression().fit(x, y @ [1, 2, 4])
     probs = powerset.predict_proba(new)
     for label in range(3):
         members = (powerset.classes_ >> label) % 2 == 1
         expected = probs[:, members].sum(1)
-        found = baselines.label_powerset(model, x, y)(new)[:, label]
+        found = classical.label_powerset(model, x, y)(new)[:, label]
         np.testing.assert_allclose(found, expected, atol=1e-3)
 
     order = np.random.RandomState(3).permutation(3)
@@ -247,21 +245,39 @@ def test_classical_methods_are_those_of_scikit_learn(baselines):
         chained[:, label] = step.predict_proba(asked)[:, 1]
         given = np.column_stack([given, y[:, label]])
         asked = np.column_stack([asked, step.predict(asked)])
-    np.testing.assert_allclose(baselines.classifier_chain(model, x, y)(new), chained, atol=1e-6)
+    np.testing.assert_allclose(classical.classifier_chain(model, x, y)(new), chained, atol=1e-6)
 
 
-def test_interval_of_the_brier_score_is_that_of_a_mean(baselines):
+def test_classical_methods_leave_unknown_labels_out():
+    from sklearn.linear_model import LogisticRegression
+
     rng = np.random.default_rng(0)
-    ours, theirs = rng.gamma(1.0, 0.1, (2, 2, 3, 400))  # 2 seeds
+    x = rng.normal(size=(90, 4))
+    y = (x[:, :3] + rng.normal(size=(90, 3)) > 0).astype(float)
+    y[:30, 0] = np.nan
+    model, new = LogisticRegression(random_state=0), rng.normal(size=(9, 4))
+    relevance = classical.binary_relevance(model, x, y)(new)
+    known = classical.binary_relevance(model, x[30:], y[30:])(new)
+    np.testing.assert_array_equal(relevance[:, 0], known[:, 0])
+    assert (relevance[:, 1] != known[:, 1]).any()  # is known of all
+    for method in (classical.label_powerset, classical.classifier_chain):
+        np.testing.assert_array_equal(method(model, x, y)(new), method(model, x[30:], y[30:])(new))
+    np.testing.assert_allclose(classical.prior(None, x, y)(new)[0], np.nanmean(y, 0))
+
+
+def test_interval_of_the_brier_score_is_that_of_a_mean():
+    rng = np.random.default_rng(0)
+    ours, theirs = rng.gamma(1.0, 0.1, (2, 2, 4, 400))  # 2 seeds
+    ours[:, 3] = theirs[:, 3] = 1  # label known of each sample
     change = (ours[:, 2] - theirs[:, 2]).mean(0)
     half = 1.959964 * change.std() / np.sqrt(400)
-    found = baselines.paired_bootstrap(ours, theirs)["Brier"]
+    found = bootstrap.paired_bootstrap(ours, theirs)["Brier"]
     assert found.difference == pytest.approx(change.mean())
     assert found.low == pytest.approx(change.mean() - half, abs=0.06 * half)
     assert found.high == pytest.approx(change.mean() + half, abs=0.06 * half)
 
 
-def test_interval_of_micro_f1_is_that_of_its_linearisation(baselines):
+def test_interval_of_micro_f1_is_that_of_its_linearisation():
     """Delta method: the ratio 2 h / s changes by (2 h_i - F s_i) / mean(s) with sample i."""
     rng = np.random.default_rng(1)
 
@@ -269,134 +285,133 @@ def test_interval_of_micro_f1_is_that_of_its_linearisation(baselines):
         labels = rng.random((600, 5)) < 0.4
         predicted = np.where(rng.random((600, 5)) < quality, labels, ~labels)
         hits, sizes = (labels & predicted).sum(1), labels.sum(1) + predicted.sum(1)
-        return np.stack([hits, sizes, np.zeros(600)]).astype(float)[None]
+        return np.stack([hits, sizes, np.zeros(600), np.ones(600)]).astype(float)[None]
 
     ours, theirs = method(0.8), method(0.7)
     change, f1 = 0.0, []
-    for sign, (hits, sizes, _) in ((1, ours[0]), (-1, theirs[0])):
+    for sign, (hits, sizes, *_) in ((1, ours[0]), (-1, theirs[0])):
         f1.append(2 * hits.sum() / sizes.sum())
         change = change + sign * (2 * hits - f1[-1] * sizes) / sizes.mean()
     half = 1.959964 * change.std() / np.sqrt(600)
-    found = baselines.paired_bootstrap(ours, theirs)["miF1"]
+    found = bootstrap.paired_bootstrap(ours, theirs)["miF1"]
     assert found.difference == pytest.approx(f1[0] - f1[1])
     assert found.low == pytest.approx(f1[0] - f1[1] - half, abs=0.08 * half)
     assert found.high == pytest.approx(f1[0] - f1[1] + half, abs=0.08 * half)
 
 
-def test_intervals_cover_the_truth_in_95_of_100_test_sets(baselines):
+def test_intervals_cover_the_truth_in_95_of_100_test_sets():
     rng = np.random.default_rng(2)
-    population = rng.gamma(1.0, 0.1, (2, 1, 3, 100_000))
+    population = rng.gamma(1.0, 0.1, (2, 1, 4, 100_000))
+    population[:, 0, 3] = 1
     population[:, 0, 0] = rng.integers(0, 3, (2, 100_000))  # hits
     population[:, 0, 1] = rng.integers(3, 7, (2, 100_000))  # labels predicted and present
-    hits, sizes, errors = population.mean(3)[:, 0].T
+    hits, sizes, errors, _ = population.mean(3)[:, 0].T
     truth = {"miF1": np.diff(2 * hits / sizes)[0], "Brier": np.diff(errors)[0]}
     covered = {"miF1": 0, "Brier": 0}
     for test_set in range(400):
         theirs, ours = population[..., rng.integers(100_000, size=150)]
-        found = baselines.paired_bootstrap(ours, theirs, draws=500, seed=test_set)
+        found = bootstrap.paired_bootstrap(ours, theirs, draws=500, seed=test_set)
         for name, interval in found.items():
             covered[name] += interval.low <= truth[name] <= interval.high
     # 0.95 is 380; four standard deviations of a binomial count are 17, and the percentiles are a little narrow
     assert all(360 <= count <= 397 for count in covered.values()), covered
 
 
-def test_equal_methods_do_not_differ(baselines):
-    terms = np.random.default_rng(0).random((2, 3, 50))
-    for interval in baselines.paired_bootstrap(terms, terms, draws=100).values():
+def test_equal_methods_do_not_differ():
+    terms = np.random.default_rng(0).random((2, 4, 50))
+    for interval in bootstrap.paired_bootstrap(terms, terms, draws=100).values():
         assert interval == (0, 0, 0)
         assert not str(interval).endswith("*")
-    assert str(baselines.Interval(0.02, 0.01, 0.03)) == "+0.0200 [+0.0100, +0.0300] *"
-    assert str(baselines.Interval(-0.02, -0.03, 0.01)) == "-0.0200 [-0.0300, +0.0100]"
+    assert str(bootstrap.Interval(0.02, 0.01, 0.03)) == "+0.0200 [+0.0100, +0.0300] *"
+    assert str(bootstrap.Interval(-0.02, -0.03, 0.01)) == "-0.0200 [-0.0300, +0.0100]"
 
 
-def test_contributions_make_up_the_measures(baselines, tmp_path):
+@pytest.mark.parametrize("share", [0.0, 0.3])
+def test_contributions_make_up_the_measures(tmp_path, share):
     rng = np.random.default_rng(0)
     probs, labels = rng.random((30, 4)).astype(np.float32), rng.integers(0, 2, (30, 4))
     threshold = np.array([0.3, 0.4, 0.5, 0.6], dtype=np.float32)
-    np.savez(tmp_path / "predictions.npz", probs=probs, labels=labels, threshold=threshold)
-    terms = baselines.contributions(tmp_path)
-    measures = baselines.lddu_full.evaluate(*map(torch.from_numpy, (probs, labels, threshold)))
-    f1, brier = baselines.scores(np.ones((1, 30)), terms[None])[:, 0]
+    arrays = {"probs": probs, "labels": labels, "threshold": threshold}
+    unknown = rng.random((30, 4)) < share
+    np.savez(tmp_path / "predictions.npz", **arrays, **({"unknown": unknown} if share else {}))
+    terms = bootstrap.contributions(tmp_path)
+    tensors = map(torch.from_numpy, (probs, labels, threshold, unknown))
+    measures = evaluate(*tensors)
+    f1, brier = bootstrap.scores(np.ones((1, 30)), terms[None])[:, 0]
     assert f1 == pytest.approx(measures["miF1"], abs=5e-5)
     assert brier == pytest.approx(measures["Brier"], abs=5e-5)
 
 
-def test_every_method_learns_and_a_failing_one_costs_itself(baselines, tmp_path, capsys):
-    """A toy problem where a label is never there in training, one always is, and modalities are missing."""
-    write_data(tmp_path / "toy.npz")
-    output = tmp_path / "runs"
-    (output / "toy").mkdir(parents=True)
-    in_the_way = output / "toy" / baselines.slug("early fusion")
-    in_the_way.touch()  # where the folder of the run should be
-    command = ["--data", str(tmp_path / "toy.npz"), "--seeds", "0", "--jobs", "1"]
-    command += ["--epochs", "6", "--options", f"{SMALL} --lr 1e-2 --dropout 0"]
-    command += ["--output", str(output)]
-    with pytest.raises(SystemExit, match="1 runs failed"):
-        baselines.main(command)
-    assert "early fusion, seed 0: failed: " in "".join(capsys.readouterr())
-    in_the_way.unlink()
-    baselines.main(command)
+def compare(folder, monkeypatch, arms, *options):
+    """Rows by method, and the report, of a toy problem."""
+    monkeypatch.setattr(sweep, "in_a_process", sweep.carry_out)
+    write_data(folder / "toy.npz")
+    command = ["--data", str(folder / "toy.npz"), "--seeds", "0", "--jobs", "1", "--arms", *arms]
+    comparison.main([*command, "--output", str(folder / "out"), "--", *options])
+    rows = json.loads((folder / "out" / "runs.json").read_text())
+    return {row["arm"]: row for row in rows}, (folder / "out" / "baselines.md").read_text()
 
-    rows = {row["arm"]: row for row in json.loads((output / "runs.json").read_text())}
-    assert list(rows) == [*CLASSICAL, *NETWORKS, *LDDU]
+
+def test_what_a_comparison_writes(tmp_path, monkeypatch):
+    arms = ["prior", "lp-logistic", "mlp", "misa", "lddu"]
+    sizes = [option for option in TINY if option.startswith(("--data", "--trainer"))]
+    monkeypatch.setitem(comparison.ARMS, "lddu", sweep.Arm(TINY))
+    rows, text = compare(tmp_path, monkeypatch, arms, *ENCODER, *sizes)
+    assert list(rows) == arms
+    for arm, row in rows.items():
+        folder = tmp_path / "out" / "toy" / arm / "0"
+        with np.load(folder / "predictions.npz") as file:
+            names = ("probs", "labels", "threshold")
+            found = evaluate(*(torch.from_numpy(file[name]) for name in names))
+        assert found == {name: row[name] for name in found}
+        assert ("parameters" in row) == (arm not in classical.METHODS)
+    state = torch.load(tmp_path / "out" / "toy" / "misa" / "0" / "best.ckpt", weights_only=True)
+    assert abs(state["state_dict"]["encoder.text.mean"] - 10).max() < 1  # of the training set
+    lines = text.split("\n")
+    assert lines[2] == "| arm | seeds | Acc | P | R | miF1 | mAP | Brier | ECE | parameters |"
+    row = rows["mlp"]
+    assert f"| mlp | 1 | {row['Acc']:.3f} | " in text
+    assert f" | {row['ECE']:.3f} | {row['parameters']:,} |\n" in text
+    _, compared = text.split("lddu minus the other")
+    lines = [line for line in compared.split("\n") if line.startswith("| ")][1:]
+    assert [line.split(" | ")[0][2:] for line in lines] == arms[:-1]
+    ahead = rows["lddu"]["miF1"] - rows["prior"]["miF1"]
+    assert f"| 1 | {ahead:+.4f}"[:-2] in lines[0]
+
+
+@pytest.mark.long
+def test_every_method_learns(tmp_path, monkeypatch):
+    """A toy problem where a label is never there in training, one always is, and modalities are missing."""
+    options = ["--config=small", "--data.batch_size=16", "--model.lr=0.01", "--model.dropout=0"]
+    rows, _ = compare(tmp_path, monkeypatch, comparison.ARMS, *options, "--trainer.max_epochs=6")
+    assert list(rows) == list(comparison.ARMS)
     for arm in set(rows) - {"prior"}:
         assert rows[arm]["miF1"] > rows["prior"]["miF1"] + 0.03, arm
         assert rows[arm]["Brier"] < rows["prior"]["Brier"] - 0.02, arm
-    for arm, row in rows.items():
-        folder = output / "toy" / baselines.slug(arm) / "0"
-        with np.load(folder / "predictions.npz") as file:
-            probs, labels = torch.from_numpy(file["probs"]), torch.from_numpy(file["labels"])
-            found = baselines.lddu_full.evaluate(probs, labels, torch.from_numpy(file["threshold"]))
-        assert found == {name: row[name] for name in found}
-        if arm in (*NETWORKS, *LDDU):
-            state = torch.load(folder / "best.ckpt", weights_only=True)["state_dict"]
-            assert 0 < row["parameters"] <= sum(x.numel() for x in state.values())
-            saved = {key.split(".")[2] for key in state if key.startswith("model.encoders.")}
-            assert saved == set(DIMS)
-            assert abs(state["model.encoders.text.mean"] - 10).max() < 1  # of the training set
-        else:
-            assert "parameters" not in row
-
-    text = (output / "baselines.md").read_text()
-    lines = text.split("\n")
-    assert lines[2] == "| arm | seeds | Acc | P | R | miF1 | mAP | Brier | ECE | parameters |"
-    row = rows["late fusion"]
-    assert f"| late fusion | 1 | {row['Acc']:.3f} | " in text
-    assert f" | {row['ECE']:.3f} | {row['parameters']:,} |\n" in text
-    compared = text.split(" minus the other")[1:]
-    assert len(compared) == len(LDDU)
-    for ours, part in zip(LDDU, compared, strict=True):
-        lines = [line for line in part.split("\n") if line.startswith("| ")]
-        assert [line.split(" | ")[0] for line in lines[1:]] == [
-            f"| {arm}" for arm in (*CLASSICAL, *NETWORKS)
-        ]
-        ahead = rows[ours]["miF1"] - rows["prior"]["miF1"]
-        (line,) = [line for line in lines if line.startswith("| prior")]
-        assert f"| 1 | {ahead:+.4f}"[:-2] in line
 
 
-def test_report_has_the_spread_and_pairs_the_seeds(baselines, tmp_path):
+def test_report_has_the_spread_and_pairs_the_seeds(tmp_path):
     rng = np.random.default_rng(0)
     labels, rows = rng.integers(0, 2, (40, 3)), []
     for arm, seed, noise in (
         ("prior", 0, 0.9),
-        ("LDDU", 0, 0.1),
-        ("LDDU", 1, 0.2),
+        ("lddu", 0, 0.1),
+        ("lddu", 1, 0.2),
         ("prior", 2, 0.9),
     ):
         folder = tmp_path / "toy" / arm / str(seed)
         folder.mkdir(parents=True)
         probs = (1 - noise) * labels + noise * rng.random((40, 3))
         np.savez(folder / "predictions.npz", probs=probs, labels=labels, threshold=[0.5])
-        size = {"parameters": 1234} if arm == "LDDU" else {}
-        measures = dict.fromkeys(baselines.COLUMNS, 0.5 + 0.1 * seed)
+        size = {"parameters": 1234} if arm == "lddu" else {}
+        measures = dict.fromkeys(sweep.COLUMNS, 0.5 + 0.1 * seed)
         rows.append({"data": "toy", "arm": arm, "seed": seed, **measures, **size})
-    text = baselines.report(rows, tmp_path)
-    assert "| LDDU | 2 | 0.550 ±0.071 | " in text
+    text = comparison.report(rows, tmp_path)
+    assert "| lddu | 2 | 0.550 ±0.071 | " in text
     assert "±0.071 | 1,234 |\n" in text
     assert "| prior | 2 | 0.600 ±0.141 | " in text
     last = text.strip().split("\n")[-1]
     assert last.startswith("| prior | 1 | +0.")  # seed 0 alone is in both
     assert last.count("*") == 2
-    alone = baselines.report([row for row in rows if row["arm"] == "prior"], tmp_path)
-    assert "LDDU" not in alone
+    alone = comparison.report([row for row in rows if row["arm"] == "prior"], tmp_path)
+    assert "lddu" not in alone

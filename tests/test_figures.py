@@ -7,77 +7,53 @@ import pytest
 import torch
 from matplotlib.colors import to_hex
 
-from examples_support import QUIET, ends_in_one_line, example_module, need_extras
+from examples_support import QUIET, TINY, ends_in_one_line, need_extras, toy
 
 need_extras()
+from uncertainty_mm.examples import lddu_figures as figures  # noqa: E402
+from uncertainty_mm.examples import lddu_full, sweep  # noqa: E402
 
 pytestmark = QUIET
-SMALL = [
-    *("--hidden-dim=16", "--heads=2", "--layers=1", "--z-dim=8", "--latent-dim=4"),
-    *("--queue-size=64", "--batch-size=16", "--accelerator=cpu", "--epochs=2", "--lr=0.01"),
-]
 COUNT = 90  # a third for each split
 LABELS = ["happy", "sad", "fear"]
 WITHOUT_B = 5  # position in the test split of the sample that lacks modality `b`
-
-
-@pytest.fixture(scope="module")
-def figures():
-    with example_module("lddu_figures") as module:
-        yield module
+LENGTHS = np.where(np.arange(COUNT) == 60 + WITHOUT_B, 0, 1 + np.arange(COUNT) % 7)
 
 
 def write(path, **changes):
-    rng = np.random.default_rng(0)
-    labels = rng.integers(0, 2, (COUNT, 3)).astype(np.uint8)
-    lengths = rng.integers(1, 8, COUNT)
-    lengths[2 * COUNT // 3 + WITHOUT_B] = 0
-    arrays = {
-        "features.a": rng.normal(size=(COUNT, 5, 3)) + labels[:, None],
-        "lengths.a": np.full(COUNT, 5),
-        "features.b": rng.normal(size=(COUNT, 7, 2)),
-        "lengths.b": lengths,
-        "labels": labels,
-        "label_names": np.array(LABELS),
-        "split": np.repeat([0, 1, 2], COUNT // 3),
-        "ids": np.array([f"clip {index}" for index in range(COUNT)]),
-    }
-    np.savez(path, **(arrays | changes))
-    return path
+    return toy(path, COUNT, **{"lengths.b": LENGTHS, **changes})
 
 
 @pytest.fixture(scope="module")
-def trained(figures, tmp_path_factory):
+def trained(tmp_path_factory):
     """The data and the folders of two runs, the second without the contrastive loss."""
     folder = tmp_path_factory.mktemp("runs")
     data = write(folder / "data.npz")
-    for name, options in (("with", []), ("without", ["--scl-weight=0"])):
-        where = ["--data", str(data), "--output", str(folder / name)]
-        figures.lddu_full.main([*SMALL, *options, *where])
+    for name, options in (("with", []), ("without", ["--model.scl_weight=0"])):
+        where = ["--data.path", str(data), "--output", str(folder / name)]
+        lddu_full.main(arguments=[*sweep.QUIET, *TINY, *options, *where])
     return data, folder / "with", folder / "without"
 
 
 @pytest.fixture(scope="module")
-def applied(figures, trained):
+def applied(trained):
     """The first run's model, the test split, and the outputs for it that training has written."""
-    data = figures.lddu_full.read_data(trained[0])["test"]
-    lit = figures.lddu_full.load_for(data, trained[0], trained[1] / "best.ckpt")
+    data = sweep.data_of(trained[1]).part("test")
+    model = lddu_full.LDDU.load(trained[1] / "best.ckpt")
     with np.load(trained[1] / "predictions.npz") as file:
-        outputs = {
-            key: torch.from_numpy(file[key]).float() for key in ("probs", "std_norm", "missing")
-        }
-    return lit, data, outputs
+        outputs = {key: torch.from_numpy(file[key]) for key in ("probs", "std_norm", "missing")}
+    return model, data, outputs
 
 
-def call(figures, *arguments):
+def call(*arguments):
     figures.main([str(argument) for argument in arguments])
 
 
-def test_all_figures_are_written(figures, trained, tmp_path, capsys):
+def test_all_figures_are_written(trained, tmp_path, capsys):
     data, run, without = trained
-    call(figures, run, without, "--data", data, "--sample", "clip 65", "--output", tmp_path / "x/y")
+    call(run, without, "--data", data, "--sample", "clip 65", "--output", tmp_path / "x" / "y")
     assert "case: test sample 5" in capsys.readouterr().out
-    call(figures, run, "--data", data)
+    call(run)
     for folder in (tmp_path / "x" / "y", run / "figures"):
         files = sorted(folder.iterdir())
         assert [path.name for path in files] == ["case.png", "correlations.png", "tsne.png"]
@@ -101,15 +77,15 @@ def silhouette(points, classes):
     return np.mean(values)
 
 
-def test_tsne_shows_present_labels_of_both_runs(figures, trained, applied, monkeypatch):
+def test_tsne_shows_present_labels_of_both_runs(trained, applied, monkeypatch):
     drawn = []
     plot = figures.plots.latent_tsne
     monkeypatch.setattr(
         figures.plots, "latent_tsne", lambda *a, **k: drawn.append((a, k)) or plot(*a, **k)
     )
-    lit, data, _ = applied
-    other = figures.lddu_full.load_for(data, trained[0], trained[2] / "best.ckpt")
-    panels = figures.tsne([lit, other], data).axes
+    model, data, _ = applied
+    other = lddu_full.LDDU.load(trained[2] / "best.ckpt")
+    panels = figures.tsne([model, other], data).axes
     assert len(panels) == len(drawn) == 2
     assert [panel.get_legend() is None for panel in panels] == [True, False]
     expected = int(data.labels.sum()) * 2 - int(data.labels[WITHOUT_B].sum())
@@ -127,18 +103,18 @@ def test_tsne_shows_present_labels_of_both_runs(figures, trained, applied, monke
     # every sample once, and each with its own labels and Gaussians
     shown, embedding = drawn[0][1]["shown"], drawn[0][0][0]
     with torch.no_grad():
-        output = lit.model(data.features, data.padding_mask)
-    mine = output.latent.embedding(joint=True)
+        output = model(data.features, data.padding_mask)
+    mine = output.latent.embedding("joint")
     rows = (embedding[:, None, 0] - mine[None, :, 0]).abs().amax((2, 3)).argmin(1)
     assert sorted(rows.tolist()) == list(range(len(data)))
     torch.testing.assert_close(embedding, mine[rows])
     assert torch.equal(shown[:, 0], data.labels[rows] > 0)
 
 
-def test_case_shows_what_the_model_says(figures, applied):
-    lit, data, outputs = applied
+def test_case_shows_what_the_model_says(applied):
+    model, data, outputs = applied
     position = 3
-    figure = figures.case(lit, data, outputs, position)
+    figure = figures.case(model, data, outputs, position)
     above, below = figure.subfigs
     bars, dots, shares = above.axes
     labels = data.labels[position]
@@ -151,13 +127,14 @@ def test_case_shows_what_the_model_says(figures, applied):
     colors = [to_hex(bar.get_facecolor()) for bar in bars.patches]
     assert colors == [blue if y else grey for y in labels]
     [lines] = bars.collections
-    np.testing.assert_allclose([part[0, 0] for part in lines.get_segments()], lit.threshold)
+    drawn = [part[0, 0] for part in lines.get_segments()]
+    np.testing.assert_allclose(drawn, model.threshold.expand(3))
     assert [tick.get_text() for tick in bars.get_yticklabels()] == LABELS
 
     batch = next(iter(data.loader(len(data))))
     with torch.no_grad():
-        output = lit.model(batch.features, batch.padding_mask)
-        encoded = lit.model.encoders["b"](batch.features["b"], batch.padding_mask["b"])[position]
+        output = model(batch.features, batch.padding_mask)
+        encoded = model.encoder["b"](batch.features["b"], batch.padding_mask["b"])[position]
     first = [1 / (1 + math.exp(-logit)) for logit in output.dir_logits[position].tolist()]
     np.testing.assert_allclose(bars.lines[0].get_xdata(), first, rtol=1e-5)
     d = [1 - (p * (1 - p) + (1 - p) * p) for p in first]
@@ -174,10 +151,10 @@ def test_case_shows_what_the_model_says(figures, applied):
         return [value / sum(precision) for value in precision]
 
     np.testing.assert_allclose([bar.get_width() for bar in shares.patches], share(position))
-    every = np.array([share(sample) for sample in range(len(data))])
-    mean = [every[:, 0].mean(), np.delete(every[:, 1], WITHOUT_B).mean()]
+    alike = [sample for sample in range(len(data)) if sample != WITHOUT_B]
+    mean = np.mean([share(sample) for sample in alike], axis=0)  # adds up to 1
     [lines] = shares.collections
-    np.testing.assert_allclose([part[0, 0] for part in lines.get_segments()], mean)
+    np.testing.assert_allclose([part[0, 0] for part in lines.get_segments()], mean, rtol=1e-6)
 
     maps = {ax.get_title(): ax.images[0].get_array() for ax in below.axes if ax.get_title()}
     valid = int((~data.padding_mask["b"][position]).sum())
@@ -185,15 +162,15 @@ def test_case_shows_what_the_model_says(figures, applied):
     assert [drawn.shape for drawn in maps.values()] == [(3, 5), (3, valid)]
     for drawn in maps.values():
         np.testing.assert_allclose(drawn.sum(1), 1, rtol=1e-5)
-    part = lit.model.attention.attention["b"]
+    part = model.attention.attention["b"]
     with torch.no_grad():
         key = part.key(encoded[:valid])
-        query = part.query(lit.model.attention.label_embedding.weight)
-        score = (query @ key.T * lit.model.attention.scale).exp()
+        query = part.query(model.attention.label_embedding.weight)
+        score = (query @ key.T * model.attention.scale).exp()
     np.testing.assert_allclose(maps["attention to b"], score / score.sum(1, True), rtol=1e-4)
 
 
-def test_case_says_that_a_modality_is_missing(figures, applied):
+def test_case_says_that_a_modality_is_missing(applied):
     figure = figures.case(*applied, WITHOUT_B)
     shares = [bar.get_width() for bar in figure.subfigs[0].axes[2].patches]
     assert shares == [1, 0]
@@ -202,7 +179,7 @@ def test_case_says_that_a_modality_is_missing(figures, applied):
     assert [text.get_text() for text in b.texts] == ["missing"]
 
 
-def test_default_case_is_the_most_uncertain_of_those_with_several_labels_all_predicted(figures):
+def test_default_case_is_the_most_uncertain_of_those_with_several_labels_all_predicted():
     labels = torch.tensor([[1, 1, 0], [1, 1, 0], [1, 0, 0], [1, 1, 1], [1, 1, 0]])
     probs = torch.tensor(
         [
@@ -215,12 +192,15 @@ def test_default_case_is_the_most_uncertain_of_those_with_several_labels_all_pre
     )
     missing = torch.tensor([[False, row == 4] for row in range(5)])
     threshold = torch.tensor([0.5])
-    assert figures.interesting(probs, threshold, missing, labels) == 1
+    known = torch.ones_like(labels).bool()
+    assert figures.interesting(probs, threshold, missing, labels, known) == 1
     nothing = torch.zeros_like(labels)
-    assert figures.interesting(probs, threshold, missing, nothing) == 4
+    assert figures.interesting(probs, threshold, missing, nothing, known) == 4
+    known[1, 2] = False
+    assert figures.interesting(probs, threshold, missing, labels, known) == 0
 
 
-def test_correlations_are_of_the_decisions(figures, applied):
+def test_correlations_are_of_the_decisions(applied):
     _, data, outputs = applied
     threshold = outputs["probs"].median(0).values  # no label is always or never predicted
     true, predicted, *_ = figures.correlations(outputs["probs"], threshold, data).axes
@@ -253,10 +233,10 @@ def test_correlations_are_of_the_decisions(figures, applied):
         ("position", "--sample 30: neither the name"),
         ("size", "the figures need at least two test samples and two labels"),
         ("present", "t-SNE needs at least 3 distributions of labels that are present, got 2"),
-        ("output", "cannot write there"),
+        ("output", "Not a directory"),
     ],
 )
-def test_bad_input_ends_in_one_line(figures, trained, tmp_path, capsys, change, message):
+def test_bad_input_ends_in_one_line(trained, tmp_path, capsys, change, message):
     data, run, _ = trained
     options = []
     if change == "run":
@@ -282,4 +262,4 @@ def test_bad_input_ends_in_one_line(figures, trained, tmp_path, capsys, change, 
     else:
         options = ["--sample", "clip 1" if change == "name" else "30"]
     with ends_in_one_line(capsys, f"^error: .*{message}"):
-        call(figures, run, "--data", data, *options)
+        call(run, "--data", data, *options)

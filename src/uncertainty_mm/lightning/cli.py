@@ -187,7 +187,8 @@ class ModelCLI(LightningCLI):
         parser.add_lightning_class_args(MultimodalDataModule, "data")
         parser.link_arguments("seed_everything", "data.seed")
         for name in sizes:
-            parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
+            if name in inspect.signature(model).parameters:
+                parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
         for name, part in model.parts.items():
             given = options_of(part, model.fixed.get(name, ()))
             every = inspect.signature(part).parameters.keys()
@@ -573,6 +574,13 @@ def print_table(
         print(f"{row:>{width}}{line}")
 
 
+def quiet() -> None:
+    """Keeps Lightning from giving advice on workers and devices."""
+    warnings.filterwarnings("ignore", module="lightning")
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+
+
 def run_command_line(
     model_class: type[MultilabelModule], configs: Path, arguments: Sequence[str] | None = None
 ) -> ModelCLI:
@@ -586,9 +594,7 @@ def run_command_line(
         configs: Folder with files of options that `--config` knows by name.
         arguments: The command line; None takes that of the program.
     """
-    warnings.filterwarnings("ignore", module="lightning")  # advice on workers and devices
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    quiet()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     subcommand = [arguments.pop(0)] if arguments[:1] and arguments[0] in SUBCOMMANDS else []
     with one_line_errors():

@@ -17,7 +17,7 @@ from torchmetrics import CatMetric
 
 from uncertainty_mm._component import Component, states
 from uncertainty_mm.calibration import PlattScaling, best_threshold
-from uncertainty_mm.data import MultimodalBatch
+from uncertainty_mm.data import MultimodalBatch, MultimodalDataset
 from uncertainty_mm.lightning.checkpoints import UsageError, read_checkpoint
 from uncertainty_mm.metrics.functional import evaluate, predictive_entropy
 
@@ -274,6 +274,15 @@ class MultilabelModule(Component, L.LightningModule):
         )
         answer["predicted"] = answer["probs"] > self.threshold
         return {key: value[0] for key, value in answer.items()}
+
+    @torch.no_grad()
+    def predict(self, data: MultimodalDataset, batch_size: int = 256) -> dict[str, Tensor]:
+        """What :meth:`predict_step` says of all samples of a data set, on the CPU."""
+        self.eval()
+        answers = [
+            self.predict_step(batch.to(self.device), 0) for batch in data.loader(batch_size)
+        ]
+        return {key: torch.cat([each[key] for each in answers]).cpu() for key in answers[0]}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Saves the state of this module also where a callback saves averaged weights in its place."""

@@ -1,0 +1,1 @@
+"""Other methods beside LDDU, on the same data, with the same measures; see `comparison.py`."""

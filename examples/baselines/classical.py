@@ -1,0 +1,136 @@
+"""Methods of scikit-learn, which see mean and standard deviation of every modality over its steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.base import ClassifierMixin, clone
+from sklearn.ensemble import HistGradientBoostingClassifier
+from sklearn.linear_model import LogisticRegression
+from sklearn.multioutput import ClassifierChain
+from torch import Tensor
+
+from uncertainty_mm.calibration import best_threshold
+from uncertainty_mm.data import MultimodalDataset
+from uncertainty_mm.examples.baselines.networks import PooledMLP
+from uncertainty_mm.lightning import PredictionWriter
+from uncertainty_mm.lightning.cli import ModelCLI, quiet
+from uncertainty_mm.metrics.functional import evaluate, predictive_entropy
+
+Predict = Callable[[np.ndarray], np.ndarray]  # features (N, F) -> probabilities (N, Q)
+
+# All take features (N, F) and labels (N, Q), NaN where a label is not known.
+
+
+def prior(model: None, x: np.ndarray, y: np.ndarray) -> Predict:
+    """How frequent each label is."""
+    return lambda new: np.tile(np.nanmean(y, 0), (len(new), 1))
+
+
+def binary_relevance(model: ClassifierMixin, x: np.ndarray, y: np.ndarray) -> Predict:
+    """Every label by itself, from the samples of which it is known."""
+    known = ~np.isnan(y).T
+    fitted = [
+        clone(model).fit(x[here], column[here]) for column, here in zip(y.T, known, strict=True)
+    ]
+    return lambda new: np.column_stack([each.predict_proba(new)[:, 1] for each in fitted])
+
+
+def classifier_chain(model: ClassifierMixin, x: np.ndarray, y: np.ndarray) -> Predict:
+    """Every label with those before it in a random order as features (Read et al. 2011)."""
+    whole = ~np.isnan(y).any(1)
+    chain = ClassifierChain(model, order="random", random_state=model.random_state)
+    return chain.fit(x[whole], y[whole]).predict_proba
+
+
+def label_powerset(model: ClassifierMixin, x: np.ndarray, y: np.ndarray) -> Predict:
+    """Every set of labels seen in training as a class; a label has the probability of the sets with it."""
+    whole = ~np.isnan(y).any(1)
+    sets, index = np.unique(y[whole], axis=0, return_inverse=True)
+    fitted = clone(model).fit(x[whole], index.reshape(-1))
+    return lambda new: fitted.predict_proba(new) @ sets
+
+
+def logistic(seed: int) -> list[ClassifierMixin]:
+    """Logistic regressions to choose from."""
+    return [
+        LogisticRegression(C=c, max_iter=2000, random_state=seed) for c in (0.001, 0.01, 0.1, 1.0)
+    ]
+
+
+def boosted_trees(seed: int) -> list[ClassifierMixin]:
+    """Boosted trees to choose from."""
+    return [
+        HistGradientBoostingClassifier(learning_rate=rate, random_state=seed)
+        for rate in (0.01, 0.03, 0.1)
+    ]
+
+
+METHODS: Mapping[str, tuple[Callable[..., Predict], Callable[[int], Sequence[Any]]]] = {
+    "prior": (prior, lambda seed: [None]),
+    "br-logistic": (binary_relevance, logistic),
+    "lp-logistic": (label_powerset, logistic),
+    "cc-logistic": (classifier_chain, logistic),
+    "br-trees": (binary_relevance, boosted_trees),
+}
+
+
+def known_labels(data: MultimodalDataset) -> np.ndarray:
+    """Labels (N, Q), NaN where they are not known."""
+    labels = data.labels.double()
+    return (
+        labels.numpy()
+        if data.unknown is None
+        else labels.masked_fill(data.unknown, torch.nan).numpy()
+    )
+
+
+def fit(name: str, configs: Path, options: Sequence[str], folder: Path) -> dict[str, float | None]:
+    """Fits a method; of several models the one with the best validation miF1 counts.
+
+    Options are those of the network on the same features, which so reads the same data, standardises them, and has the
+    calibration and the thresholds of all networks.
+
+    Returns:
+        What it reaches on the test split; its predictions are in `folder`.
+    """
+    quiet()
+    cli = ModelCLI(PooledMLP, configs, [*options, "--trainer.fast_dev_run", "true"])
+    data, network, seed = cli.datamodule, cli.model, cli.options.seed_everything
+    train, validation, test = (data.part(split) for split in ("train", "validation", "test"))
+    for modality, each in data.statistics().items():
+        network.encoder[modality].standardize(each.mean, each.std)
+    network.standardize(train)
+    x, x_validation, x_test = (network.pooled(part).numpy() for part in (train, validation, test))
+    y = known_labels(train)
+    share = np.nan_to_num(np.nanmean(y, 0), nan=0.5)
+    varies = (share > 0) & (share < 1)  # the others cannot be learned
+    method, models = METHODS[name]
+    best = -1.0
+    for model in models(seed):
+        predict = method(model, x, y[:, varies]) if varies.any() else None
+
+        def logits(new: np.ndarray, predict: Predict | None = predict) -> Tensor:
+            probs = np.tile(share, (len(new), 1))
+            if predict:
+                probs[:, varies] = predict(new)
+            return torch.from_numpy(probs).clamp(1e-6, 1 - 1e-6).logit().float()
+
+        found, known = logits(x_validation), (validation.labels, validation.unknown)
+        probs = network.calibration.fit(found, *known)(found).sigmoid()
+        per_label = network.hparams["thresholds"] == "label"
+        threshold = best_threshold(probs, *known, per_label=per_label)
+        score = evaluate(probs, validation.labels, threshold, validation.unknown)["miF1"] or 0.0
+        print(f"{model}: validation miF1 {score}")
+        if score > best:
+            best, chosen, found = score, threshold, logits(x_test)
+            probs = network.calibration(found).sigmoid()
+            answers = {"probs": probs, "uncalibrated": found.sigmoid()}
+            answers["uncertainty"] = predictive_entropy(probs)
+    folder.mkdir(parents=True, exist_ok=True)
+    PredictionWriter(folder / "predictions.npz").write(answers, test, chosen)
+    return evaluate(answers["probs"], test.labels, chosen, test.unknown)

@@ -1,0 +1,101 @@
+"""Is LDDU better than what is simpler? Other methods on the same data, with the same measures.
+
+    python examples/baselines --data FILE FILE                         # all methods, five seeds
+    python examples/baselines --data FILE --arms lddu late --seeds 0 1 2 -- --config small
+
+A sweep (`sweep.py`) over methods. All networks share the encoders, the training, the choice of the checkpoint, the
+calibration and the thresholds of `lddu_full.py`; what follows `--` holds for all of them. The classical methods
+(scikit-learn) are chosen, calibrated and given thresholds on the validation split too. Nothing sees the test split
+before its evaluation.
+
+It writes in `baselines.md` mean and standard deviation over seeds as well as how far LDDU is ahead of each method, with
+paired bootstrap intervals.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from uncertainty_mm.examples import sweep
+from uncertainty_mm.examples.baselines import classical
+from uncertainty_mm.examples.baselines.bootstrap import contributions, paired_bootstrap
+from uncertainty_mm.examples.baselines.misa import InvariantSpecific
+from uncertainty_mm.examples.baselines.mult import CrossModal
+from uncertainty_mm.examples.baselines.networks import EarlyFusion, LateFusion, PooledMLP
+from uncertainty_mm.lightning.cli import one_line_errors
+
+CONFIGS = Path(__file__).with_name("configs")
+NETWORKS = {
+    "mlp": PooledMLP,
+    "early": EarlyFusion,
+    "late": LateFusion,
+    "mult": CrossModal,
+    "misa": InvariantSpecific,
+}
+LDDU = {"lddu": sweep.Arm(), "lddu-residual": sweep.Arm(["--config", "study/final-residual"])}
+ARMS = {name: sweep.Arm((), PooledMLP, CONFIGS) for name in classical.METHODS}
+ARMS |= {name: sweep.Arm((), network, CONFIGS) for name, network in NETWORKS.items()}
+ARMS |= LDDU
+# No early stopping: some networks need many steps before the first gain, and the checkpoint is chosen anyway.
+BASE = ["--trainer.max_epochs", "30", "--early_stopping.patience", "1000"]
+
+
+def work(run: sweep.Run) -> dict[str, Any]:
+    """Trains one method with one seed, and evaluates it."""
+    start = time.perf_counter()
+    if run.name in classical.METHODS:
+        row = classical.fit(run.name, run.arm.configs, run.options, run.folder)
+    else:
+        results = sweep.train(run)
+        row = results["test"] | {name: results[name] for name in ("parameters", "epochs")}
+    return row | {"seconds": round(time.perf_counter() - start, 1)}
+
+
+def differences(rows: Sequence[sweep.Row], folder: Path, name: str) -> list[str]:
+    """Markdown, one line a method: LDDU (or a variant, `name`) minus the method, over the seeds that both have."""
+    seeds: dict[str, set[int]] = {name: set()}
+    for row in rows:
+        seeds.setdefault(row["arm"], set()).add(row["seed"])
+    lines = []
+    for arm in [arm for arm in seeds if arm not in LDDU]:
+        if both := sorted(seeds[arm] & seeds[name]):
+            ours, theirs = (
+                np.stack([contributions(folder / each / str(seed)) for seed in both])
+                for each in (name, arm)
+            )
+            found = paired_bootstrap(ours, theirs)
+            lines.append(f"| {arm} | {len(both)} | {found['miF1']} | {found['Brier']} |")
+    return lines and ["| arm | seeds | miF1 | Brier |", "|---|---:|---:|---:|", *lines]
+
+
+def report(rows: Sequence[sweep.Row], output: Path) -> str:
+    """Markdown: the measures of all methods, and how far LDDU is ahead, for each data set."""
+
+    def tables(name: str, here: list[sweep.Row]) -> list[str]:
+        sizes = {row["arm"]: f"{row['parameters']:,}" for row in here if "parameters" in row}
+        lines = sweep.table(here, sweep.COLUMNS[:-1], {"parameters": sizes})
+        for ours in LDDU:
+            if compared := differences(here, output / name, ours):
+                title = f"{ours} minus the other, 95 % interval, * where it excludes 0:"
+                lines += ["", title, "", *compared]
+        return lines
+
+    return sweep.by_data(rows, tables)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line."""
+    with one_line_errors():
+        parser = sweep.parser("LDDU beside simpler methods.", "runs/baselines", list(ARMS))
+        args = parser.parse_args(arguments)
+        rows, failed = sweep.run_all(work, ARMS, args, BASE)
+        sweep.publish(args.output / "baselines.md", report(rows, args.output), failed)
+
+
+if __name__ == "__main__":
+    main()
