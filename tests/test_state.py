@@ -236,7 +236,9 @@ def check_scaler(case):
 
 @situation("a batch that is not finite")
 def check_not_finite(case):
-    inputs = pytree.tree_map(lambda x: x * torch.nan if x.is_floating_point() else x, case.inputs(3))
+    inputs = pytree.tree_map(
+        lambda x: x * torch.nan if x.is_floating_point() else x, case.inputs(3)
+    )
     for validate_args in (None, False):
         module = case.build(validate_args=validate_args)
         run_steps(case, module, range(3))
@@ -467,7 +469,9 @@ def check_sharding(case, option):
         twin = copy.deepcopy(module)
         with alone() as mesh:
             for part in [module] if whole else module.children():
-                each = part.children() if isinstance(part, (nn.ModuleDict, nn.ModuleList)) else [part]
+                each = (
+                    part.children() if isinstance(part, (nn.ModuleDict, nn.ModuleList)) else [part]
+                )
                 for x in each:
                     fsdp.fully_shard(x, mesh=mesh, mp_policy=policy)
             for step in range(2):
@@ -538,7 +542,11 @@ def check_quiet(case):
 def check_parametrized(case):
     module = case.build()
     twin = copy.deepcopy(module)
-    owners = [(part, name) for part in module.modules() for name, _ in part.named_parameters(recurse=False)]
+    owners = [
+        (part, name)
+        for part in module.modules()
+        for name, _ in part.named_parameters(recurse=False)
+    ]
     for part, name in owners:
         parametrize.register_parametrization(part, name, nn.Identity())
     assert all_equal(*(flattened(case.run(x, *case.inputs(0))) for x in (module, twin)))

@@ -279,9 +279,7 @@ class MultilabelModule(Component, L.LightningModule):
     def predict(self, data: MultimodalDataset, batch_size: int = 256) -> dict[str, Tensor]:
         """What :meth:`predict_step` says of all samples of a data set, on the CPU."""
         self.eval()
-        answers = [
-            self.predict_step(batch.to(self.device), 0) for batch in data.loader(batch_size)
-        ]
+        answers = [self.predict_step(batch.to(self.device), 0) for batch in data.loader(batch_size)]
         return {key: torch.cat([each[key] for each in answers]).cpu() for key in answers[0]}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
