@@ -453,7 +453,8 @@ class MultimodalDataset(Dataset[MultimodalBatch]):
         data: Dataset[MultimodalBatch] = _WholeBatches(self) if whole else self
         if options.get("batch_sampler") is not None:
             batch_size = 1  # what torch wants to see then
-        return DataLoader(data, batch_size, **{"collate_fn": self.collate} | options)
+        # by name: Lightning makes another loader of these arguments, with another `batch_size`
+        return DataLoader(data, batch_size=batch_size, **{"collate_fn": self.collate} | options)
 
     def _like(self, **changes: Any) -> MultimodalDataset:
         """The data set with other tensors, of the same class: what a subclass does to samples is kept."""

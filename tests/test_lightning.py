@@ -1,0 +1,552 @@
+"""What a Lightning run needs around a model: guard, checkpoints, data module, calibration, weight averaging."""
+
+import copy
+import math
+import os
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from endurance import same
+from examples_support import QUIET, need_extras, toy
+from uncertainty_mm import PlattScaling
+from uncertainty_mm._component import states
+from uncertainty_mm.calibration import best_threshold
+from uncertainty_mm.data import MultimodalBatch
+
+need_extras()
+L = pytest.importorskip("lightning")
+rooms = pytest.importorskip("uncertainty_mm.lightning")
+callbacks = pytest.importorskip("lightning.pytorch.callbacks")
+pytestmark = QUIET
+
+SIZES = {
+    "encoder": {"hidden_dim": 8, "num_heads": 2, "num_layers": 1},
+    "attention": {"out_dim": 4, "label_dim": 4},
+    "decoupler": {"latent_dim": 2},
+    "contrastive": {"queue_size": 64},
+    "lr": 0.01,
+}
+
+
+@pytest.fixture(scope="module")
+def lddu():
+    from uncertainty_mm.examples.lddu_full import LDDU
+
+    return LDDU
+
+
+@pytest.fixture
+def data(tmp_path):
+    """30 samples a split, in batches of 8."""
+    return rooms.MultimodalDataModule(toy(tmp_path / "data.npz"), batch_size=8)
+
+
+def model_for(kind, data, **options):
+    torch.manual_seed(0)
+    sizes = (data.modality_dims, data.max_steps, data.label_names, data.num_train_samples)
+    return kind(*sizes, **SIZES | options)
+
+
+def trainer_with(*added, **options):
+    quiet = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": any(isinstance(x, callbacks.ModelCheckpoint) for x in added),
+        "num_sanity_val_steps": 0,
+        "accelerator": "cpu",
+        "max_epochs": 1,
+    }
+    plugins = [rooms.WholeCheckpointIO()]
+    return L.Trainer(callbacks=list(added), plugins=plugins, **quiet | options)
+
+
+# --- Not finite -------------------------------------------------------------------------------------------------------
+
+BROKEN = (7, 20)  # samples of the training split
+
+
+def spoilt(lddu, data, cause):
+    """Something that is not finite in two samples, or in loss or gradient of their batches."""
+    if cause == "features":
+        part = data.parts["train"]
+        for sample in BROKEN:
+            part.features["a"][sample, 0, 0] = math.inf if sample == 7 else math.nan
+            part.padding_mask["a"][sample, 0] = False
+
+    class Spoilt(lddu):
+        def losses(self, output, batch):
+            losses = super().losses(output, batch)
+            if torch.isin(batch.indices, torch.tensor(BROKEN)).any():
+                if cause == "loss":
+                    losses["total"] = losses["total"] * math.nan
+                if cause == "gradient":  # 0 * inf in the backward pass of the root
+                    losses["total"] = losses["total"] + (0 * losses["total"]).sqrt()
+            return losses
+
+    return model_for(Spoilt, data)
+
+
+@pytest.mark.parametrize(
+    ("cause", "message"),
+    [
+        (
+            "features",
+            r"^epoch 0 .*, training samples clip (7|20|20, clip 7|7, clip 20): features are",
+        ),
+        ("loss", r"^epoch 0 .* clip (7|20)[,:].*: loss or gradient is not finite$"),
+        ("gradient", r"^epoch 0 .* clip (7|20)[,:].*: loss or gradient is not finite$"),
+    ],
+)
+def test_batch_that_is_not_finite_stops_the_run(lddu, data, cause, message):
+    model = spoilt(lddu, data, cause)
+    with pytest.raises(rooms.UsageError, match=message):
+        trainer_with(rooms.FiniteGuard()).fit(model, data)
+    assert all(x.isfinite().all() for x in model.state_dict().values())
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("cause", ["features", "loss", "gradient"])
+def test_batch_that_is_not_finite_is_skipped_without_a_trace(
+    lddu, data, capsys, cause, accumulate, tmp_path
+):
+    """Weights, queue, history and optimiser are as before the step, whose batches may be several."""
+    model = spoilt(lddu, data, cause)
+    skipped = []
+
+    class Watch(L.Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            if batch_idx % accumulate == 0:
+                optimizer = trainer.optimizers[0].state_dict()["state"]
+                self.before = copy.deepcopy([module.state_dict(), optimizer])
+                self.broken = False
+            self.broken |= bool(torch.isin(batch.indices, torch.tensor(BROKEN)).any())
+
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            if batch_idx % accumulate == accumulate - 1 or trainer.is_last_batch:
+                now = [module.state_dict(), trainer.optimizers[0].state_dict()["state"]]
+                try:
+                    same(self.before, now)
+                except AssertionError:
+                    equal = False
+                else:
+                    equal = True
+                assert equal == self.broken
+                skipped.append(equal)
+
+    guard = rooms.FiniteGuard("skip")
+    history = rooms.History(tmp_path / "metrics.csv")
+    trainer = trainer_with(
+        Watch(), guard, history, accumulate_grad_batches=accumulate, max_epochs=2
+    )
+    trainer.fit(model, data)
+    assert len(skipped) == 8 / accumulate
+    assert guard.skipped == guard.state_dict()["skipped"] == sum(skipped) > 0
+    printed = capsys.readouterr().out
+    assert printed.count("skipped a batch: epoch 0") == sum(skipped[: 4 // accumulate])
+    assert all(f"clip {sample}" in printed for sample in BROKEN)
+    if sum(skipped) < len(skipped):
+        assert "nan" not in (tmp_path / "metrics.csv").read_text()
+    other = rooms.FiniteGuard()
+    other.load_state_dict(guard.state_dict())
+    assert other.skipped == guard.skipped
+
+
+@pytest.mark.parametrize("split", ["validation", "test", "prediction"])
+def test_features_that_are_not_finite_end_an_evaluation_with_their_names(lddu, data, split):
+    part = data.parts["validation" if split == "validation" else "test"]
+    part.features["a"][[3, 9]] = torch.nan
+    part.padding_mask["a"][[3, 9]] = False
+    trainer, model = trainer_with(rooms.FiniteGuard()), model_for(lddu, data)
+    names = [name for name in part.ids if name in (part.ids[3], part.ids[9])]
+    run = {"validation": trainer.validate, "test": trainer.test, "prediction": trainer.predict}
+    with pytest.raises(
+        rooms.UsageError, match=f"^{split} samples {', '.join(names[:1])}: features are not finite$"
+    ):
+        run[split](model, datamodule=data)
+
+
+def test_on_nan_is_a_choice():
+    with pytest.raises(ValueError, match="Expected `on_nan` to be one of"):
+        rooms.FiniteGuard("ignore")
+
+
+# --- Checkpoints ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(lddu, tmp_path_factory):
+    """A model and its checkpoint after two epochs, with a threshold for each label."""
+    folder = tmp_path_factory.mktemp("trained")
+    data = rooms.MultimodalDataModule(toy(folder / "data.npz"), batch_size=8)
+    model = model_for(lddu, data, thresholds="label")
+    last = rooms.MovableCheckpoint(folder, "last", save_on_train_epoch_end=True)
+    trainer_with(last, max_epochs=2).fit(model, data)
+    return SimpleNamespace(model=model.eval(), data=data, ckpt=folder / "last.ckpt")
+
+
+def test_earlier_file_survives_a_death_while_the_next_is_written(tmp_path, monkeypatch):
+    path = tmp_path / "folder" / "last.ckpt"
+    checkpoints = rooms.WholeCheckpointIO()
+    checkpoints.save_checkpoint({"epoch": 0}, path)
+
+    def power_cut(*_):
+        raise OSError("power cut")
+
+    for name in ("fsync", "replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, name, power_cut)
+            with pytest.raises(OSError, match="power cut"):
+                checkpoints.save_checkpoint({"epoch": 1}, path)
+        assert checkpoints.load_checkpoint(path) == {"epoch": 0}
+    checkpoints.save_checkpoint({"epoch": 1}, path)
+    assert checkpoints.load_checkpoint(path) == {"epoch": 1}
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_calibration_and_thresholds_travel_with_the_checkpoint(lddu, trained):
+    """They are what the validation split asks for, and are there after `load`."""
+    model = lddu.load(trained.ckpt)
+    assert not model.training
+    part = trained.data.part("validation")
+    with torch.no_grad():
+        logits = model(part.features, part.padding_mask).logits
+    fitted = PlattScaling(3).fit(logits, part.labels)
+    for name in ("scale", "shift"):
+        found, wanted = getattr(model.calibration, name), getattr(fitted, name)
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(fitted.scale, torch.ones(3), atol=1e-3)
+    for name, probs in (
+        ("threshold", fitted(logits).sigmoid()),
+        ("raw_threshold", logits.sigmoid()),
+    ):
+        wanted = best_threshold(probs, part.labels, per_label=True)
+        torch.testing.assert_close(getattr(model, name), wanted)
+    assert not torch.equal(model.threshold, model.raw_threshold)
+    same(model.state_dict(), trained.model.state_dict())
+
+
+def test_sample_is_asked(lddu, trained):
+    model = lddu.load(trained.ckpt).train()
+    part = trained.data.part("test")
+    index = int((~part.padding_mask["b"]).any(1).nonzero()[0])
+    sample = {name: x[index][~part.padding_mask[name][index]] for name, x in part.features.items()}
+    batch = part.batch([index])
+    whole = trained.model.predict_step(batch, 0)
+    answer = model.ask({"a": sample["a"].numpy().tolist(), "b": sample["b"].double()})
+    assert set(answer) == {*whole, "predicted"}
+    torch.testing.assert_close(answer["probs"], whole["probs"][0])
+    assert torch.equal(answer["predicted"], answer["probs"] > model.threshold)
+    assert answer["uncertainty"].shape == ()
+    left_out = model.ask({"a": sample["a"]})
+    assert left_out["std_norm"][1].isnan().all()
+    assert left_out["missing"].tolist() == [False, True]
+    alone = batch.padding_mask | {"b": torch.ones_like(batch.padding_mask["b"])}
+    wanted = trained.model.predict_step(batch._replace(padding_mask=alone), 0)
+    torch.testing.assert_close(left_out["probs"], wanted["probs"][0])
+    for bad, message in (
+        ({}, r"some of \['a', 'b'\], but got \[\]"),
+        ({"c": sample["a"]}, r"some of \['a', 'b'\], but got \['c'\]"),
+        ({"a": sample["b"]}, r"`features\['a'\]` to have shape \(S, 3\), but got"),
+        ({"a": sample["a"][0]}, r"`features\['a'\]` to have shape \(S, 3\), but got \(3,\)"),
+        ({"a": sample["a"][:0]}, r"`features\['a'\]` to have shape \(S, 3\), but got \(0, 3\)"),
+        ({"a": torch.zeros(6, 3)}, "5 steps"),
+        ({"a": torch.full((2, 3), math.nan)}, r"`features\['a'\]` to be finite"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.ask(bad)
+
+
+class Evil:
+    """Would run code when it is unpickled."""
+
+    def __reduce__(self):
+        return exec, ("raise RuntimeError('run')",)
+
+
+def rename(content):
+    """As if another network had been trained with these options."""
+    state = content["state_dict"]
+    content["state_dict"] = {key.replace("fusion", "mixing"): x for key, x in state.items()}
+
+
+def old_layout(content):
+    """Hyper-parameters and names of weights as version 0.0 had them."""
+    content["hyper_parameters"] = {"model": {"hidden_dim": 8}, "thresholds": "label"}
+    content["state_dict"] = {f"model.{key}": x for key, x in content["state_dict"].items()}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.update(evil=Evil()), "not a checkpoint of this program"),
+        (lambda c: c.pop("state_dict"), "not a checkpoint of this program"),
+        (old_layout, "written by an earlier version, whose layout is no longer read; train again$"),
+        (rename, r"of another model or version \(.*Missing key.*fusion"),
+        (lambda c: c["state_dict"].pop("modality_bias"), r"another model .*modality_bias"),
+        (lambda c: c["hyper_parameters"].update(depth=3), "of another model or version .*'depth'"),
+        (lambda c: c["hyper_parameters"].update(encoder=[1]), "of another model or version"),
+        (lambda c: c["hyper_parameters"].update(modality_dims=7), "of another model or version"),
+        (
+            lambda c: c["hyper_parameters"].update(_instantiator="test_lightning_evil.run"),
+            "of another model or version .*'_instantiator'",
+        ),
+        (
+            lambda c: c["hyper_parameters"].update(_class_path="test_lightning_evil.run"),
+            "of another model or version .*'_class_path'",
+        ),
+    ],
+)
+def test_foreign_checkpoint_is_refused_in_one_line_and_runs_nothing(
+    lddu, trained, tmp_path, monkeypatch, change, message
+):
+    (tmp_path / "test_lightning_evil.py").write_text("raise SystemExit('code has run')")
+    monkeypatch.syspath_prepend(tmp_path)
+    content = torch.load(trained.ckpt, weights_only=True)
+    change(content)
+    path = tmp_path / "x.ckpt"
+    torch.save(content, path)
+    with pytest.raises(rooms.UsageError, match=message) as caught:
+        lddu.load(path)
+    assert str(caught.value).startswith(str(path))
+    assert "\n" not in str(caught.value)
+
+
+def test_damaged_checkpoint_is_refused(lddu, trained, tmp_path):
+    content, path = trained.ckpt.read_bytes(), tmp_path / "x.ckpt"
+    weights = trained.model.state_dict()["fusion.mean_head.0.weight"].numpy().tobytes()
+    flipped = bytearray(content)
+    flipped[content.index(weights)] ^= 1
+    for damaged, reason in (
+        (content[: len(content) // 2], ""),
+        (flipped, r"\(the check sum of `.*` is wrong\)"),
+        (b"", ""),
+        (trained.ckpt.with_name("data.npz").read_bytes(), ""),
+    ):
+        path.write_bytes(damaged)
+        with pytest.raises(rooms.UsageError, match=f"not a checkpoint of this program.*{reason}"):
+            lddu.load(path)
+    torch.save(torch.ones(3), path)
+    with pytest.raises(rooms.UsageError, match="not a checkpoint"):
+        lddu.load(path)
+    with pytest.raises(rooms.UsageError, match=r"none\.ckpt: no such file"):
+        lddu.load(tmp_path / "none.ckpt")
+
+
+@pytest.mark.parametrize("average", ["EMAWeightAveraging", "StochasticWeightAveraging"])
+def test_averaged_weights_leave_the_state_alone(lddu, data, tmp_path, average):
+    """Queue, history, calibration and thresholds of the checkpoint are those of the run, weights the average."""
+    make = {
+        "EMAWeightAveraging": lambda: callbacks.EMAWeightAveraging(decay=0.5),
+        "StochasticWeightAveraging": lambda: callbacks.StochasticWeightAveraging(
+            0.01, swa_epoch_start=1, annealing_epochs=1
+        ),
+    }
+    model = model_for(lddu, data)
+    runs = []
+
+    class Watch(L.Callback):
+        def on_train_epoch_end(self, trainer, module):
+            runs.append(copy.deepcopy([states(module), dict(module.named_parameters())]))
+
+    last = rooms.MovableCheckpoint(tmp_path, "last", save_on_train_epoch_end=True)
+    trainer = trainer_with(make[average](), Watch(), last, max_epochs=3)
+    trainer.fit(model, data)
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    kept, weights = runs[-1]
+    assert set(kept) >= {"threshold", "calibration.scale", "tracker.history"}
+    same({name: saved[name] for name in kept}, kept)
+    assert saved["contrastive.queue.classes"].max() > 0
+    if average == "EMAWeightAveraging":
+        assert not torch.equal(saved["modality_readout"], weights["modality_readout"])
+        again = model_for(lddu, data)
+        resumed = trainer_with(make[average](), max_epochs=4)
+        resumed.fit(again, data, ckpt_path=tmp_path / "last.ckpt")
+        assert again.tracker.counts(torch.arange(30)).max() == 4
+        assert lddu.load(tmp_path / "last.ckpt").encoder["a"].mean.any()
+
+
+# --- Data -------------------------------------------------------------------------------------------------------------
+
+
+def record(model, data, **options):
+    """Batches of a training as the model gets them."""
+    batches = []
+
+    class Record(L.Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            batches.append(copy.deepcopy(batch))
+
+    trainer_with(Record(), limit_val_batches=0, **options).fit(model, data)
+    return batches
+
+
+def test_training_samples_are_dropped_and_corrupted_at_random(lddu, tmp_path):
+    """As many as asked, others in every epoch, each sample once an epoch, in another order."""
+    path = toy(tmp_path / "data.npz", count=900)
+    plain = rooms.MultimodalDataModule(path, batch_size=50)
+    disturbed = rooms.MultimodalDataModule(
+        path, batch_size=50, drop_modality=0.4, corrupt_modality=0.4
+    )
+    before, after = (
+        record(model_for(lddu, data), data, max_epochs=2) for data in (plain, disturbed)
+    )
+    lost, noisy, orders = [], [], []
+    for one, two in zip(before, after, strict=True):
+        assert torch.equal(one.indices, two.indices)
+        orders.append(one.indices)
+        gone = two.padding_mask["a"].all(1)
+        lost.append(gone)
+        changed = (one.features["a"] != two.features["a"]).flatten(1).any(1)
+        noisy.append(changed[~gone])
+    assert float(torch.cat(lost).float().mean()) == pytest.approx(0.2, abs=0.05)
+    assert float(torch.cat(noisy).float().mean()) == pytest.approx(0.4, abs=0.06)
+    first, second = torch.cat(orders).view(2, 300)
+    assert first.sort().values.tolist() == second.sort().values.tolist() == list(range(300))
+    assert first.tolist() != second.tolist()
+    assert not torch.equal(torch.cat(lost)[:300], torch.cat(lost)[300:])
+
+
+def test_numbers_that_drop_modalities_are_not_those_of_dropout(lddu, data, monkeypatch):
+    seeds = []
+    monkeypatch.setattr(torch, "manual_seed", seeds.append)
+    drop = rooms.data.transforms.drop_modalities
+
+    def spy(batch, share, generator):
+        seeds.append(generator.initial_seed())
+        return drop(batch, share, generator)
+
+    monkeypatch.setattr(rooms.data.transforms, "drop_modalities", spy)
+    data.drop_modality = 0.5
+    model = model_for(lddu, data)
+    trainer_with(rooms.DeterministicDropout(), limit_val_batches=0, max_epochs=2).fit(model, data)
+    seeds = [seed for seed in seeds if seed]  # `model_for` has set 0
+    assert len(set(seeds)) == len(seeds) >= 15
+
+
+@pytest.mark.parametrize("largest", [1, 3])
+def test_soft_labels_of_a_file(lddu, tmp_path, largest):
+    """Shares are taken as they are, intensities as a share of the largest that is known."""
+    soft = np.random.default_rng(1).random((90, 3)).astype(np.float32)
+    soft[3, 1] = 1.0
+    soft *= largest
+    unknown = np.zeros((90, 3), bool)
+    unknown[5] = True
+    soft[5] = np.nan
+    path = toy(tmp_path / "data.npz", soft_labels=soft, unknown=unknown)
+    data = rooms.MultimodalDataModule(path, batch_size=30)
+    model = model_for(lddu, data, soft_labels=0.25)
+    (batch,) = record(model, data)
+    labels = data.part("train").labels[batch.indices]
+    wanted = 0.25 * torch.from_numpy(soft)[batch.indices] / largest + 0.75 * labels
+    wanted[batch.indices == 5] = 0
+    torch.testing.assert_close(model.targets(batch), wanted)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "`batch_size` to be a positive integer, but got 0"),
+        ({"num_workers": -1}, "`num_workers` to be at least 0, but got -1"),
+        ({"drop_modality": 1.0}, r"`drop_modality` to be in \[0, 1\), but got 1.0"),
+        ({"corrupt_modality": -0.1}, r"`corrupt_modality` to be in \[0, 1\), but got -0.1"),
+    ],
+)
+def test_options_of_the_data_are_checked(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        rooms.MultimodalDataModule(toy(tmp_path / "data.npz"), **options)
+
+
+def test_file_without_splits_is_predicted_whole_and_not_trained_on(lddu, tmp_path):
+    path = tmp_path / "new.npz"
+    features = np.random.default_rng(0).normal(size=(5, 4, 3))
+    np.savez(path, **{"features.a": features, "lengths.a": np.full(5, 4)})
+    data = rooms.MultimodalDataModule(path, label_names=["x", "y"])
+    assert len(data.predict_dataloader().dataset) == 5
+    with pytest.raises(rooms.UsageError, match="new: no sample in the train split"):
+        data.part("train")
+
+
+# --- Evaluation -------------------------------------------------------------------------------------------------------
+
+
+def test_subsets_are_all_up_to_four_modalities_and_bounded_above():
+    from uncertainty_mm.lightning.module import subsets
+
+    assert subsets(["a", "b"]) == [("a", "b"), ("a",), ("b",), ()]
+    assert len(set(subsets("abcd"))) == 2**4
+    many = [f"m{i}" for i in range(9)]
+    found = subsets(many)
+    assert len(found) == len(set(found)) == 2 * 9 + 2
+    assert found[0] == tuple(many)
+    assert found[-1] == ()
+    assert {len(each) for each in found} == {9, 8, 1, 0}
+
+
+def test_losses_of_known_labels(lddu):
+    logits, target = torch.randn(3, 2, requires_grad=True), torch.tensor([[1.0, math.nan]] * 3)
+    unknown = target.isnan()
+    wanted = nn.functional.binary_cross_entropy_with_logits(logits[:, 0], target[:, 0])
+    loss = rooms.masked_bce(logits, target, unknown)
+    torch.testing.assert_close(loss, wanted)
+    (slope,) = torch.autograd.grad(loss, logits)
+    assert (slope[:, 1] == 0).all()
+    assert rooms.masked_bce(logits, target, torch.ones(3, 2).bool()) == 0
+    assert rooms.masked_mean(torch.arange(4.0), None) == 1.5
+
+
+class Pooled(rooms.MultilabelModule):
+    """Anybody's model: one linear layer on the mean of what is there."""
+
+    def __init__(self, modality_dims, label_names, **training):
+        super().__init__(label_names, **training)
+        self.heads = nn.ModuleDict(
+            {name: nn.Linear(dim, len(label_names)) for name, dim in modality_dims.items()}
+        )
+
+    def forward(self, features, padding_mask):
+        there = {name: ~mask.unsqueeze(2) for name, mask in padding_mask.items()}
+        return SimpleNamespace(
+            logits=sum(
+                head((features[name] * there[name]).sum(1) / there[name].sum(1).clamp_min(1))
+                for name, head in self.heads.items()
+            )
+        )
+
+    def training_step(self, batch: MultimodalBatch, batch_idx):
+        loss = rooms.masked_bce(
+            self(batch.features, batch.padding_mask).logits, self.targets(batch)
+        )
+        self.log_losses({"total": loss}, batch)
+        return loss
+
+
+def test_any_model_is_trained_tested_and_predicts(data, tmp_path):
+    model = Pooled(data.modality_dims, data.label_names, lr=0.05)
+    history = rooms.History(tmp_path / "metrics.csv")
+    last = rooms.MovableCheckpoint(tmp_path, "last", save_on_train_epoch_end=True)
+    guard, dropout = rooms.FiniteGuard(), rooms.DeterministicDropout()
+    trainer = trainer_with(history, last, guard, dropout, max_epochs=8)
+    trainer.fit(model, data)
+    assert [row["epoch"] for row in history.rows] == list(range(8))
+    assert history.rows[-1]["loss/total"] < history.rows[0]["loss/total"]
+    assert (
+        (tmp_path / "metrics.csv").read_text().startswith("epoch,loss/total,val/cls,val/miF1\n0,")
+    )
+    trainer.test(model, data, verbose=False)
+    assert list(model.results["modalities"]) == ["a + b", "a", "b", "none"]
+    writer = rooms.PredictionWriter(tmp_path / "p.npz")
+    trainer_with(writer).predict(Pooled.load(tmp_path / "last.ckpt"), data)
+    with np.load(tmp_path / "p.npz") as file:
+        score = ((file["probs"] > file["threshold"]) == file["labels"]).mean()
+    assert score > 0.6
+
+
+def test_predictions_of_several_processes_are_refused(data, tmp_path):
+    writer = rooms.PredictionWriter(tmp_path / "p.csv")
+    with pytest.raises(rooms.UsageError, match="devices must be 1"):
+        writer.write_on_epoch_end(SimpleNamespace(world_size=2), None, [], [])
