@@ -259,7 +259,10 @@ class SequenceEncoder(Component):
         mask = ~padding | padding.all(dim=1, keepdim=True)
         sample = steps.rows // x.shape[1]
         step = steps.rows - sample * x.shape[1]  # %, which ONNX lacks for sizes that vary
-        mean, std = self.mean.to(x.device), self.std.to(x.device)  # `DataParallel` leaves state where it is
+        mean, std = (
+            self.mean.to(x.device),
+            self.std.to(x.device),
+        )  # `DataParallel` leaves state where it is
         features = steps.pack((x - mean) / std)
         embedded = F.embedding(step, self.positions)
         if self.size is not None:
