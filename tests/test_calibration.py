@@ -9,9 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
-from torch import nn
 from torch.autograd import gradcheck
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -68,16 +66,6 @@ def test_forward_is_affine_in_each_label():
 def test_gradients_pass_through():
     module = build().fit(*simulate(50))
     assert gradcheck(module, torch.randn(4, LABELS, dtype=torch.float64, requires_grad=True))
-
-
-def test_there_is_nothing_to_optimize_and_everything_to_save():
-    module = PlattScaling(LABELS).fit(*simulate(50))
-    assert not list(module.parameters())
-    assert set(module.state_dict()) == {"scale", "shift"}
-    twin = PlattScaling(LABELS)
-    twin.load_state_dict(module.state_dict())
-    logits = torch.randn(4, LABELS)
-    assert torch.equal(twin(logits), module(logits))
 
 
 @given(seed=st.integers(0, 2**16))
@@ -281,32 +269,6 @@ def test_default_device_does_not_matter():
     assert torch.equal(module.shift, expected.shift)
 
 
-def test_averaging_of_weights_averages_no_fit():
-    first = simulate(50)
-    model = nn.Sequential(nn.Linear(LABELS, LABELS), PlattScaling(LABELS).fit(*first))
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
-    for _ in range(3):
-        model[1].fit(*simulate(50, scale=3))
-        average.update_parameters(model)
-    assert torch.equal(average.module[1].scale, PlattScaling(LABELS).fit(*first).scale)
-
-
-def test_module_of_the_meta_device_is_as_new_after_reset_parameters():
-    with torch.device("meta"):
-        module = PlattScaling(LABELS)
-    module.to_empty(device="cpu")
-    module.scale.fill_(7)
-    module.shift.fill_(7)
-    module.reset_parameters()
-    logits = torch.randn(4, LABELS)
-    assert torch.equal(module(logits), logits)
-
-
-def test_settings_are_read_only():
-    with pytest.raises(AttributeError, match="`per_label` is a setting"):
-        PlattScaling(LABELS).per_label = False
-
-
 # --------------------------------------------------------------------------------------- thresholds
 
 
@@ -458,14 +420,3 @@ BAD = [
 @pytest.mark.parametrize("case", BAD, ids=lambda case: case.name)
 def test_refuses_and_stays_as_it_was(case):
     refused(case, PlattScaling(LABELS).fit(*simulate(20)), PlattScaling.state_dict)
-
-
-@pytest.mark.parametrize(
-    "state", [{"scale": 2 * torch.ones(LABELS), "shift": torch.ones(2)}, {"scale": torch.ones(2)}]
-)
-def test_state_that_does_not_fit_is_not_loaded_in_part(state):
-    module = PlattScaling(LABELS)
-    with pytest.raises(RuntimeError, match="shift"):
-        module.load_state_dict(state)
-    assert (module.scale == 1).all()
-    assert (module.shift == 0).all()

@@ -185,34 +185,6 @@ def test_measures_are_those_of_the_values_in_float64(name, dtype):
 # ------------------------------------------------------------------------------------------- state
 
 
-@pytest.mark.parametrize("travel", [lambda m: pickle.loads(pickle.dumps(m)), copy.deepcopy])
-def test_copy_goes_on_mid_stream_like_the_original(module_case, travel):
-    module = module_case.build()
-    run_steps(module_case, module, range(3))
-    twin = travel(module)
-    after = range(3, 6)
-    assert all_equal(run_steps(module_case, twin, after), run_steps(module_case, module, after))
-
-
-def test_copy_shares_nothing_with_the_original(module_case):
-    module = module_case.build()
-    twin = copy.deepcopy(module)
-    before = pickle.dumps(twin.state_dict())
-    run_steps(module_case, module, range(3))
-    for parameter in module.parameters():
-        nn.init.zeros_(parameter)
-    assert pickle.dumps(twin.state_dict()) == before
-
-
-def test_state_dict_resumes_mid_stream_to_the_bit(module_case, tmp_path):
-    module, fresh = module_case.build(), module_case.build()
-    run_steps(module_case, module, range(3))
-    torch.save(module.state_dict(), tmp_path / "state.pt")
-    fresh.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-    after = range(3, 6)
-    assert all_equal(run_steps(module_case, fresh, after), run_steps(module_case, module, after))
-
-
 def test_state_dict_is_all_that_changes_in_a_run(module_case):
     module = module_case.build()
     derived = {"merged"}  # of the tracker: all of the history, once it is loaded
@@ -307,15 +279,6 @@ def functional_run(case, module, inputs):
 
     parameters = {name: x.detach() for name, x in model.named_parameters()}
     return run, [leaves[place].detach() for place in places], parameters
-
-
-def test_functional_call_takes_any_state(case):
-    module, other = case.build(), case.build()
-    run_steps(case, module, range(3))
-    state = {f"module.{name}": x.clone() for name, x in module.state_dict().items()}
-    results = torch.func.functional_call(Run(case, other), state, case.inputs(3))
-    wanted = flattened(case.run(module, *case.inputs(3)))
-    assert all_equal(flattened(results), wanted)
 
 
 def test_torch_func_grad_is_that_of_autograd(case):

@@ -6,11 +6,10 @@ from collections import deque
 import pytest
 import torch
 from torch.autograd import gradcheck
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 from support import HALF, Bad, close, gradient, poisoned, random_latent, record_validate_args
-from uncertainty_mm import DiagonalGaussian, DistributionSupConLoss, EmbeddingQueue, functional
+from uncertainty_mm import DiagonalGaussian, DistributionSupConLoss, EmbeddingQueue
 
 BATCH, MODALITIES, LABELS, LATENT = 4, 2, 3, 5
 WIDTH = 2 * LATENT
@@ -379,17 +378,6 @@ def test_reset_empties_the_queue():
     close(loss(latent, labels), mean_of(naive_losses(naive_rows(latent, labels))))
 
 
-def test_state_dict_resumes_mid_stream_to_the_bit():
-    loss, fresh = build(queue_size=10), build(queue_size=10)
-    for _ in range(3):
-        loss(*random_batch())
-    fresh.load_state_dict(loss.state_dict())
-    for _ in range(3):
-        batch = random_batch()
-        assert torch.equal(fresh(*batch), loss(*batch))
-    assert torch.equal(fresh.queue.rows, loss.queue.rows)
-
-
 def test_gather_without_a_process_group_changes_nothing():
     (latent, labels), loss = random_batch(), build(gather=True)
     close(loss(latent, labels), mean_of(naive_losses(naive_rows(latent, labels))))
@@ -547,19 +535,6 @@ BAD = [
         ValueError,
         r"`classes` to have shape \(N=2\)",
     ),
-    Bad(
-        "state of a longer queue",
-        loading(**{"queue.rows": NO(30, WIDTH)}),
-        RuntimeError,
-        "queue.rows",
-    ),
-    Bad(
-        "state of other rows",
-        loading(**{"queue.rows": NO(20, 5)}),
-        RuntimeError,
-        r"\(20, 10\), but",
-    ),
-    Bad("state without pointer", loading(**{"queue.pointer": None}), RuntimeError, "queue.pointer"),
     Bad("state with a list", loading(**{"queue.classes": [0] * 20}), RuntimeError, "but got list"),
 ]
 
@@ -573,12 +548,6 @@ def test_refused_call_changes_nothing(bad):
     with pytest.raises(bad.error, match=bad.message):
         bad.call(loss)
     assert all(torch.equal(x, before[name]) for name, x in loss.state_dict().items())
-
-
-@pytest.mark.parametrize("name", ["reduction", "temperature", "embedding", "gather"])
-def test_settings_cannot_be_changed(name):
-    with pytest.raises(AttributeError, match=f"`{name}` is a setting"):
-        setattr(build(), name, "maen")
 
 
 def test_rejects_latent_on_another_device_than_the_queue():
@@ -676,72 +645,6 @@ def test_enqueue_is_what_a_forward_pass_does():
         assert numbers(loss) == numbers(twin)
 
 
-def test_closure_that_is_called_again_and_again_enters_once():
-    loss, weight = build(), torch.nn.Parameter(torch.eye(LATENT).double())
-    optimizer = torch.optim.LBFGS([weight], max_iter=4)
-    for _ in range(2):
-        latent, labels = random_batch()
-
-        def embedded(latent=latent):
-            return latent._replace(mean=latent.mean @ weight)
-
-        def closure(embedded=embedded, labels=labels):
-            optimizer.zero_grad()
-            value = loss(embedded(), labels, enqueue=False)
-            value.backward()
-            return value
-
-        optimizer.step(closure)
-        loss.enqueue(embedded(), labels)
-    assert loss.queue.length == 40
-
-
-def test_weight_averaging_leaves_the_queue_alone():
-    model = torch.nn.ModuleDict({"layer": torch.nn.BatchNorm1d(2), "loss": build().float()})
-    model["loss"](*random_batch(dtype=torch.float32))
-    average = get_ema_multi_avg_fn(0.9)
-    averaged = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
-    before = numbers(averaged.module["loss"])
-    for _ in range(3):
-        model["loss"](*random_batch(dtype=torch.float32))
-        averaged.update_parameters(model)
-    assert numbers(averaged.module["loss"]) == before
-    assert numbers(model["loss"]) != before
-
-
-def test_made_on_the_meta_device_works_as_new():
-    with torch.device("meta"):
-        loss = build()
-    loss.to_empty(device="cpu")
-    for module in loss.modules():
-        getattr(module, "reset_parameters", lambda: None)()
-    assert numbers(loss) == numbers(build())
-    assert loss(*random_batch()).isfinite()
-
-
-def test_state_is_assigned_to_what_was_made_on_the_meta_device():
-    source = build()
-    source(*random_batch())
-    with torch.device("meta"):
-        loss = build()
-    loss.load_state_dict(source.state_dict(), assign=True)
-    loss.to("cpu")
-    batch = random_batch()
-    assert torch.equal(loss(*batch), source(*batch))
-    assert numbers(loss) == numbers(source)
-
-
-def test_default_device_has_no_influence():
-    latent, labels = random_batch()
-    loss, unknown = build(), torch.zeros(BATCH, LABELS, dtype=torch.bool)
-    try:
-        torch.set_default_device("meta")
-        result = loss(latent, labels, MISSING, unknown=unknown)
-    finally:
-        torch.set_default_device(None)
-    assert result.isfinite()
-
-
 # ---------------------------------------------------------------------------- gradient checkpointing
 
 
@@ -782,17 +685,16 @@ def test_recomputation_sees_the_queue_as_it_was(use_reentrant, enqueue, queue_si
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-@pytest.mark.parametrize("enqueue", [None, False])
-def test_recomputation_without_the_queue_it_saw_is_an_error(use_reentrant, enqueue):
+def test_recomputation_without_the_queue_it_saw_is_an_error(use_reentrant):
     loss, total = build(), 0
     for _ in range(2):
         latent, labels = random_batch(requires_grad=True)
 
         def step(*leaves, labels=labels):
-            return loss(DiagonalGaussian(*(2 * x for x in leaves)), labels, enqueue=enqueue)
+            return loss(DiagonalGaussian(*(2 * x for x in leaves)), labels, enqueue=False)
 
         total = total + checkpoint(step, *latent, use_reentrant=use_reentrant)
-        loss.enqueue(latent, labels) if enqueue is False else None
+        loss.enqueue(latent, labels)
     with pytest.raises(RuntimeError, match="outside the checkpointed function"):
         total.backward()
 
@@ -832,20 +734,3 @@ def test_compiled_loss_in_a_checkpointed_function_is_an_error():
     with pytest.raises(RuntimeError, match="a compiled loss in any case"):
         value.backward()
     torch.compiler.reset()
-
-
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_queue_by_itself_in_a_checkpointed_function_is_an_error(use_reentrant):
-    queue, classes = EmbeddingQueue(10, 4), torch.arange(6) % 2
-
-    def step(rows):
-        rows = torch.nn.functional.normalize(rows, dim=1)
-        keys = {"bank": queue.rows, "bank_classes": queue.classes}
-        loss = functional.supcon_loss(rows, classes, **keys)
-        queue.enqueue(rows, classes)
-        return loss
-
-    value = checkpoint(step, torch.randn(6, 4, requires_grad=True), use_reentrant=use_reentrant)
-    with pytest.raises(RuntimeError, match="outside the checkpointed function"):
-        value.backward()
-    assert queue.length == 6

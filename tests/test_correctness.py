@@ -1,14 +1,10 @@
 """CorrectnessTracker (3.4.2), against a dict of lists."""
 
-import copy
 import math
-import pickle
 from itertools import pairwise
 
 import pytest
 import torch
-from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 from support import Bad, close, poisoned, record_validate_args, refused
@@ -135,14 +131,6 @@ def test_long_histories_stay_exact():
     close(tracker(indices(0)), [0.25])
 
 
-def test_counts_survive_a_move_to_half_precision():
-    tracker = CorrectnessTracker(SAMPLES).half()
-    for step in range(3000):  # float16 counts would stop at 2048
-        tracker.update(indices(0), torch.tensor([step % 2 == 0]))
-    assert tracker.counts(indices(0)).item() == 3000
-    close(tracker(indices(0)), [0.5])
-
-
 def test_reset_forgets_everything():
     tracker = CorrectnessTracker(SAMPLES)
     for correct in (True, False):
@@ -248,17 +236,6 @@ def test_labels_are_forgotten_one_by_one():
 # --------------------------------------------------------------------------------------------- state
 
 
-def test_state_dict_resumes_mid_stream():
-    tracker, fresh = CorrectnessTracker(SAMPLES), CorrectnessTracker(SAMPLES)
-    tracker.update(indices(0, 1, 1), torch.tensor([True, False, True]))
-    fresh.load_state_dict(tracker.state_dict())
-    for each in (tracker, fresh):
-        each.update(indices(0, 1), torch.tensor([False, False]))
-    assert torch.equal(fresh(EVERY), tracker(EVERY))
-    assert fresh.forgetting_events(indices(0, 1)).tolist() == [1, 1]
-    assert fresh.counts(indices(0, 1)).tolist() == [2, 3]
-
-
 def test_state_is_a_history_and_the_last_predictions_in_integers():
     tracker = CorrectnessTracker(SAMPLES, LABELS)
     assert {name: (x.dtype, x.shape) for name, x in tracker.state_dict().items()} == {
@@ -302,40 +279,6 @@ def test_tracker_of_the_meta_device_takes_a_state_by_assignment():
     tracker.synchronize()
     assert tracker.forgetting_events(indices(0, 1)).tolist() == [1, 0]
     assert tracker.merged.equal(tracker.history)
-
-
-def test_tracker_of_the_meta_device_is_as_new_after_reset_parameters():
-    with torch.device("meta"):
-        tracker = CorrectnessTracker(SAMPLES)
-    tracker.to_empty(device="cpu")
-    for state in (tracker.history, tracker.merged, tracker.last):
-        state.fill_(7)
-    tracker.reset_parameters()
-    fresh = CorrectnessTracker(SAMPLES)
-    for name in ("history", "last", "merged"):
-        assert torch.equal(getattr(tracker, name), getattr(fresh, name)), name
-
-
-def test_averaging_of_weights_averages_no_history():
-    tracker = CorrectnessTracker(SAMPLES)
-    average = AveragedModel(
-        nn.Sequential(nn.Linear(2, 2), tracker),
-        multi_avg_fn=get_ema_multi_avg_fn(0.9),
-        use_buffers=True,
-    )
-    for step in range(4):
-        tracker.update(indices(0, 1), torch.tensor([True, step % 2 == 0]))
-        average.update_parameters(nn.Sequential(nn.Linear(2, 2), tracker))
-    averaged = average.module[1]
-    assert averaged.history.dtype == torch.int64
-    assert (averaged.history == 0).all()  # as it was when it was copied
-    assert (averaged.last == -1).all()
-    assert not list(tracker.buffers())
-
-
-def test_settings_are_read_only():
-    with pytest.raises(AttributeError, match="`prior` is a setting"):
-        CorrectnessTracker(SAMPLES).prior = 2
 
 
 # ------------------------------------------------------------------------- what is not known or finite
@@ -517,15 +460,6 @@ def test_compiled_step_inside_of_a_checkpointed_function_is_refused():
     assert tracker.counts(indices(0, 1)).tolist() == [2, 1]
 
 
-def test_copies_in_the_middle_of_a_checkpointed_step():
-    tracker = CorrectnessTracker(SAMPLES)
-    step, _ = step_of(tracker, ["read", "update"])
-    loss = checkpoint(step, torch.ones(3, requires_grad=True), use_reentrant=False)
-    for twin in (copy.deepcopy(tracker), pickle.loads(pickle.dumps(tracker))):
-        assert twin.history.equal(tracker.history)
-    loss.backward()
-
-
 # --------------------------------------------------------------------------------------- bad inputs
 
 INTEGER = r"`indices` to have an integer dtype \(uint8, int8 to int64\), but got torch"
@@ -601,11 +535,6 @@ def test_refuses_and_stays_as_it_was(case):
 def test_one_outcome_a_sample_without_labels():
     with pytest.raises(ValueError, match=r"`correct` to have shape \(B=2\), but got \(2, 3\)"):
         CorrectnessTracker(SAMPLES).update(indices(0, 1), torch.ones(2, LABELS))
-
-
-def test_state_without_the_last_predictions_is_refused():
-    with pytest.raises(RuntimeError, match=r'Missing key.*"last"'):
-        CorrectnessTracker(3).load_state_dict({"history": torch.ones(3, 3, dtype=torch.int64)})
 
 
 def test_a_loaded_history_is_common_to_all_ranks():

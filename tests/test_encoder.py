@@ -1,17 +1,14 @@
 """SequenceEncoder, against loops over the sequences one by one (tests/cases.py) and its parts."""
 
 import copy
-import pickle
 
 import pytest
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from cases import plain_encoder
 from support import HALF, close, poisoned, record_validate_args, refuses
 from uncertainty_mm import encoder as room
-from uncertainty_mm._component import states
 from uncertainty_mm.encoder import PackedSteps, SequenceEncoder
 
 DIM, LONGEST = 3, 9
@@ -177,45 +174,6 @@ def test_columns_that_never_vary_have_a_least_spread():
     close(encoder.std, [1e-3, 1e-3, 2.0])
 
 
-def test_statistics_follow_the_model():
-    encoder = standardized()
-    assert list(states(encoder)) == ["mean", "std"]
-    assert not list(encoder.buffers())
-    fresh = build()
-    fresh.load_state_dict(encoder.state_dict())
-    with torch.device("meta"):
-        assigned = build()
-    assigned.load_state_dict(encoder.state_dict(), assign=True)
-    x, padding = draw()
-    for twin in (fresh, assigned, copy.deepcopy(encoder), pickle.loads(pickle.dumps(encoder))):
-        assert torch.equal(twin(x, padding), encoder(x, padding))
-    assert encoder.double().mean.dtype == torch.float64
-    fresh.reset_parameters()
-    assert not fresh.mean.any()
-    assert torch.equal(fresh.std, torch.ones(DIM))
-
-
-def test_averaging_of_weights_leaves_the_statistics_alone():
-    encoder = standardized()
-    averaged = AveragedModel(encoder, multi_avg_fn=get_ema_multi_avg_fn(0.5), use_buffers=True)
-    for _ in range(2):
-        averaged.update_parameters(build())
-    for name in ("mean", "std"):
-        assert torch.equal(getattr(averaged.module, name), getattr(encoder, name))
-
-
-@pytest.mark.parametrize("lost", ["mean", "std"])
-def test_statistics_load_together_or_not_at_all(lost):
-    encoder, fresh = standardized(), build()
-    state = encoder.state_dict()
-    with pytest.raises(RuntimeError, match=lost):
-        fresh.load_state_dict({name: x for name, x in state.items() if name != lost})
-    with pytest.raises(RuntimeError, match=f"Expected `{lost}` to have shape"):
-        fresh.load_state_dict(state | {lost: torch.ones(DIM + 1)})
-    assert not fresh.mean.any()
-    assert torch.equal(fresh.std, torch.ones(DIM))
-
-
 # --------------------------------------------------------------------------------------- precision
 
 
@@ -353,10 +311,3 @@ def test_values_are_looked_at_as_told(monkeypatch):
     passed = record_validate_args(monkeypatch)
     build(validate_args=False)(X, PADDING)
     assert False in passed
-
-
-def test_settings_are_read_only():
-    encoder = build()
-    for name in ("in_dim", "max_steps", "hidden_dim", "num_heads", "validate_args"):
-        with pytest.raises(AttributeError, match=f"`{name}` is a setting of SequenceEncoder"):
-            setattr(encoder, name, 5)

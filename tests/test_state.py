@@ -10,6 +10,7 @@ import functools
 import io
 import pickle
 import re
+import warnings
 from unittest import mock
 
 import pytest
@@ -77,8 +78,9 @@ class Model(nn.Module):
 def begun(case):
     """A model in the middle of a run, and a twin that goes on by itself."""
     model = Model(case)
-    for step in range(3):
-        model(step)
+    with torch.no_grad():
+        for step in range(3):
+            model(step)
     return model, copy.deepcopy(model)
 
 
@@ -130,8 +132,9 @@ def checkpointed(model, use_reentrant):
 @situation("gradient checkpointing", False, True)
 def check_checkpointing(case, option):
     model, twin = begun(case)
-    results = train(model, range(3, 6), checkpointed(model, option))
-    assert all_equal(results, train(twin, range(3, 6)))
+    seen = [] if option else [0, 2]  # batches from which nobody would go back
+    results = train(model, [*seen, 3, 4, 5], checkpointed(model, option))
+    assert all_equal(results, train(twin, [*seen, 3, 4, 5]))
     assert same(model.part, twin.part)
 
 
@@ -211,6 +214,55 @@ def check_update_bn(case):
     assert same(kept(averaged.module), kept(twin))  # in training mode
 
 
+@pytest.fixture(scope="module")
+def averaged_by_lightning(tmp_path_factory):
+    """Models after two steps of Lightning's averaging, and their checkpoint."""
+    import lightning
+    from lightning.pytorch.callbacks import EMAWeightAveraging
+
+    class Lit(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.models = nn.ModuleDict({name: Model(MODULES[name]) for name in NAMES})
+
+        def training_step(self, batch, _):
+            return sum(model(int(batch)) for model in self.models.values())
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+    lit = Lit()
+    twin = copy.deepcopy(lit)
+    quiet = dict.fromkeys(["logger", "enable_checkpointing", "enable_progress_bar"], False)
+    trainer = lightning.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        enable_model_summary=False,
+        **quiet,
+        callbacks=[EMAWeightAveraging(decay=0.5)],
+    )
+    file = tmp_path_factory.mktemp("averaged") / "last.ckpt"
+    lit.on_train_epoch_end = lambda: trainer.save_checkpoint(file)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of few workers, and of what Lightning itself uses
+        trainer.fit(lit, torch.utils.data.DataLoader([3, 4]))
+    saved = torch.load(file, weights_only=True)
+    return {
+        MODULES[name]: (lit.models[name], twin.models[name], saved, f"models.{name}.")
+        for name in NAMES
+    }
+
+
+@situation("averaged weights (Lightning's `EMAWeightAveraging`)")
+def check_lightning(case, averaged_by_lightning):
+    model, twin, saved, prefix = averaged_by_lightning[case]
+    averaged = {x: saved["state_dict"][prefix + x] for x in kept(twin)}
+    assert same(averaged, kept(twin))  # as it was when training began
+    twin(3), twin(4)
+    assert same({x: saved["current_model_state"][prefix + x] for x in kept(twin)}, kept(twin))
+    assert same(kept(model), kept(twin))
+
+
 @situation("gradient accumulation")
 def check_accumulation(case):
     model, twin = begun(case)
@@ -245,8 +297,11 @@ def check_not_finite(case):
         before = copy.deepcopy(module)
         if isinstance(module, CorrectnessTracker):
             inputs = inputs[0], torch.full(inputs[1].shape, torch.nan)
-        refused = pytest.raises(ValueError) if validate_args is None else contextlib.nullcontext()
-        with refused:
+        with contextlib.ExitStack() as refused:
+            if validate_args is None:
+                refused.enter_context(
+                    pytest.raises(ValueError, match=r"to be (finite|in \[0, 1\])")
+                )
             case.run(module, *inputs)
         assert same(module, before)
         assert goes_on_as(case, module, before)
@@ -386,13 +441,12 @@ def spawned():
     assert ours.poll(ranks.START)
     answers = pickle.loads(ours.recv_bytes())
     process.join()
-    return modules, twins, answers
+    return {MODULES[name]: (modules[name], twins[name], answers[name]) for name in NAMES}
 
 
 @situation("a spawned process")
 def check_spawned(case, spawned):
-    name = next(name for name in NAMES if MODULES[name] is case)
-    module, twin, answer = (x[name] for x in spawned)
+    module, twin, answer = spawned[case]
     assert all_equal(answer, run_steps(case, twin, range(3)))
     assert same(module, twin)  # memory is shared, as with parameters
 
@@ -525,9 +579,7 @@ def check_quiet(case):
     module = begun(case)[0].part
     before = copy.deepcopy(module)
     module.zero_grad()
-    for change in (module.eval, module.train, module.requires_grad_):
-        change(False) if change != module.eval else change()
-        change(True) if change != module.eval else None
+    module.eval().train().requires_grad_(False).requires_grad_(True)
     seen = []
     module.apply(seen.append)
     assert seen[-1] is module
@@ -576,7 +628,9 @@ def check_parametrized(case):
 def test_state_survives_or_is_refused(name, title, check, request):
     words = REFUSED.get((name, title))
     code = (check.func if isinstance(check, functools.partial) else check).__code__
-    wanted = {"spawned", "tmp_path_factory"} & {*code.co_varnames[: code.co_argcount]}
+    wanted = {"averaged_by_lightning", "spawned", "tmp_path_factory"} & {
+        *code.co_varnames[: code.co_argcount]
+    }
     fixtures = {fixture: request.getfixturevalue(fixture) for fixture in wanted}
     with pytest.raises(RuntimeError, match=words) if words else contextlib.nullcontext():
         check(MODULES[name], **fixtures)

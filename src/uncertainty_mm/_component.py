@@ -32,9 +32,9 @@ class Component(FixedSettings, nn.Module):
     """A module with fixed settings and with state that is saved and moved like buffers, but is none.
 
     State (the queue, a history, a fitted scale) is in `state_dict()`, follows `.to()`, `to_empty()`, `deepcopy` and
-    pickling, and loads whole or not at all; with `strict=False` a state of which a part is missing stays as it was. It is kept out of `buffers()`, because tools take buffers for statistics:
-    weight averaging would average class numbers and counts, and `DistributedDataParallel` would replace the state of
-    every rank by that of rank 0.
+    pickling, and loads whole or not at all: with `strict=False`, a state that lacks a part stays as it was. It is kept
+    out of `buffers()`, because tools take buffers for statistics: weight averaging would average class numbers and
+    counts, and `DistributedDataParallel` would replace the state of every rank by that of rank 0.
     """
 
     _states: tuple[str, ...] = ()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
-from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +17,12 @@ from uncertainty_mm._checks import (
     checks_values,
 )
 from uncertainty_mm._component import Component
-from uncertainty_mm._recompute import in_first_pass, may_be_recomputed, recomputing
+from uncertainty_mm._recompute import (
+    checkpoint_hook,
+    in_first_pass,
+    may_be_recomputed,
+    recomputing,
+)
 
 _CHANGED = (
     "The queue may no longer be what a checkpointed forward pass saw that is now computed again, so the gradient would "
@@ -27,6 +33,33 @@ _CHANGED = (
 # where the order of a sum is left to chance.
 _SAME = 1e-3
 _PASSES = 64  # forward passes that one backward pass can go back to
+
+
+class _Pass(NamedTuple):
+    """A forward pass that may be computed again: the sum of the rows of its batch, and the version of the queue.
+
+    The hook is that of the checkpointed function it was in, None of a reentrant one, maybe.
+    """
+
+    mark: Tensor
+    version: int
+    hook: weakref.ref[Any] | None
+
+
+class _Passes:
+    """What recomputations need, hence no state: copies start without any.
+
+    The forward passes, what the last batch has overwritten with the versions before and after it, and whether a pass
+    was computed again since the last new one.
+    """
+
+    def __init__(self) -> None:
+        self.seen: deque[_Pass] = deque(maxlen=_PASSES)
+        self.overwritten: tuple[Tensor, Tensor, Tensor, int, int] | None = None
+        self.went_back = False
+
+    def __reduce__(self) -> tuple[type[_Passes], tuple[()]]:
+        return _Passes, ()
 
 
 class EmbeddingQueue(Component):
@@ -88,11 +121,7 @@ class EmbeddingQueue(Component):
             classes=torch.empty(size, dtype=torch.int64),
             pointer=torch.empty((), dtype=torch.int64),
         )
-        # For recomputations only, hence no state: the forward passes as (sum of the rows of the batch, version of the
-        # queue), and what the last batch has overwritten, with the versions before and after it.
-        self._passes: deque[tuple[Tensor, int]] = deque(maxlen=_PASSES)
-        self._overwritten: tuple[Tensor, Tensor, Tensor, int, int] | None = None
-        self._went_back = False
+        self._passes = _Passes()
         self.reset_parameters()
 
     def extra_repr(self) -> str:
@@ -109,7 +138,7 @@ class EmbeddingQueue(Component):
         self.rows.zero_()
         self.classes.fill_(-1)
         self.pointer.zero_()
-        self._passes.clear()
+        self._passes = _Passes()
 
     def reset_parameters(self) -> None:
         """Empties the queue; the name by which torch initialises what was made on the meta device."""
@@ -168,7 +197,7 @@ class EmbeddingQueue(Component):
         self.classes[slot] = torch.where(some, classes[row], old_classes)
         self.pointer.add_(count).remainder_(self.size)
         if not torch.compiler.is_compiling():
-            self._overwritten = slot, old_rows, old_classes, version, self._age()
+            self._passes.overwritten = slot, old_rows, old_classes, version, self._age()
 
     def _read(self, batch: Tensor) -> tuple[Tensor, Tensor]:
         """Rows and classes for the loss of a batch; in a recomputation, those that its forward pass saw.
@@ -185,46 +214,53 @@ class EmbeddingQueue(Component):
         lasting = not again and not may_be_recomputed()
         if lasting or torch._C._functorch.is_functorch_wrapped_tensor(batch):
             return self.rows, self.classes
-        mark = batch.detach().nan_to_num(0, 0, 0).sum(0)
+        mark, memory = batch.detach().nan_to_num(0, 0, 0).sum(0), self._passes
+        function = checkpoint_hook(False)
         if not again:
-            if self._went_back:  # to the passes before it, unless there are some that it left
-                self._passes = deque((x for x in self._passes if x[1] == version), _PASSES)
-                self._went_back = False
-            self._passes.append((mark, version))
+            if memory.went_back:  # to the passes before it, unless there are some that it left
+                left = (x for x in memory.seen if x.version == version)
+                memory.seen, memory.went_back = deque(left, _PASSES), False
+            hook = None if function is None else weakref.ref(function)  # lives as long as its graph
+            memory.seen.append(_Pass(mark, version, hook))
             return self.rows, self.classes
-        self._went_back = True
-        before = None
-        if self._overwritten is not None and self._overwritten[-1] == version:
-            before = self._overwritten[-2]
-        undo = self._is_among(mark, lambda seen: seen == before)
-        now = self._is_among(mark, lambda seen: seen == version)
-        gone = self._is_among(mark, lambda seen: seen not in (before, version))
+        memory.went_back = True
+        before, overwritten = None, memory.overwritten
+        if overwritten is not None and overwritten[-1] == version:
+            before = overwritten[-2]
+        # A reentrant function has no hooks, when it is computed again as at first.
+        seen = [
+            x
+            for x in memory.seen
+            if x.mark.device == mark.device
+            and (
+                x.hook is None if function is None else x.hook is not None and x.hook() is not None
+            )
+        ]
+        undo = _is_among(mark, [x.mark for x in seen if x.version == before])
+        now = _is_among(mark, [x.mark for x in seen if x.version == version])
+        gone = _is_among(mark, [x.mark for x in seen if x.version not in (before, version)])
         found = (undo ^ now) & ~gone
         if found.device.type != "cpu":
             torch._assert_async(found, _CHANGED)
         elif not found:
             raise RuntimeError(_CHANGED)
-        if before is None or self._overwritten is None:
+        if before is None or overwritten is None:
             return self.rows, self.classes
-        slot, old_rows, old_classes, _, _ = self._overwritten
+        slot, old_rows, old_classes, _, _ = overwritten
         rows, classes = (
             self.rows.index_put((slot,), old_rows),
             self.classes.index_put((slot,), old_classes),
         )
         return torch.where(undo, rows, self.rows), torch.where(undo, classes, self.classes)
 
-    def _is_among(self, mark: Tensor, of_version: Callable[[int], bool]) -> Tensor:
-        """Whether a pass of such a version had a batch with this sum of its rows."""
-        marks = [
-            seen
-            for seen, version in self._passes
-            if of_version(version) and seen.device == mark.device
-        ]
-        if not marks:
-            return torch.zeros((), dtype=torch.bool, device=mark.device)
-        return ((torch.stack(marks) - mark).abs().amax(1) <= _SAME).any()
-
     def _age(self) -> int:
         """A number that every change of the rows changes."""
         untracked = torch.compiler.is_compiling() or self.rows.is_inference()
         return 0 if untracked else self.rows._version
+
+
+def _is_among(mark: Tensor, marks: list[Tensor]) -> Tensor:
+    """Whether one of the marks is this one."""
+    if not marks:
+        return torch.zeros((), dtype=torch.bool, device=mark.device)
+    return ((torch.stack(marks) - mark).abs().amax(1) <= _SAME).any()
