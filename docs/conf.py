@@ -87,7 +87,12 @@ import torch
 import torch.nn.functional as F
 from uncertainty_mm import *
 from uncertainty_mm import metrics
+from uncertainty_mm.calibration import *
 from uncertainty_mm.data import *
+from uncertainty_mm.data.convert import *
+from uncertainty_mm.data.transforms import *
+from uncertainty_mm.distributed import *
+from uncertainty_mm.encoder import *
 from uncertainty_mm.functional import *
 from uncertainty_mm.metrics.functional import *
 from uncertainty_mm.metrics import *

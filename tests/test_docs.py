@@ -3,6 +3,7 @@
 import doctest
 import re
 import runpy
+import shlex
 
 import pytest
 
@@ -53,3 +54,46 @@ def test_page_of_a_component_has_its_parts(page):
     assert "**When not to use it**" in text
     assert "**See also**" in text
     assert re.search(r"\{cite:[pt]\}`", text)
+
+
+# ------------------------------------------------------------------------- the example's options
+
+TEXTS = [page.read_text() for page in (*sorted(DOCS.rglob("*.md")), DOCS.parent / "README.md")]
+COMMANDS = dict.fromkeys(  # each once, in order
+    command.partition("  #")[0]
+    for text in TEXTS
+    for command in re.findall(r"^\$ python \S*examples/lddu_full\.py(.*)$", text, re.MULTILINE)
+)
+
+
+def printed_config(arguments, capsys):
+    """What a command of the example would run with."""
+    yaml = pytest.importorskip("yaml")
+    pytest.importorskip("jsonargparse")
+    example = pytest.importorskip("uncertainty_mm.examples.lddu_full")
+    with pytest.raises(SystemExit) as stop:
+        example.main(arguments=[*arguments, "--print_config"])
+    out, err = capsys.readouterr()
+    assert (stop.value.code, err) == (0, "")
+    return yaml.safe_load(out)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_of_the_pages_are_understood(command, capsys):
+    assert "model" in printed_config(shlex.split(command), capsys)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_options_that_the_pages_name_exist(capsys):
+    config = printed_config([], capsys)
+    groups = ("trainer", "model", "data", "early_stopping", "finite_guard")
+    named = {
+        x for text in TEXTS for x in re.findall(rf"--((?:{'|'.join(groups)})(?:\.\w+)+)", text)
+    }
+    assert len(named) > 20
+    for option in named - {"trainer.strategy.timeout"}:  # of a strategy that is not the default
+        inner = config
+        for part in option.split("."):
+            assert part in inner, option
+            inner = inner[part]
