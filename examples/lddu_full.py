@@ -17,11 +17,10 @@ seen, its standard deviation how sure that is. Three ideas shape these Gaussians
 3. Samples that are predicted badly, now or in the past, should have the larger standard deviations (Eq. 10-15):
    `SoftRankOrdinalityLoss` with `CorrectnessTracker`.
 
-The defaults are what was measured to work; `--config paper` has the paper's values and its equations to the letter,
-but for the gate, which as printed needs the labels. Ours, where the paper is silent: standardised features, the size of
-a sequence as an input of its own, normalisation before the sublayers, labels that scale and shift their Z, dropout,
-clipped gradients, early stopping, calibration, and a prediction from every modality alone, so that its standard
-deviation can be held against its own errors.
+The defaults are what was measured to work; `--config paper` has the paper's values and equations as far as they go, and
+names the rest. Ours, where the paper is silent: standardised features, the size of a sequence as an input of its own,
+normalisation before the sublayers, labels that scale and shift their Z, dropout, clipped gradients, early stopping,
+calibration, and a prediction from every modality alone, so that its standard deviation can be held against its own errors.
 """
 
 from __future__ import annotations
