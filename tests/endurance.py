@@ -128,7 +128,10 @@ def content(folder):
         for state in checkpoint["callbacks"].values():
             if "dirpath" in state:
                 state.clear()  # paths and scores of the checkpoints; the scores are in metrics.csv
-        found[name] = checkpoint
+        options = checkpoint[
+            "hyper_parameters"
+        ]  # what was a tuple comes from config.yaml as a list
+        found[name] = checkpoint | {"hyper_parameters": json.loads(json.dumps(options))}
     return found
 
 

@@ -1,807 +1,595 @@
-"""The example: what the command line writes, repeats, resumes and refuses."""
+"""The command line of the example: what a run writes, repeats, resumes, tests and predicts."""
 
-import copy
+import contextlib
 import csv
+import importlib
+import inspect
 import json
-import pickle
-import re
+import os
 import subprocess
 import sys
-import tempfile
+import threading
+import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from torch.utils._pytree import tree_leaves
 
-from examples_support import EXAMPLES, QUIET, ends_in_one_line, example_module, need_extras
+from endurance import content, same
+from examples_support import EXAMPLES, QUIET, TINY, need_extras, toy
 from pages import DOCS, blocks
-from support import poisoned
-from uncertainty_mm import DiagonalGaussian, PlattScaling
-from uncertainty_mm.data import write_folder
+from uncertainty_mm.data import MultimodalDataset, read, write_folder
 
 need_extras()
 yaml = pytest.importorskip("yaml")
-average_precision_score = pytest.importorskip("sklearn.metrics").average_precision_score
-f1_score = pytest.importorskip("sklearn.metrics").f1_score
-
-ROOT = EXAMPLES.parent
+metrics = pytest.importorskip("sklearn.metrics")
+cli = pytest.importorskip("uncertainty_mm.lightning.cli")
 pytestmark = QUIET
-SMALL = [
-    *("--hidden-dim=16", "--heads=2", "--layers=1", "--z-dim=8", "--latent-dim=4"),
-    *("--queue-size=64", "--batch-size=16", "--accelerator=cpu"),
-]
+
+FAST = [*TINY, "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
+CONFIGS = EXAMPLES / "configs"
 
 
 @pytest.fixture(scope="module")
 def example():
-    with example_module("lddu_full") as module:
-        yield module
-
-
-def arrays(seed=0, count=60):
-    """A data set in the documented layout; label 0 shows in modality `a`, sample 0 lacks modality `b`."""
-    rng = np.random.default_rng(seed)
-    labels = rng.integers(0, 2, (count, 2)).astype(np.uint8)
-    a = rng.normal(size=(count, 5, 3)) + 3 * labels[:, :1, None]
-    lengths = rng.integers(1, 8, count).astype(np.int32)
-    lengths[0] = 0
-    return {
-        "features.a": a.astype(np.float16),
-        "lengths.a": np.full(count, 5, np.int32),
-        "features.b": rng.normal(size=(count, 7, 2)).astype(np.float16),
-        "lengths.b": lengths,
-        "labels": labels,
-        "label_names": np.array(["first", "second"]),
-        "split": np.repeat([0, 1, 2], count // 3).astype(np.uint8),
-    }
-
-
-def save(path, **changes):
-    content = {key: value for key, value in (arrays() | changes).items() if value is not None}
-    np.savez(path, **content)
-    return path
-
-
-def run(example, *arguments):
-    example.main([str(argument) for argument in arguments])
+    return importlib.import_module("uncertainty_mm.examples.lddu_full")
 
 
 @pytest.fixture(scope="module")
-def finished(example, tmp_path_factory):
-    """A short training run: its folder and its data file."""
+def run(example):
+    """Runs the command line; returns what it printed and the object behind it."""
+
+    def run(*arguments, main=example.main):
+        main(arguments=list(map(str, arguments)))
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def finished(run, tmp_path_factory):
+    """A training of three epochs, of modalities that are dropped and corrupted, with a threshold for each label."""
     folder = tmp_path_factory.mktemp("run")
-    data = save(folder / "data.npz")
-    run(example, "--data", data, "--epochs", 3, "--lr", 0.01, "--output", folder / "out", *SMALL)
-    return folder / "out", data
+    data = toy(folder / "data.npz")
+    options = ["--data.path", data, *FAST, "--trainer.max_epochs=3", "--model.lr=0.01"]
+    options += ["--data.drop_modality=0.5", "--data.corrupt_modality=0.5"]
+    options += ["--model.thresholds=label", "--seed_everything=3"]
+    run(*options, "--output", folder / "out")
+    return SimpleNamespace(out=folder / "out", data=data, options=options)
+
+
+def results_of(folder):
+    return json.loads((folder / "metrics.json").read_text())
+
+
+# --- A run and its folder ---------------------------------------------------------------------------------------------
 
 
 def test_run_folder(finished):
-    folder, _ = finished
-    assert {
+    assert {path.name for path in finished.out.iterdir()} == {
         *("best.ckpt", "last.ckpt", "metrics.json", "metrics.csv", "training.png"),
-        *("config.yaml", "environment.json", "predictions.npz", "tensorboard"),
-    } <= {path.name for path in folder.iterdir()}
-    assert list(folder.glob("tensorboard/version_0/events.*"))
-    environment = json.loads((folder / "environment.json").read_text())
+        *("config.yaml", "environment.json", "predictions.npz"),
+    }
+    environment = json.loads((finished.out / "environment.json").read_text())
     assert environment["torch"] == torch.__version__
-    results = json.loads((folder / "metrics.json").read_text())
+    results = results_of(finished.out)
     measures = {"Acc", "P", "R", "miF1", "mAP", "Brier", "ECE", "AURC", "rho"}
     for part in ("validation", "test", "uncalibrated"):
         assert set(results[part]) == measures
     assert "Bayes" not in results  # nobody knows it of a file
-    assert results["seed"] == 0
-    first, second = results["threshold"]
-    assert 0.01 <= first == second <= 0.99
+    assert (results["seed"], results["epochs"], results["data"]) == (3, 3, "data")
+    assert len(set(results["threshold"])) > 1
+    with open(finished.out / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["epoch"] for row in rows] == ["0", "1", "2"]
+    losses = {"cls", "dir", "modality", "scl", "ocl", "kl", "total"}
+    assert set(rows[0]) == {"epoch", "val/cls", "val/miF1", *(f"loss/{name}" for name in losses)}
+    best = max(float(row["val/miF1"]) for row in rows)
+    assert results["validation"]["miF1"] == pytest.approx(best, abs=1e-4)
 
 
-def test_every_subset_of_the_modalities_is_evaluated(example, finished):
-    folder, data = finished
-    results = json.loads((folder / "metrics.json").read_text())
+def test_predictions_of_a_run_are_what_is_measured(example, finished):
+    """Calibrated with the thresholds of the checkpoint, uncalibrated with one of its own, by subset of modalities."""
+    results = results_of(finished.out)
+    model = example.LDDU.load(finished.out / "best.ckpt")
+    test = read(finished.data)["test"]
+    with np.load(finished.out / "predictions.npz") as file:
+        arrays = dict(file)
+    assert arrays["ids"].tolist() == test.ids
+    for row, probs, threshold in (
+        ("test", arrays["probs"], model.threshold),
+        ("uncalibrated", arrays["uncalibrated"], model.raw_threshold),
+    ):
+        predicted = torch.from_numpy(probs) > threshold
+        score = metrics.f1_score(test.labels, predicted, average="micro")
+        assert results[row]["miF1"] == pytest.approx(score, abs=1e-4)
+        precision = metrics.average_precision_score(test.labels, probs)
+        assert results[row]["mAP"] == pytest.approx(precision, abs=1e-4)
+    assert not torch.equal(model.threshold, model.raw_threshold)
     rows = results["modalities"]
     assert list(rows) == ["a + b", "a", "b", "none"]
     assert {name: rows["a + b"][name] for name in results["test"]} == results["test"]
-    lit = example.LitLDDU.load_from_checkpoint(folder / "best.ckpt", weights_only=True).eval()
-    test = example.read_data(data)["test"]
-    padding = test.padding_mask | {"b": torch.ones_like(test.padding_mask["b"])}
-    with torch.no_grad():
-        logits = lit.model(test.features, padding).fused.logits
-    brier = (lit.calibration(logits).sigmoid() - test.labels).square().mean()
-    assert rows["a"]["Brier"] == pytest.approx(float(brier), abs=1e-4)
+    for kept in ("a", "b", "none"):
+        probs = model.calibration(model(*without(test, kept)).logits).sigmoid()
+        brier = (probs - test.labels).square().mean()
+        assert rows[kept]["Brier"] == pytest.approx(float(brier), abs=1e-4)
 
 
-def test_same_seed_gives_same_metrics(example, finished, tmp_path):
-    folder, data = finished
-    run(example, "--data", data, "--epochs", 3, "--lr", 0.01, "--output", tmp_path, *SMALL)
-    assert (tmp_path / "metrics.csv").read_text() == (folder / "metrics.csv").read_text()
+def without(data, kept):
+    padding = {
+        name: mask if name == kept else torch.ones_like(mask)
+        for name, mask in data.padding_mask.items()
+    }
+    return data.features, padding
 
 
-@pytest.mark.parametrize(
-    "options", [[], ["--drop-modality", 0.5], ["--corrupt-modality", 0.5, "--thresholds", "label"]]
-)
-def test_resumed_run_equals_the_uninterrupted_one(
-    example, finished, tmp_path, monkeypatch, options
-):
-    folder, data = finished
-    common = ["--data", data, "--epochs", 3, "--lr", 0.01, *SMALL, *options]
-    if options:
-        folder = tmp_path / "whole"
-        run(example, *common, "--output", folder)
-        assert (folder / "metrics.csv").read_text() != (finished[0] / "metrics.csv").read_text()
-    tmp_path = tmp_path / "resumed"
+def test_saved_options_repeat_the_run(run, finished, tmp_path):
+    config = finished.out / "config.yaml"
+    assert yaml.safe_load(config.read_text())["data"]["path"] == str(finished.data)
+    run("--config", config, "--output", tmp_path / "again")
+    again = tmp_path / "again"
+    for name in ("metrics.csv", "config.yaml"):
+        assert (again / name).read_text() == (finished.out / name).read_text()
+    same(content(again), content(finished.out))
 
-    def interrupted(self):
-        if self.current_epoch == 2:
-            raise RuntimeError("power cut")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(example.LitLDDU, "on_train_epoch_start", interrupted)
-        with pytest.raises(RuntimeError, match="power cut"):
-            run(example, *common, "--output", tmp_path)
-    moved = tmp_path.with_name("moved")
-    tmp_path.rename(moved)
-    tmp_path = moved
-    run(example, *common, "--output", tmp_path, "--ckpt", tmp_path / "last.ckpt")
-    assert (tmp_path / "metrics.csv").read_text() == (folder / "metrics.csv").read_text()
-    for name in ("best.ckpt", "last.ckpt"):
-        whole, resumed = (
-            torch.load(path / name, weights_only=True)["state_dict"] for path in (folder, tmp_path)
+def test_folder_is_never_shared(run, finished, tmp_path, monkeypatch):
+    """Two runs of one second have two folders, and of many that claim one at once only one gets it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(time, "strftime", lambda _: "now")
+    for _ in range(2):
+        run("--data.path", finished.data, *FAST)
+    assert {path.name for path in tmp_path.glob("runs/*")} == {"data-now", "data-now-1"}
+    for path in tmp_path.glob("runs/*"):
+        assert results_of(path)["epochs"] == 1
+
+    def claim(output, claimed):
+        options = SimpleNamespace(output=output)
+        one = SimpleNamespace(
+            folder=None,
+            options=options,
+            datamodule=SimpleNamespace(name="data"),
+            _saved_options=lambda: "{}",
         )
-        assert whole.keys() == resumed.keys()
-        for key, value in whole.items():
-            assert torch.equal(value, resumed[key]), (name, key)
+        with contextlib.suppress(cli.UsageError):
+            claimed.append(cli.ModelCLI._claim_folder(one))
+
+    for output, count in ((None, 16), ("runs/mine", 1)):
+        claimed = []
+        threads = [threading.Thread(target=claim, args=(output, claimed)) for _ in range(16)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(set(claimed)) == len(claimed) == count
 
 
-def test_one_label_and_longer_test_sequences(example, tmp_path):
-    labels = arrays()["labels"][:, :1]
-    data = save(tmp_path / "data.npz", labels=labels, label_names=np.array(["only"]))
-    parts = example.read_data(data)
-    longer = {name: torch.cat([x, x], dim=1) for name, x in parts["test"].features.items()}
-    masks = {name: torch.cat([x, x], dim=1) for name, x in parts["test"].padding_mask.items()}
-    parts["test"] = example.MultimodalDataset(longer, masks, parts["test"].labels, ["only"])
-    write_folder(parts, tmp_path / "folder")
-    out = tmp_path / "out"
-    run(example, "--data", tmp_path / "folder", "--epochs", 1, "--output", out, *SMALL)
-    results = json.loads((out / "metrics.json").read_text())
-    with np.load(out / "predictions.npz") as file:
-        probs, threshold = file["probs"], file["threshold"]
-    test = labels[40:, 0]
-    score = f1_score(test, probs[:, 0] > threshold[0])
-    assert results["test"]["miF1"] == pytest.approx(score, abs=1e-4)
-    precision = average_precision_score(test, probs[:, 0])
-    assert results["test"]["mAP"] == pytest.approx(precision, abs=1e-4)
+def test_run_that_cannot_start_leaves_no_folder(run, finished, tmp_path):
+    """So that the command can be corrected and repeated."""
+    for wrong in (["--trainer.precision=7"], ["--model.soft_labels=1"], ["--trainer.max_epochs=0"]):
+        with pytest.raises(SystemExit):
+            run("--data.path", finished.data, *FAST, "--output", tmp_path / "out", *wrong)
+        assert not (tmp_path / "out").exists()
 
 
-def test_statistics_are_those_of_the_valid_steps(example, monkeypatch):
-    torch.manual_seed(0)
-    features = {"a": 3 + 5 * torch.randn(50, 4, 3), "b": torch.randn(50, 2, 1)}
-    masks = {"a": torch.rand(50, 4) < 0.4, "b": torch.ones(50, 2).bool()}
-    data = example.MultimodalDataset(features, masks, torch.ones(50, 1), ["x"])
-    loader = data.loader
-    monkeypatch.setattr(data, "loader", lambda _: loader(7))  # several batches, one of them small
-    encoders = torch.nn.ModuleDict(
-        {
-            name: example.SequenceEncoder(dim, 4, 8, 1, 2, 0.0, "apart")
-            for name, dim in data.dims.items()
-        }
+def test_fast_dev_run_keeps_nothing(run, finished, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    fast = ["--data.path", finished.data, *FAST, "--trainer.fast_dev_run=true"]
+    run(*fast, "--output", "out")
+    assert "test split" in capsys.readouterr().out
+    run(
+        "predict",
+        *fast[:2],
+        "--trainer.fast_dev_run=true",
+        "--ckpt_path",
+        finished.out / "best.ckpt",
     )
-    example.set_statistics(encoders, data)
-    valid = features["a"][~masks["a"]]
-    torch.testing.assert_close(encoders["a"].mean, valid.mean(0))
-    torch.testing.assert_close(encoders["a"].std, valid.std(0, correction=0))
-    assert encoders["b"].mean == 0  # nobody has this modality
-    assert encoders["b"].std == 1
+    assert not list(tmp_path.iterdir())
 
 
-def test_built_in_data_train(example, tmp_path, monkeypatch):
-    full = example.synthetic
-    monkeypatch.setattr(example, "synthetic", lambda seed: full(seed, (64, 32, 32)))
-    run(example, "--epochs", 1, "--output", tmp_path, *SMALL)
-    results = json.loads((tmp_path / "metrics.json").read_text())
+def test_built_in_data_get_the_small_model_unless_told_otherwise(run, tmp_path, monkeypatch):
+    make = cli.MultimodalDataModule._synthetic
+    monkeypatch.setattr(
+        cli.MultimodalDataModule, "_synthetic", lambda self: make(self, (64, 32, 32))
+    )
+    run(*FAST, "--output", tmp_path / "out")
+    results = results_of(tmp_path / "out")
     assert results["Bayes"]["Brier"] < results["test"]["Brier"]
     assert len(results["modalities"]) == 2**3
+    assert results["data"] == "synthetic"
+    assert yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())["model"]["lr"] == 1e-3
+    small = ["--config", "small"]
+    assert cli._configs_before([]) == cli._configs_before(["--model.lr", "1"]) == small
+    for told in (["--data.path=x.npz"], ["--config", "paper"], ["-c", "x.yaml"], ["--help"]):
+        assert cli._configs_before(told) == []
 
 
-@pytest.mark.parametrize("option", ["--gate=oracle", "--precision=bf16-mixed"])
-def test_options_train(example, tmp_path, option):
-    data = save(tmp_path / "data.npz")
-    run(example, "--data", data, "--epochs", 1, option, "--output", tmp_path / "out", *SMALL)
-    assert (tmp_path / "out" / "best.ckpt").exists()
+@pytest.mark.parametrize("options", [["--model.gate=oracle"], ["--trainer.precision=bf16-mixed"]])
+def test_options_train(run, finished, tmp_path, options):
+    run("--data.path", finished.data, *FAST, *options, "--output", tmp_path / "out")
+    assert results_of(tmp_path / "out")["test"]["Brier"] < 0.5
+    assert (
+        not torch.load(tmp_path / "out" / "last.ckpt", weights_only=True)["state_dict"][
+            "tracker.history"
+        ]
+        .isnan()
+        .any()
+    )
 
 
+def test_one_label_some_unknown_and_longer_test_sequences(run, tmp_path):
+    parts = read(toy(tmp_path / "data.npz"))
+    for split, part in parts.items():
+        wide = 1 if split != "test" else 2
+        unknown = torch.zeros(30, 1).bool()
+        unknown[::5] = True
+        parts[split] = MultimodalDataset(
+            {name: torch.cat([x] * wide, dim=1) for name, x in part.features.items()},
+            {name: torch.cat([x] * wide, dim=1) for name, x in part.padding_mask.items()},
+            part.labels[:, :1],
+            ["only"],
+            unknown=unknown,
+        )
+    write_folder(parts, tmp_path / "folder")
+    run("--data.path", tmp_path / "folder", *FAST, "--output", tmp_path / "out")
+    with np.load(tmp_path / "out" / "predictions.npz") as file:
+        probs, threshold = file["probs"][:, 0], file["threshold"][0]
+        known = ~file["unknown"][:, 0]
+    test = parts["test"].labels[:, 0].numpy()[known]
+    score = metrics.f1_score(test, probs[known] > threshold)
+    assert results_of(tmp_path / "out")["test"]["miF1"] == pytest.approx(score, abs=1e-4)
+
+
+def test_start_page_makes_data_to_train_on(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for _, source in blocks(DOCS / "start.md", "testcode"):
+        exec(source, names)
+    capsys.readouterr()
+    run("--data.path=mine.npz", "--config=small", "--trainer.fast_dev_run=true", *FAST)
+    assert "Acc" in capsys.readouterr().out
+
+
+# --- Resumed ----------------------------------------------------------------------------------------------------------
+
+
+def interrupt(patch, owner, name, when=lambda module: True):
+    original = getattr(owner, name)
+
+    def interrupted(self, *arguments):
+        if when(self):
+            raise RuntimeError("power cut")
+        return original(self, *arguments)
+
+    patch.setattr(owner, name, interrupted)
+    return pytest.raises(RuntimeError, match="power cut")
+
+
+@pytest.mark.parametrize("place", ["in the third epoch", "in the evaluation"])
+def test_resumed_run_equals_the_uninterrupted_one(run, example, finished, tmp_path, place):
+    """The checkpoint is all that the command names; the folder was moved."""
+    first, moved = tmp_path / "resumed", tmp_path / "moved"
+    with pytest.MonkeyPatch.context() as patch:
+        if place == "in the evaluation":
+            cut = interrupt(patch, example.LDDU, "on_test_start")
+        else:
+            third = lambda module: module.current_epoch == 2  # noqa: E731
+            cut = interrupt(patch, example.LDDU, "on_train_epoch_start", third)
+        with cut:
+            run(*finished.options, "--output", first)
+    assert not (first / "metrics.json").exists()
+    first.rename(moved)
+    run("--ckpt_path", moved / "last.ckpt")
+    assert (moved / "metrics.csv").read_text() == (finished.out / "metrics.csv").read_text()
+    same(content(moved), content(finished.out))
+    assert not first.exists()
+
+
+def test_run_that_had_stopped_early_is_completed_and_not_trained_on(
+    run, example, finished, tmp_path, monkeypatch
+):
+    options = [*finished.options, "--trainer.max_epochs=50", "--early_stopping.patience=1"]
+    run(*options, "--output", tmp_path / "whole")
+    assert results_of(tmp_path / "whole")["epochs"] < 50
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        interrupt(patch, example.LDDU, "on_test_start"),
+    ):
+        run(*options, "--output", tmp_path / "resumed")
+    run("--ckpt_path", tmp_path / "resumed" / "last.ckpt")
+    same(content(tmp_path / "whole"), content(tmp_path / "resumed"))
+    with pytest.raises(SystemExit):  # nothing is left to do
+        run("--ckpt_path", tmp_path / "resumed" / "last.ckpt")
+
+
+def test_more_epochs_may_follow(run, finished, tmp_path):
+    run("--data.path", finished.data, *FAST, "--output", tmp_path / "out")
+    run("--ckpt_path", tmp_path / "out" / "last.ckpt", "--trainer.max_epochs=2")
+    assert results_of(tmp_path / "out")["epochs"] == 2
+    assert len((tmp_path / "out" / "metrics.csv").read_text().splitlines()) == 3
+
+
+# --- Tested and applied -----------------------------------------------------------------------------------------------
+
+
+def test_subcommands_measure_what_the_run_measured(run, finished, capsys):
+    capsys.readouterr()
+    where = ["--data.path", finished.data, "--ckpt_path", finished.out / "best.ckpt"]
+    results = results_of(finished.out)
+    for subcommand, row in (("validate", "validation"), ("test", "test")):
+        run(subcommand, *where, "--trainer.accelerator=cpu")
+        (line,) = (
+            line
+            for line in capsys.readouterr().out.splitlines()
+            if line.split()[:1] == [row] and len(line.split()) == 10
+        )
+        wanted = ["-" if x is None else f"{x:.3f}" for x in results[row].values()]
+        assert line.split()[1:] == wanted
+
+
+def test_fit_alone_trains_as_the_whole_does(run, finished, tmp_path):
+    run("fit", *finished.options, "--output", tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        *("best.ckpt", "last.ckpt", "metrics.csv", "config.yaml", "environment.json")
+    }
+    assert (tmp_path / "out" / "metrics.csv").read_text() == (
+        finished.out / "metrics.csv"
+    ).read_text()
+
+
+def rows_of(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_predict_csv_and_npz_agree(run, finished, tmp_path):
+    common = ["predict", "--ckpt_path", finished.out / "best.ckpt", "--data.path", finished.data]
+    for name in ("p.csv", "p.npz"):
+        run(*common, "--data.split=train", "--output", tmp_path / name)
+    rows = rows_of(tmp_path / "p.csv")
+    with np.load(tmp_path / "p.npz") as file:
+        outputs = dict(file)
+    labels, modalities = ["happy", "sad", "fear"], ["a", "b"]
+    assert outputs["label_names"].tolist() == labels
+    assert outputs["modalities"].tolist() == modalities
+    assert outputs["labels"].shape == (30, 3)
+    p = outputs["probs"].astype(float)
+    entropy = -(p * np.log(p) + (1 - p) * np.log(1 - p)).sum(1)
+    assert outputs["uncertainty"] == pytest.approx(entropy, rel=1e-4)
+    assert list(rows[0])[:2] == ["sample", "uncertainty"]
+    for index, row in enumerate(rows):
+        assert row["sample"] == outputs["ids"][index] == f"clip {index}"
+        read = {"uncertainty": outputs["uncertainty"][index]}
+        for q, label in enumerate(labels):
+            read[f"prob.{label}"] = outputs["probs"][index, q]
+            read[f"predicted.{label}"] = p[index, q] > outputs["threshold"][q]
+            read[f"uncalibrated.{label}"] = outputs["uncalibrated"][index, q]
+            read[f"gate.{label}"] = outputs["gate"][index, q]
+        for m, name in enumerate(modalities):
+            read[f"missing.{name}"] = outputs["missing"][index, m]
+            for q, label in enumerate(labels):
+                std = read[f"std_norm.{name}.{label}"] = outputs["std_norm"][index, m, q]
+                assert np.isnan(std) == outputs["missing"][index, m]
+        assert set(row) == {"sample", *read}
+        for name, value in read.items():
+            wanted = "" if np.isnan(float(value)) else pytest.approx(float(value), rel=1e-4)
+            assert (float(row[name]) if row[name] else "") == wanted, name
+    assert outputs["missing"].any()
+    assert not outputs["missing"].all()
+
+
+@pytest.mark.parametrize("layout", ["npz", "folder"])
+def test_new_data_need_no_labels_names_and_splits(run, finished, tmp_path, layout):
+    """All rows are predicted, as those of the file that has them."""
+    with np.load(finished.data) as file:
+        arrays = {
+            key: file[key] for key in file.files if key.partition(".")[0] in ("features", "lengths")
+        }
+    new = tmp_path / "new.npz"
+    np.savez(new, **arrays)
+    if layout == "folder":
+        parts = read(new, label_names=["happy", "sad", "fear"])
+        new = tmp_path / "new"
+        write_folder(parts, new)
+    run(
+        *("predict", "--ckpt_path", finished.out / "best.ckpt", "--data.path", new),
+        *("--output", tmp_path / "p.csv"),
+    )
+    rows = rows_of(tmp_path / "p.csv")
+    assert [row["sample"] for row in rows] == [str(index) for index in range(90)]
+    with np.load(finished.out / "predictions.npz") as file:
+        for row, probs in zip(rows[60:], file["probs"], strict=True):
+            assert float(row["prob.fear"]) == pytest.approx(probs[2], rel=1e-4)
+
+
+def test_labels_in_another_order_are_put_right(run, finished, tmp_path):
+    with np.load(finished.data) as file:
+        arrays = dict(file)
+    swapped = tmp_path / "swapped.npz"
+    np.savez(
+        swapped,
+        **arrays
+        | {"labels": arrays["labels"][:, ::-1], "label_names": arrays["label_names"][::-1]},
+    )
+    out = tmp_path / "p.npz"
+    run(
+        *("predict", "--ckpt_path", finished.out / "best.ckpt"),
+        "--data.path",
+        swapped,
+        "--output",
+        out,
+    )
+    with np.load(out) as file:
+        assert file["label_names"].tolist() == ["happy", "sad", "fear"]
+        assert (file["labels"] == arrays["labels"][60:]).all()
+
+
+# --- Options ----------------------------------------------------------------------------------------------------------
+
+
+def flat(options):
+    return cli._flat(options)
+
+
+@pytest.fixture(scope="module")
+def parser(example):
+    """The options without a subcommand, and nothing made of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli.ModelCLI, "instantiate_classes", lambda self: None)
+        return cli.ModelCLI(example.LDDU, CONFIGS, []).parser
+
+
+@pytest.mark.parametrize("name", cli.names_in(CONFIGS))
+def test_every_config_sets_what_it_says(parser, name):
+    text = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text()) or {}
+    options = flat(parser.parse_args(["--config", name]).as_dict())
+    for key, value in flat(text).items():
+        given = list(options[key]) if isinstance(value, list) else options[key]
+        assert given == value, key
+    # what comes later wins
+    options = parser.parse_args(["--config", name, "--model.lr", "0.125", "--config", "small"])
+    assert options.model.lr == 1e-3
+    assert parser.parse_args(["--config", name, "--model.lr=0.125"]).model.lr == 0.125
+
+
+def test_paper_has_the_values_of_the_paper(parser):
+    options = flat(parser.parse_args(["--config", "paper"]).as_dict())
+    assert options["data.batch_size"] == 128
+    assert options["trainer.max_epochs"] == 30
+    wanted = {
+        "lr": 2e-5,
+        "encoder.hidden_dim": 256,
+        "attention.out_dim": 128,
+        "decoupler.latent_dim": 64,
+        "contrastive.queue_size": 8192,
+        "ocl_weight": 0.1,
+        "scl_weight": 0.8,
+        "dir_weight": 0.1,
+    }
+    assert {name: options[f"model.{name}"] for name in wanted} == wanted
+
+
+def test_parts_have_the_defaults_of_their_classes(parser, example):
+    options = parser.parse_args([]).model
+    for part, made in example.LDDU.parts.items():
+        parameters = inspect.signature(made).parameters
+        shown = options[part].as_dict()
+        changed = example.LDDU.defaults.get(part, {})
+        for name, value in shown.items():
+            if name != "max_batch_size":  # that of the data
+                default = changed.get(name, parameters[name].default)
+                assert value == default or tuple(value) == default, (part, name)
+        assert shown.keys() == cli.options_of(made, example.LDDU.fixed.get(part, ()))
+    assert options.contrastive.max_batch_size == 128
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in cli.SUBCOMMANDS)])
+def test_help_explains_the_options(run, command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(*command, "--help")
+    assert not stop.value.code
+    said = " ".join(capsys.readouterr().out.split())
+    for text in (
+        "--model.contrastive.anchors ANCHORS",
+        "Literal['all', 'present']",
+        "Weight beta of Eq. 16",
+        "--data.drop_modality",
+        "names the samples" if not command else "ckpt_path",
+    ):
+        assert text in said
+
+
+def exchanged():
+    spec = importlib.util.spec_from_file_location(
+        "exchange_of_the_page", DOCS / "howto" / "exchange.py"
+    )
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class PlainFusion(exchanged().MeanFusion):
+    """A fusion without options."""
+
+    def __init__(self, num_modalities, num_labels, latent_dim):
+        super().__init__(num_modalities, num_labels, latent_dim)
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_exchanged_part_trains_predicts_and_loads(run, example, finished, tmp_path, plain):
+    page = exchanged()
+    kind = page.MeanLDDU
+
+    class PlainLDDU(example.LDDU):
+        parts = example.LDDU.parts | {"fusion": PlainFusion}
+
+    def main(arguments):
+        page.main(PlainLDDU if plain else kind, arguments)
+
+    options = [x for x in FAST if "fusion" not in x] + (
+        [] if plain else ["--model.fusion.hidden_dim=5"]
+    )
+    run("--data.path", finished.data, *options, "--output", tmp_path / "out", main=main)
+    ckpt = tmp_path / "out" / "best.ckpt"
+    run(
+        *("predict", "--ckpt_path", ckpt),
+        "--data.path",
+        finished.data,
+        "--output",
+        tmp_path / "p.npz",
+        main=main,
+    )
+    model = (PlainLDDU if plain else kind).load(ckpt)
+    assert model.fusion.head[0].out_features == (64 if plain else 5)
+    test = read(finished.data)["test"]
+    with np.load(tmp_path / "p.npz") as file:
+        probs = model.predict_step(test.batch(range(30)), 0)["probs"]
+        np.testing.assert_allclose(file["probs"], probs.detach(), rtol=1e-4)
+        assert (file["gate"] == 1).all()
+    assert model.ask({"a": test.features["a"][0]})["probs"].shape == (3,)
+    for wrong in ("combine=product", "dropout=0.1"):
+        with pytest.raises(SystemExit):
+            run(f"--model.fusion.{wrong}", main=main)
+    with pytest.raises(cli.UsageError, match="another model"):
+        example.LDDU.load(ckpt)
+
+
+# --- Several processes ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.long
 def test_two_processes_train_and_share_their_history(tmp_path):
-    data = save(tmp_path / "data.npz", split=np.repeat([0, 1, 2], (20, 33, 7)).astype(np.uint8))
+    split = np.repeat([0, 1, 2], (20, 33, 37))
+    data = toy(tmp_path / "data.npz", split=split)
     script = (
         tmp_path / "train.py"
     )  # fails if the processes ask each other for the sizes of their batches
     script.write_text(
         "import runpy, uncertainty_mm.contrastive\n"
         "del uncertainty_mm.contrastive.largest_of_ranks\n"
-        f"runpy.run_path({str(ROOT / 'examples' / 'lddu_full.py')!r}, run_name='__main__')\n"
+        f"runpy.run_path({str(EXAMPLES / 'lddu_full.py')!r}, run_name='__main__')\n"
     )
-    command = [sys.executable, script, "--data", data, "--epochs", "2", *SMALL]
-    command += ["--output", tmp_path / "out", "--devices", "2", "--strategy", "ddp"]
+    command = [sys.executable, script, "--data.path", data, *FAST, "--trainer.max_epochs=2"]
+    command += ["--output", tmp_path / "out", "--trainer.devices=2", "--trainer.strategy=ddp"]
     subprocess.run(command, check=True, capture_output=True, timeout=240)
     state = torch.load(tmp_path / "out" / "last.ckpt", weights_only=True)["state_dict"]
-    # every sample once an epoch, its modalities apart; sample 0 lacks the second
-    assert state["model.tracker.history"][1].tolist() == [[2, 0]] + [[2, 2]] * 19
-    assert state["model.contrastive.queue_classes"].ge(0).all()
+    # every sample once an epoch, its modalities apart
+    missing = read(data)["train"].padding_mask["b"].all(1)
+    assert state["tracker.history"][1].tolist() == [[2, 0 if gone else 2] for gone in missing]
+    assert state["contrastive.queue.classes"].ge(0).all()
     # The 33 samples, of which one process had a batch more, were counted once: both say of them what one says.
-    with open(tmp_path / "out" / "metrics.csv", newline="") as file:
-        logged = max(float(row["val/miF1"]) for row in csv.DictReader(file))
-    results = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    assert results["validation"]["miF1"] == pytest.approx(logged, abs=1e-4)
-
-
-def test_validation_split_needs_a_sample_for_every_process(example, tmp_path, capsys):
-    data = save(tmp_path / "data.npz", split=np.repeat([0, 1, 2], (20, 1, 39)).astype(np.uint8))
-    with pytest.raises(SystemExit):
-        run(example, "--data", data, "--devices", 2, "--output", tmp_path / "out", *SMALL)
-    assert "--devices 2: the validation split has only 1 samples" in capsys.readouterr().err
-
-
-def test_predict_csv_and_npz_agree(example, finished, tmp_path):
-    folder, data = finished
-    common = ["predict", "--ckpt", folder / "best.ckpt", "--data", data, "--split", "train"]
-    run(example, *common, "--output", tmp_path / "p.csv", "--accelerator", "cpu")
-    run(example, *common, "--output", tmp_path / "p.npz", "--accelerator", "cpu")
-    with open(tmp_path / "p.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    with np.load(tmp_path / "p.npz") as file:
-        outputs = dict(file)
-    assert len(rows) == 20
-    assert outputs["probs"].shape == (20, 2)
-    assert outputs["std_norm"].shape == (20, 2, 2)  # sample, modality, label
-    p = outputs["probs"].astype(float)
-    entropy = -(p * np.log(p) + (1 - p) * np.log(1 - p)).sum(1)
-    assert outputs["uncertainty"] == pytest.approx(entropy, rel=1e-4)
-    assert list(outputs["modalities"]) == ["a", "b"]
-    for index, row in enumerate(rows):
-        assert float(row["prob.second"]) == pytest.approx(outputs["probs"][index, 1], rel=1e-4)
-        assert float(row["gate.first"]) == pytest.approx(outputs["gate"][index, 0], rel=1e-4)
-        assert float(row["std_norm.b.first"]) == pytest.approx(
-            outputs["std_norm"][index, 1, 0], rel=1e-4
-        )
-        assert float(row["uncertainty"]) == pytest.approx(entropy[index], rel=1e-4)
-        predicted = outputs["probs"][index] > outputs["threshold"]
-        assert [float(row["predicted.first"]), float(row["predicted.second"])] == predicted.tolist()
-    assert outputs["missing"][0].tolist() == [0, 1]
-    assert outputs["std_norm"][0, 1] == pytest.approx(2.0)  # the prior: norm of four ones
-
-
-def test_predict_calibrates_as_the_validation_set_asks(example, finished, tmp_path):
-    """Scale, shift and thresholds are fitted on the validation set and travel in the checkpoint."""
-    _, data = finished
-    options = ["--epochs", 1, "--lr", 0.01, "--thresholds", "label"]
-    run(example, "--data", data, *options, "--output", tmp_path, *SMALL)
-    ckpt = tmp_path / "best.ckpt"
-    lit = example.LitLDDU.load_from_checkpoint(ckpt, weights_only=True).eval()
-    parts = example.read_data(data)
-    with torch.no_grad():
-        validation, test = (
-            lit.model(parts[part].features, parts[part].padding_mask).fused.logits
-            for part in ("validation", "test")
-        )
-    labels = parts["validation"].labels
-    fitted = PlattScaling(2).fit(validation, labels)
-    probs = fitted(validation).sigmoid()
-    state = torch.load(ckpt, weights_only=True)["state_dict"]
-    torch.testing.assert_close(state["calibration.scale"], fitted.scale, rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(state["calibration.shift"], fitted.shift, rtol=1e-3, atol=1e-4)
-    assert not torch.allclose(fitted.scale, torch.ones(2), atol=0.01)
-    torch.testing.assert_close(state["threshold"], example.best_threshold(probs, labels, "label"))
-
-    output = tmp_path / "p.npz"
-    common = ["predict", "--ckpt", ckpt, "--data", data, "--accelerator", "cpu"]
-    run(example, *common, "--output", output)
-    with np.load(output) as file:
-        outputs = {
-            key: torch.from_numpy(file[key]) for key in ("probs", "uncalibrated", "threshold")
-        }
-    torch.testing.assert_close(outputs["probs"], lit.calibration(test).sigmoid())
-    torch.testing.assert_close(outputs["uncalibrated"], test.sigmoid())
-    assert torch.equal(outputs["threshold"], state["threshold"])
-    results = json.loads((tmp_path / "metrics.json").read_text())
-    assert results["threshold"] == pytest.approx(state["threshold"].tolist(), abs=1e-6)
-    predicted = (outputs["probs"] > outputs["threshold"]).int()
-    f1 = f1_score(parts["test"].labels, predicted, average="micro")
-    assert results["test"]["miF1"] == pytest.approx(f1, abs=1e-4)
-
-
-@pytest.mark.parametrize(("thresholds", "average"), [("single", "micro"), ("label", None)])
-def test_best_threshold_has_the_best_f1_of_the_grid(example, thresholds, average):
-    generator = torch.Generator().manual_seed(0)
-    labels = (torch.rand(80, 3, generator=generator) < 0.4).long()
-    noise = torch.rand(80, 3, generator=generator)
-    probs = (0.5 * labels + 0.7 * noise).clamp(0, 1) * torch.tensor([0.3, 0.6, 1.0])
-    found = example.best_threshold(probs, labels, thresholds)
-    assert found.shape == ((1,) if thresholds == "single" else (3,))
-    score = f1_score(labels, probs > found, average=average)
-    others = np.stack([f1_score(labels, probs > t / 100, average=average) for t in range(1, 100)])
-    assert score == pytest.approx(others.max(0))
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"labels": None}, "missing `labels`"),
-        ({"split": np.zeros(60, np.uint8)}, "no sample in the validation split"),
-        ({"label_names": np.array(["x", None], dtype=object)}, "not a readable"),
-    ],
-)
-def test_bad_data_ends_in_one_line(example, tmp_path, capsys, changes, message):
-    data = save(tmp_path / "data.npz", **changes)
-    with ends_in_one_line(capsys, f"^error: {re.escape(str(data))}: .*{re.escape(message)}"):
-        run(example, "--data", data, "--output", tmp_path / "out", *SMALL)
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "message"),
-    [
-        ("none.npz", [], "no such file"),
-        ("data.csv", [], "--format must say what it is"),
-        ("data.npz", ["--labels", "table.csv"], "--labels goes with --format mmsa, got npz"),
-        ("data.npz", ["--format", "m3ed"], "data.npz"),
-        ("data.npz", ["--format", "tailor"], "data.npz"),
-    ],
-)
-def test_file_of_another_layout_ends_in_one_line(example, tmp_path, capsys, name, options, message):
-    save(tmp_path / "data.npz")
-    with ends_in_one_line(capsys, f"^error: .*{re.escape(message)}"):
-        run(example, "--data", tmp_path / name, *options, *SMALL)
-
-
-def mmsa(path):
-    """A pickle in the layout of MMSA and a table with its emotions in another order of rows."""
-    rng, content, rows = np.random.default_rng(0), {}, []
-    for split, count in (("train", 20), ("valid", 10), ("test", 10)):
-        ids = [f"{split}{number}$_$0" for number in range(count)]
-        intensities = np.round(rng.uniform(0, 3, (count, 6)) * rng.integers(0, 2, (count, 6)), 2)
-        content[split] = {
-            "id": np.array(ids),
-            "text": rng.normal(size=(count, 5, 4)).astype(np.float32),
-            "audio": rng.normal(size=(count, 9, 3)),
-            "vision": rng.normal(size=(count, 7, 2)),
-            "audio_lengths": rng.integers(1, 10, count).tolist(),
-            "vision_lengths": rng.integers(1, 8, count).tolist(),
-        }
-        rows += [[name, *row] for name, row in zip(ids, intensities.tolist(), strict=True)]
-    path.write_bytes(pickle.dumps(content))
-    table = path.with_suffix(".csv")
-    with open(table, "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["id", "happy", "sad", "anger", "surprise", "disgust", "fear"])
-        writer.writerows(rows[::-1])
-    return path, table
-
-
-@pytest.mark.parametrize("layout", ["mmsa", "folder"])
-def test_other_layouts_train_and_are_predicted(example, tmp_path, layout):
-    data, table = mmsa(tmp_path / "aligned_50.pkl")
-    where = ["--data", data, "--labels", table]
-    if layout == "folder":
-        write_folder(example.read_data(data, labels=table), tmp_path / "folder")
-        where = ["--data", tmp_path / "folder"]
-    out = tmp_path / "out"
-    run(example, *where, "--config", "mosei-unaligned", "--epochs", 1, "--output", out, *SMALL)
-    run(example, "predict", "--ckpt", out / "best.ckpt", *where, "--output", out / "rows.csv")
-    with open(out / "rows.csv") as file:
-        assert [row["sample"] for row in csv.DictReader(file)] == [
-            f"test{number}$_$0" for number in range(10)
-        ]
-
-
-PRESETS = sorted(path.stem for path in (ROOT / "examples" / "configs").glob("*.yaml"))
-
-
-@pytest.mark.parametrize("preset", PRESETS)
-def test_preset_is_overridden_by_the_command_line(example, preset):
-    arguments = ["train", *example.options_from_file(["--config", preset, "--lr", "1"])]
-    args = example.parser().parse_args(arguments)
-    content = yaml.safe_load((ROOT / "examples" / "configs" / f"{preset}.yaml").read_text())
-    assert args.lr == 1
-    for name in content.keys() - {"lr"}:
-        assert getattr(args, name) == content[name], name
-
-
-def test_presets_have_the_values_of_the_paper(example):
-    assert PRESETS == ["m3ed", "mosei-aligned", "mosei-unaligned", "released", "small"]
-    first, *others = (example.options_from_file(["--config", name]) for name in PRESETS[:3])
-    assert others == [first, first]
-    args = example.parser().parse_args(["train", *first])
-    sizes = (args.hidden_dim, args.z_dim, args.latent_dim, args.layers, args.queue_size)
-    assert sizes == (256, 128, 64, 3, 8192)
-    assert (args.batch_size, args.lr, args.epochs) == (128, 2e-5, 30)
-    assert (args.ocl_weight, args.scl_weight, args.dir_weight) == (0.1, 0.8, 0.1)
-
-
-def test_start_page_makes_data_to_train_on(example, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    names = {}
-    for _, source in blocks(DOCS / "start.md", "testcode"):
-        exec(source, names)
-    assert {parameter.grad is None for parameter in names["model"].parameters()} == {False}
-    assert capsys.readouterr().out.startswith("torch.Size([16, 3])")
-    run(example, "--data", "mine.npz", "--config", "small", "--fast-dev-run")
-    assert "Acc" in capsys.readouterr().out
-
-
-def test_built_in_data_get_the_small_model_unless_told_otherwise(example):
-    small = yaml.safe_load((example.PRESETS / "small.yaml").read_text())
-    for name, value in small.items():
-        assert getattr(example.parse([]), name) == float(value), name
-    defaults = example.parse(["--data", "mine.npz"])
-    assert (defaults.hidden_dim, defaults.layers, defaults.epochs) == (256, 3, 30)
-    assert example.parse(["--hidden-dim", "32"]).hidden_dim == 32
-    assert example.parse(["--hidden-dim", "32"]).layers == 1
-    assert example.parse(["--config", "released"]).batch_size == 64
-    assert example.parse(["--config=released"]).hidden_dim == 256
-
-
-def test_saved_options_repeat_the_run(example, finished, tmp_path):
-    folder, data = finished
-    config = folder / "config.yaml"
-    assert yaml.safe_load(config.read_text())["data"] == str(data)
-    run(example, "--config", config, "--output", tmp_path)
-    assert (tmp_path / "metrics.csv").read_text() == (folder / "metrics.csv").read_text()
-    assert (tmp_path / "config.yaml").read_text() == config.read_text()
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("- 1", "must hold options"),
-        ("a: [", "neither a file of options nor one of m3ed, mosei"),
-        (None, "neither a file of options"),
-    ],
-)
-def test_bad_config_ends_in_one_line(example, tmp_path, content, message, capsys):
-    path = tmp_path / "config.yaml"
-    if content is not None:
-        path.write_text(content)
-    with ends_in_one_line(capsys, re.escape(message)):
-        run(example, "--config", path)
-
-
-def test_unknown_option_of_a_config_is_refused(example, tmp_path, capsys):
-    (tmp_path / "config.yaml").write_text("learning_rate: 1")
-    with ends_in_one_line(capsys, "--learning-rate=1"):
-        run(example, "--config", tmp_path / "config.yaml")
-
-
-def test_fast_dev_run_keeps_nothing(example, finished, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    with ends_in_one_line(capsys, "--fast-dev-run keeps nothing"):
-        run(example, "--fast-dev-run", "--output", "out")
-    run(example, "--data", finished[1], "--fast-dev-run", *SMALL)
-    assert "test split" in capsys.readouterr().out
-    assert not list(tmp_path.iterdir())
-
-
-def test_predict_refuses_other_labels_and_foreign_checkpoints(example, finished, tmp_path, capsys):
-    folder, data = finished
-    other = save(tmp_path / "other.npz", label_names=np.array(["second", "first"]))
-    with ends_in_one_line(capsys, r"labels .* are not those of the checkpoint"):
-        run(example, "predict", "--ckpt", folder / "best.ckpt", "--data", other)
-    content = dict(sorted(arrays().items(), reverse=True))
-    np.savez(tmp_path / "order.npz", **content)
-    with ends_in_one_line(capsys, r"modalities .* are not those of the checkpoint"):
-        run(example, "predict", "--ckpt", folder / "best.ckpt", "--data", tmp_path / "order.npz")
-    with ends_in_one_line(capsys, "no such folder"):
-        run(
-            example,
-            "predict",
-            "--ckpt",
-            folder / "best.ckpt",
-            "--data",
-            data,
-            "--output",
-            "no/x.csv",
-        )
-    old = torch.load(folder / "best.ckpt", weights_only=True)
-    del old["state_dict"]["model.modality_bias"]
-    torch.save(old, tmp_path / "old.ckpt")
-    for ckpt, message in (
-        (data, "not a checkpoint"),
-        (tmp_path / "none.ckpt", "no such file"),
-        (tmp_path / "old.ckpt", "of another model or version .*modality_bias"),
-    ):
-        with ends_in_one_line(capsys, message):
-            run(example, "predict", "--ckpt", ckpt, "--data", data)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--epochs", "0"], "--epochs must be above 0"),
-        (["--batch-size", "0"], "--batch-size must be above 0"),
-        (["--heads", "3"], "--hidden-dim 16 is no multiple of --heads 3"),
-        (["--dropout", "1"], "--dropout must be below 1"),
-        (["--drop-modality", "1"], "--drop-modality must be below 1"),
-        (["--seed", str(2**32)], "--seed must be below 2**32"),
-        (["--ckpt", "nowhere.ckpt"], "nowhere.ckpt: no such file"),
-        (["--output", "/dev/null/folder"], "cannot write there"),
-        (["--accelerator", "abacus"], "accelerator"),
-        (["--precision", "7"], "recision"),
-    ],
-)
-def test_bad_options_end_in_one_line(example, finished, options, message, capsys):
-    with ends_in_one_line(capsys, re.escape(message)):
-        run(example, "--data", finished[1], *SMALL, *options)
-
-
-@pytest.mark.parametrize(
-    "options", [["--lr", "-1"], ["--lr", "x"], ["--layers", "1.5"], ["--gate", "x"]]
-)
-def test_argparse_refuses(example, options, capsys):
-    with ends_in_one_line(capsys, f"argument {options[0]}"):
-        run(example, *options)
-
-
-def test_checkpoint_of_another_model_is_not_resumed(example, finished, capsys):
-    folder, data = finished
-    options = ["--data", data, "--ckpt", folder / "last.ckpt", *SMALL, "--lr", 0.01]
-    with ends_in_one_line(capsys, "cannot resume, `model` is"):
-        run(example, *options, "--latent-dim", 5)
-    with ends_in_one_line(capsys, "3 epochs are done, --epochs is 3"):
-        run(example, *options, "--epochs", 3)
-    with ends_in_one_line(capsys, "a run resumes where its checkpoint is"):
-        run(example, *options, "--output", folder / "other")
-
-
-def small_model(example, **options):
-    """A model of two modalities and four labels, without dropout."""
-    options = {"hidden_dim": 16, "heads": 2, "layers": 1, "z_dim": 8, "latent_dim": 4} | options
-    dims, steps = {"a": 3, "b": 2}, {"a": 5, "b": 7}
-    return example.LDDU(dims, steps, 4, 10, queue_size=32, dropout=0.0, **options)
-
-
-def small_inputs():
-    """Features and padding of six samples; the last one lacks `b`."""
-    features = {"a": torch.randn(6, 5, 3), "b": torch.randn(6, 7, 2)}
-    padding = {name: torch.rand(x.shape[:2]) < 0.3 for name, x in features.items()}
-    padding["a"][:, 0] = padding["b"][:, 0] = False
-    padding["b"][5] = True
-    return features, padding
-
-
-@pytest.mark.parametrize("combine", ["product", "concat"])
-@pytest.mark.parametrize("size", ["apart", "within"])
-def test_masked_modality_equals_a_missing_one(example, combine, size):
-    """Whatever stands at padded steps, the prediction is that without the modality."""
-    model = small_model(example, combine=combine, size=size).eval()
-    features, padding = small_inputs()
-    padding["b"] = torch.ones(6, 7, dtype=torch.bool)
-    first = model(features, padding)
-    other = {"a": features["a"].masked_fill(padding["a"].unsqueeze(2), 1e4)}
-    second = model(other | {"b": 100 * torch.randn(6, 7, 2)}, padding)
-    for one, two in zip(tree_leaves(first), tree_leaves(second), strict=True):
-        assert torch.equal(one, two)
-    assert first.missing.tolist() == [[False, True]] * 6
-    assert torch.equal(first.latent.std[:, 1], torch.ones(6, 4, 4))
-    assert torch.equal(first.latent.mean[:, 1], torch.zeros(6, 4, 4))
-    assert not torch.equal(first.fused.logits[0], first.fused.logits[1])  # `a` is still read
-    latent = DiagonalGaussian(*(poisoned(x, first.missing, 9.0) for x in first.latent))
-    uncertainty = model.uncertainty(first.dir_logits.sigmoid(), None)
-    assert torch.equal(model.fusion(latent, uncertainty, first.missing).logits, first.fused.logits)
-
-
-@pytest.mark.parametrize("combine", ["product", "concat"])
-def test_samples_without_any_modality_get_one_answer(example, combine):
-    model = small_model(example, combine=combine)
-    features, _ = small_inputs()
-    padding = {name: torch.ones(x.shape[:2], dtype=torch.bool) for name, x in features.items()}
-    with torch.no_grad():
-        output = model(features, padding)
-    for leaf in tree_leaves(output):
-        assert leaf.float().isfinite().all()
-        assert torch.equal(leaf, leaf[:1].expand_as(leaf))
-    labels, indices = torch.randint(0, 2, (6, 4)), torch.arange(6)
-    for _ in range(2):
-        losses = model.losses(model(features, padding), labels, indices)
-        losses["total"].backward()
-        assert losses["ocl"] == losses["modality"] == losses["scl"] == 0
-    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
-    assert model.tracker.counts(indices).sum() == 0  # nothing was seen, so nothing was right
-
-
-CHOICES = {"gate", "mean_weight", "size", "combine", "ordinality", "pairs", "targets", "embedding"}
-CHOICES |= {"anchors", "final", "std_branch"}
-
-
-def test_every_choice_is_tested(example):
-    assert {k for k, (v, _) in example.MODEL_OPTIONS.items() if isinstance(v, tuple)} == CHOICES
-
-
-def test_every_choice_is_documented(example):
-    page = (ROOT / "docs" / "example.md").read_text()
-    for option, (choices, _) in (example.MODEL_OPTIONS | example.TRAINING_OPTIONS).items():
-        if isinstance(choices, tuple) and option != "strategy":  # Lightning's
-            (row,) = re.findall(rf"^\| `--{option.replace('_', '-')}` \|.*", page, re.MULTILINE)
-            assert set(re.findall(r"`([^`]+)`", row)) >= set(choices)
-            assert f"| `{choices[0]}`" in row  # the default has a column of its own
-
-
-@pytest.mark.parametrize("option", sorted(CHOICES))
-def test_every_choice_takes_a_step_of_its_own(example, option):
-    totals = []
-    for choice in example.MODEL_OPTIONS[option][0]:
-        torch.manual_seed(0)
-        model = small_model(example, **{option: choice})
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        labels, indices = torch.randint(0, 2, (6, 4)), torch.arange(6)
-        features, padding = small_inputs()
-        for _ in range(2):  # samples have a history in the second step only
-            losses = model.losses(model(features, padding, labels), labels, indices)
-            optimizer.zero_grad()
-            losses["total"].backward()
-            assert losses["ocl"].isfinite()
-            for name, parameter in model.named_parameters():
-                assert parameter.grad is None or parameter.grad.isfinite().all(), (choice, name)
-            optimizer.step()
-        totals.append(float(losses["total"]))
-    assert len(set(totals)) == len(totals) > 1, totals
-
-
-def test_soft_labels_are_what_the_classifiers_are_trained_towards(example):
-    """The three cross-entropies read the targets; the contrastive and the ordinality loss keep the labels."""
-    model = small_model(example)
-    features, padding = small_inputs()
-    labels, indices = torch.randint(0, 2, (6, 4)), torch.arange(6)
-    shares = torch.rand(6, 4)
-    output = model(features, padding)
-    hard, soft, same = (
-        copy.deepcopy(model).losses(output, labels, indices, targets)
-        for targets in (None, shares, labels.float())
-    )
-    for name, logits in (("cls", output.logits), ("dir", output.dir_logits)):
-        probs = logits.sigmoid()
-        entropy = -(shares * probs.log() + (1 - shares) * (1 - probs).log()).mean()
-        torch.testing.assert_close(soft[name], entropy)
-    probs = output.modality_logits.sigmoid()
-    entropy = -(shares[:, None] * probs.log() + (1 - shares[:, None]) * (1 - probs).log())
-    seen = ~output.missing.unsqueeze(2)
-    torch.testing.assert_close(soft["modality"], (entropy * seen).mean())
-    assert soft["scl"] == hard["scl"] > 0
-    assert same == hard
-
-
-def test_gaussians_are_pulled_towards_the_prior(example):
-    """The mean divergence, a modality that is missing having none; its gradient makes large deviations smaller."""
-    features, padding = small_inputs()
-    padding["b"] = torch.ones_like(padding["b"])
-    labels, indices = torch.randint(0, 2, (6, 4)), torch.arange(6)
-    totals = []
-    for weight in (0.0, 0.5):
-        torch.manual_seed(0)
-        model = small_model(example, kl_weight=weight).eval()
-        with torch.no_grad():
-            model.decoupler.log_var_head.bias.fill_(3.0)
-        output = model(features, padding)
-        mean, std = output.latent.mean[:, 0], output.latent.std[:, 0]
-        divergence = (mean**2 + std**2 - 1 - 2 * std.log()).sum(-1) / 2
-        losses = model.losses(output, labels, indices)
-        torch.testing.assert_close(losses["kl"], divergence.mean() / 2)  # of two modalities
-        totals.append(losses["total"])
-    torch.testing.assert_close(totals[1], totals[0] + 0.5 * losses["kl"])
-    (slope,) = torch.autograd.grad(losses["kl"], model.decoupler.log_var_head.bias)
-    assert (slope[0] > 0).all()
-    assert (slope[1] == 0).all()
-
-
-@pytest.mark.parametrize("largest", [1, 3])
-def test_soft_labels_of_a_file(example, tmp_path, monkeypatch, largest):
-    """Shares are taken as they are, intensities as a share of the largest; in between is a mixture with the labels."""
-    content = arrays()
-    soft = np.random.default_rng(1).random((60, 2)).astype(np.float32)
-    soft[3, 1] = 1.0
-    data = save(tmp_path / "data.npz", soft_labels=largest * soft)
-    seen = []
-    targets = example.LitLDDU.targets
-
-    def spy(self, batch):
-        seen.append((batch.indices, targets(self, batch)))
-        return seen[-1][1]
-
-    monkeypatch.setattr(example.LitLDDU, "targets", spy)
-    common = ["--data", data, "--epochs", 1, "--soft-labels", 0.25, *SMALL]
-    run(example, *common, "--output", tmp_path / "out")
-    rows, values = (torch.cat(x) for x in zip(*seen, strict=True))
-    train = rows.sort().values
-    assert train.tolist() == list(range(20))  # every training sample once
-    expected = 0.25 * soft[:20] + 0.75 * content["labels"][:20]
-    np.testing.assert_allclose(values[rows.argsort()], expected, rtol=1e-5, atol=1e-6)
-
-
-def test_soft_labels_have_to_be_there(example, tmp_path, capsys):
-    data = save(tmp_path / "data.npz")
-    for value, problem in ((1, "the training split has none"), (2, "must be in [0, 1]")):
-        with ends_in_one_line(capsys, re.escape(problem)):
-            run(example, "--data", data, "--soft-labels", value, "--output", tmp_path / "out")
-
-
-def test_residual_prediction_adds_the_first_one(example):
-    torch.manual_seed(0)
-    model = small_model(example, final="residual").eval()
-    features, padding = small_inputs()
-    output = model(features, padding)
-    torch.testing.assert_close(output.logits, output.dir_logits + output.fused.logits)
-    labels = torch.randint(0, 2, (6, 4))
-    loss = model.losses(output, labels, torch.arange(6))["cls"]
-    expected = torch.nn.functional.binary_cross_entropy_with_logits(output.logits, labels.float())
-    torch.testing.assert_close(loss, expected)
-    model.residual = False
-    assert torch.equal(model(features, padding).logits, output.fused.logits)
-
-
-@pytest.mark.parametrize("targets", ["both", "modality", "pooled"])
-def test_modality_answers_for_its_own_errors(example, targets):
-    """The ordinality loss compares each modality's standard deviations with its own predictions."""
-    model = small_model(example, targets=targets)
-    features, padding = small_inputs()
-    labels, indices = torch.randint(0, 2, (6, 4)), torch.tensor([7, 0, 3, 9, 2, 5])
-    output = model(features, padding)
-    assert model.calibration(output, labels, indices) == 0  # no history yet
-    distance = (output.modality_logits.sigmoid() - labels.unsqueeze(1)).abs().mean(2)
-    history = model.tracker(indices)
-    assert model.tracker.counts(indices).tolist() == [[1, 1]] * 5 + [[1, 0]]
-    torch.testing.assert_close(history[:5], 1 - distance[:5])
-    padding["b"][0] = True  # lost since: its history of `b` stays, and is not compared
-    output = model(features, padding)
-    distance = (output.modality_logits.sigmoid() - labels.unsqueeze(1)).abs().mean(2)
-    std = output.latent.std.flatten(2).norm(dim=2)
-    within, everything = 0, []
-    for modality, samples in enumerate((slice(0, 6), slice(1, 5))):
-        own = [score[samples, modality] for score in (std, distance, history)]
-        within = within + model.ordinality(*own)
-        everything.append(own)
-    across = model.ordinality(*(torch.cat(scores) for scores in zip(*everything, strict=True)))
-    expected = {"modality": within, "pooled": across, "both": within + across}[targets]
-    torch.testing.assert_close(model.calibration(output, labels, indices), expected)
-    assert model.tracker.counts(indices).tolist() == [[2, 1]] + [[2, 2]] * 4 + [[2, 0]]
-
-
-def test_disturbed_training_samples(example):
-    """As many sequences as asked are left out or get noise, of the size asked, and none at padding."""
-    options = {"hidden_dim": 16, "heads": 2, "layers": 1, "queue_size": 0}
-    lit = example.LitLDDU({"a": 3}, {"a": 5}, ["x"], 4000, options, drop_modality=0.4)
-    lit.model.encoders["a"].std.copy_(torch.tensor([0.1, 1.0, 10.0]))
-    batch = example.MultimodalBatch(
-        {"a": torch.ones(4000, 5, 3)},
-        {"a": torch.arange(5) >= torch.full((4000, 1), 3)},
-        torch.zeros(4000, 1),
-        torch.arange(4000),
-    )
-    features, padding = lit.disturbed(batch)
-    assert torch.equal(features["a"], batch.features["a"])
-    lost = padding["a"].all(1)
-    assert torch.equal(padding["a"][~lost], batch.padding_mask["a"][~lost])
-    assert float(lost.float().mean()) == pytest.approx(0.2, abs=0.03)
-    lit.hparams["drop_modality"], lit.hparams["corrupt_modality"] = 0.0, 0.4
-    features, padding = lit.disturbed(batch)
-    assert torch.equal(padding["a"], batch.padding_mask["a"])
-    noise = features["a"] - 1
-    assert not noise[batch.padding_mask["a"]].any()
-    changed = noise.flatten(1).any(1)
-    assert float(changed.float().mean()) == pytest.approx(0.4, abs=0.04)
-    # the variance of a uniform size in [0, 5] times a standard normal is 25 / 3
-    spread = noise[changed][:, :3].square().mean((0, 1)).sqrt() / lit.model.encoders["a"].std
-    torch.testing.assert_close(spread, torch.full((3,), (25 / 3) ** 0.5), rtol=0.1, atol=0)
-
-
-def test_accuracy_is_the_mean_jaccard_index(example):
-    from sklearn.metrics import jaccard_score, precision_recall_fscore_support
-
-    generator = torch.Generator().manual_seed(0)
-    probs = torch.rand(50, 4, generator=generator)
-    labels = (torch.rand(50, 4, generator=generator) < 0.4).long()
-    labels[0], probs[0] = 0, 0  # nothing there, nothing said: counts as 0
-    result = example.evaluate(probs, labels, 0.5)
-    predicted = (probs > 0.5).long()
-    expected = jaccard_score(labels, predicted, average="samples", zero_division=0)
-    assert result["Acc"] == pytest.approx(expected, abs=1e-4)
-    precision, recall, f1, _ = precision_recall_fscore_support(labels, predicted, average="micro")
-    assert (result["P"], result["R"], result["miF1"]) == pytest.approx(
-        (precision, recall, f1), abs=1e-4
-    )
+    logged = max(float(row["val/miF1"]) for row in rows_of(tmp_path / "out" / "metrics.csv"))
+    assert results_of(tmp_path / "out")["validation"]["miF1"] == pytest.approx(logged, abs=1e-4)
+    assert len(list(tmp_path.glob("out*"))) == 1
+    refused = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert refused.returncode == 2
+    assert "exists already" in refused.stderr
+
+
+@pytest.mark.long
+def test_module_runs_in_an_editable_install(tmp_path):
+    command = [sys.executable, "-m", "uncertainty_mm.examples.lddu_full", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ})
+    assert done.returncode == 0
+    assert "LDDU, the paper in one file" in done.stdout

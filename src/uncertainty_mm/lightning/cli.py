@@ -89,7 +89,7 @@ def _as_usage_errors() -> Iterator[None]:
     """What constructors and readers refuse is an error of who wrote the command."""
     try:
         yield
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, ImportError) as error:
         raise UsageError(" ".join(str(error).split())) from error
 
 
@@ -129,6 +129,7 @@ class ModelCLI(LightningCLI):
     ) -> None:
         self.kind = model_class
         self.configs = configs
+        self.chosen = arguments[:1] if arguments[:1] and arguments[0] in SUBCOMMANDS else []
         self.folder: Path | None = None
         super().__init__(
             model_class,
@@ -138,7 +139,7 @@ class ModelCLI(LightningCLI):
             parser_class=Parser,
             parser_kwargs={"description": inspect.getdoc(sys.modules[model_class.__module__])},
             args=arguments,
-            run=arguments[:1] != [] and arguments[0] in SUBCOMMANDS,
+            run=bool(self.chosen),
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,  # hyper-parameters are plain values
             trainer_defaults={
@@ -152,6 +153,10 @@ class ModelCLI(LightningCLI):
                 "use_distributed_sampler": False,  # the data module divides the samples
             },
         )
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override] # static there
+        """The one that was called: a parser takes time."""
+        return {name: LightningCLI.subcommands()[name] for name in self.chosen}
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """A parser whose `--config` also takes the names of the bundled files."""
@@ -362,8 +367,8 @@ class ModelCLI(LightningCLI):
         if "epoch" not in checkpoint or "optimizer_states" not in checkpoint:
             raise UsageError(f"{path}: cannot resume, it has no state of a training")
         check_fits(self.datamodule, checkpoint["hyper_parameters"])
-        before = _flat({"model": checkpoint["hyper_parameters"]})
-        now = _flat({"model": dict(self.model.hparams)})
+        before: dict[str, Any] = {}
+        now: dict[str, Any] = {}
         config = path.with_name("config.yaml")
         if config.is_file():
             was, given = (
@@ -371,6 +376,8 @@ class ModelCLI(LightningCLI):
             )
             before |= {name: was[name] for name in _OF_A_TRAINING if name in was}
             now |= {name: given[name] for name in _OF_A_TRAINING if name in was}
+        before |= _flat({"model": checkpoint["hyper_parameters"]})
+        now |= _flat({"model": dict(self.model.hparams)})
         for name in before | now:
             # what was a tuple comes from config.yaml as a list
             if json.dumps(before.get(name)) != json.dumps(now.get(name)):
@@ -609,7 +616,7 @@ def run_command_line(
 def _configs_before(arguments: Sequence[str]) -> list[str]:
     """The file of options that a resumed run, or one on the built-in data, starts from."""
     given = {}
-    for name, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for name, following in zip(arguments, [*arguments[1:], ""], strict=False):
         option, equals, value = name.partition("=")
         given[option] = value if equals else following
     if "--ckpt_path" in given:
