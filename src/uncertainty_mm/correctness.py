@@ -20,6 +20,7 @@ from uncertainty_mm._checks import (
     checks_values,
 )
 from uncertainty_mm._component import Component
+from uncertainty_mm._recomputation import function_hook, may_be_recomputed, recomputing
 from uncertainty_mm.distributed import world_size
 
 # Correctness is summed in integers, in units of 2^-32: integer sums are exact in any order, so that the history is
@@ -27,15 +28,10 @@ from uncertainty_mm.distributed import world_size
 _UNIT = 2**32
 
 
-def _in_backward() -> bool:
-    """Whether a backward pass is running: a forward pass in it repeats one, for `torch.utils.checkpoint`."""
-    return torch._C._current_graph_task_id() != -1
-
-
 @torch.library.custom_op("uncertainty_mm::first_pass", mutates_args=())
 def _first_pass(indices: Tensor) -> Tensor:
     """A copy of the indices; an error in a repeated forward pass, of which compiled code knows only when it runs."""
-    if _in_backward():
+    if recomputing():
         raise RuntimeError(
             "A compiled function that calls a CorrectnessTracker cannot be repeated by `torch.utils.checkpoint`: "
             "call the tracker outside of the checkpointed function, or do not compile it"
@@ -62,28 +58,23 @@ class _Calls:
 
     def __init__(self) -> None:
         self.calls: list[_Call] = []
-        self.place = (
-            -1,
-            -1,
-        )  # the last repetition: its backward pass, and which of the calls it was
+        self.place = (-1, -1)  # the last repetition: its backward pass, which of the calls it was
 
     def __reduce__(self) -> tuple[type[_Calls], tuple[()]]:
         return _Calls, ()
 
     def record(self, method: str, indices: Tensor, answer: Tensor) -> None:
-        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-        if hooks is None and torch.is_grad_enabled():
-            return  # in no checkpointed function: the reentrant ones run without gradient
+        if not may_be_recomputed():
+            return
         again = self.place[0] != -1
         # A hook dies with its graph. A reentrant function leaves no such sign: after a repetition, a new step begins.
         live = [c for c in self.calls if (not again if c.hook is None else c.hook() is not None)]
-        hook = None if hooks is None else weakref.ref(hooks[1])
-        self.calls = [*live[-63:], _Call(method, indices.clone(), answer.clone(), hook)]
+        self.calls = [*live[-63:], _Call(method, indices.clone(), answer.clone(), function_hook())]
         self.place = (-1, -1)
 
     def recall(self, method: str, indices: Tensor) -> Tensor:
         """The answer of the call that is repeated."""
-        hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+        hooked = function_hook() is not None
         places = [
             place
             for place, call in enumerate(self.calls)
@@ -250,7 +241,7 @@ class CorrectnessTracker(Component):
             check_range("correct", correct, 0, 1, mask)
         if torch.compiler.is_compiling():
             indices = _first_pass(indices)
-        elif _in_backward():
+        elif recomputing():
             self._calls.recall("update", indices)
             return
         else:
@@ -315,7 +306,7 @@ class CorrectnessTracker(Component):
         self._check_indices(indices, {})
         if torch.compiler.is_compiling():
             return of(self.history[:, _first_pass(indices).long()])
-        if _in_backward():
+        if recomputing():
             return self._calls.recall(method, indices)
         answer = of(self.history[:, indices.long()])
         self._calls.record(method, indices, answer)

@@ -17,6 +17,7 @@ from uncertainty_mm._checks import (
     checks_values,
 )
 from uncertainty_mm._component import Component
+from uncertainty_mm._recomputation import function_hook, may_be_recomputed, recomputing
 
 _CHANGED = (
     "The queue may no longer be what a checkpointed forward pass saw that is now computed again, so the gradient would "
@@ -205,16 +206,15 @@ class EmbeddingQueue(Component):
         if torch.compiler.is_compiling():
             return self.rows, _in_first_pass(self.classes)
         version, again = self._age(), recomputing()
-        lasting = not again and not _may_be_recomputed()
+        lasting = not again and not may_be_recomputed()
         if lasting or torch._C._functorch.is_functorch_wrapped_tensor(batch):
             return self.rows, self.classes
         mark, memory = batch.detach().nan_to_num(0, 0, 0).sum(0), self._passes
-        hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+        hook = function_hook()
         if not again:
             if memory.went_back:  # to the passes before it, unless there are some that it left
                 left = (x for x in memory.seen if x.version == version)
                 memory.seen, memory.went_back = deque(left, _PASSES), False
-            hook = None if hooks is None else weakref.ref(hooks[1])  # lives as long as its graph
             memory.seen.append(_Pass(mark, version, hook))
             return self.rows, self.classes
         memory.went_back = True
@@ -226,7 +226,7 @@ class EmbeddingQueue(Component):
             x
             for x in memory.seen
             if x.mark.device == mark.device
-            and (x.hook is None if hooks is None else x.hook is not None and x.hook() is not None)
+            and (x.hook is None if hook is None else x.hook is not None and x.hook() is not None)
         ]
         undo = _is_among(mark, [x.mark for x in seen if x.version == before])
         now = _is_among(mark, [x.mark for x in seen if x.version == version])
@@ -258,21 +258,10 @@ def _is_among(mark: Tensor, marks: list[Tensor]) -> Tensor:
     return ((torch.stack(marks) - mark).abs().amax(1) <= _SAME).any()
 
 
-def recomputing() -> bool:
-    """Whether gradient checkpointing computes a forward pass again: nothing else does during a backward pass."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-
-def _may_be_recomputed() -> bool:
-    """Whether checkpointing may surround a forward pass, which it runs without gradients or with hooks."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    return not torch.is_grad_enabled() or hooks is not None
-
-
 @torch.library.custom_op("uncertainty_mm::in_first_pass", mutates_args=())
 def _in_first_pass(classes: Tensor) -> Tensor:
     """A copy; an operator, because what a compiler makes of Python does not notice a recomputation."""
-    if torch._C._current_graph_task_id() != -1:
+    if recomputing():
         raise RuntimeError(_CHANGED)
     return classes.clone()
 
