@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from support import Bad, close, poisoned, record_validate_args, refused
+from support import TELLS_FUNCTIONS, Bad, close, poisoned, record_validate_args, refused
 from uncertainty_mm import CorrectnessTracker
 
 SAMPLES, LABELS = 6, 3
@@ -358,6 +358,8 @@ ORDERS = ["read", "update"], ["update", "read"], ["read", "update", "update", "r
     ],
 )
 def test_checkpointed_step_counts_once_and_has_the_gradient_of_the_first_pass(order, reentrant):
+    if order is ORDERS[2] and not TELLS_FUNCTIONS:
+        pytest.skip("torch does not tell a checkpointed pass from a plain one")
     plain, saved = CorrectnessTracker(SAMPLES), CorrectnessTracker(SAMPLES)
     for _ in range(3):
         grads = []

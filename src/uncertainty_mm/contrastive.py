@@ -19,7 +19,7 @@ from uncertainty_mm._checks import (
     checks_values,
 )
 from uncertainty_mm._component import Component
-from uncertainty_mm._recompute import recomputing
+from uncertainty_mm._recomputation import recomputing
 from uncertainty_mm._supcon import Reduction, supcon
 from uncertainty_mm.distributed import gather_rows, group_name, rank, sum_over_ranks, world_size
 from uncertainty_mm.functional import EmbeddingKind, embed

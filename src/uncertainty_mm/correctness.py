@@ -20,7 +20,12 @@ from uncertainty_mm._checks import (
     checks_values,
 )
 from uncertainty_mm._component import Component
-from uncertainty_mm._recompute import checkpoint_hook, in_first_pass, recomputing
+from uncertainty_mm._recomputation import (
+    function_hook,
+    in_first_pass,
+    may_be_recomputed,
+    recomputing,
+)
 from uncertainty_mm.distributed import world_size
 
 # Correctness is summed in integers, in units of 2^-32: integer sums are exact in any order, so that the history is
@@ -48,28 +53,23 @@ class _Calls:
 
     def __init__(self) -> None:
         self.calls: list[_Call] = []
-        self.place = (
-            -1,
-            -1,
-        )  # the last repetition: its backward pass, and which of the calls it was
+        self.place = (-1, -1)  # the last repetition: its backward pass, which of the calls it was
 
     def __reduce__(self) -> tuple[type[_Calls], tuple[()]]:
         return _Calls, ()
 
     def record(self, method: str, indices: Tensor, answer: Tensor) -> None:
-        hook = checkpoint_hook(True)
-        if hook is None and torch.is_grad_enabled():
-            return  # in no checkpointed function: the reentrant ones run without gradient
+        if not may_be_recomputed():
+            return
         again = self.place[0] != -1
         # A hook dies with its graph. A reentrant function leaves no such sign: after a repetition, a new step begins.
         live = [c for c in self.calls if (not again if c.hook is None else c.hook() is not None)]
-        kept = None if hook is None else weakref.ref(hook)
-        self.calls = [*live[-63:], _Call(method, indices.clone(), answer.clone(), kept)]
+        self.calls = [*live[-63:], _Call(method, indices.clone(), answer.clone(), function_hook())]
         self.place = (-1, -1)
 
     def recall(self, method: str, indices: Tensor) -> Tensor:
         """The answer of the call that is repeated."""
-        hooked = checkpoint_hook(True) is not None
+        hooked = function_hook() is not None
         places = [
             place
             for place, call in enumerate(self.calls)

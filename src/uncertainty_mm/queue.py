@@ -17,8 +17,8 @@ from uncertainty_mm._checks import (
     checks_values,
 )
 from uncertainty_mm._component import Component
-from uncertainty_mm._recompute import (
-    checkpoint_hook,
+from uncertainty_mm._recomputation import (
+    function_hook,
     in_first_pass,
     may_be_recomputed,
     recomputing,
@@ -215,12 +215,11 @@ class EmbeddingQueue(Component):
         if lasting or torch._C._functorch.is_functorch_wrapped_tensor(batch):
             return self.rows, self.classes
         mark, memory = batch.detach().nan_to_num(0, 0, 0).sum(0), self._passes
-        function = checkpoint_hook(False)
+        hook = function_hook()
         if not again:
             if memory.went_back:  # to the passes before it, unless there are some that it left
                 left = (x for x in memory.seen if x.version == version)
                 memory.seen, memory.went_back = deque(left, _PASSES), False
-            hook = None if function is None else weakref.ref(function)  # lives as long as its graph
             memory.seen.append(_Pass(mark, version, hook))
             return self.rows, self.classes
         memory.went_back = True
@@ -232,9 +231,7 @@ class EmbeddingQueue(Component):
             x
             for x in memory.seen
             if x.mark.device == mark.device
-            and (
-                x.hook is None if function is None else x.hook is not None and x.hook() is not None
-            )
+            and (x.hook is None if hook is None else x.hook is not None and x.hook() is not None)
         ]
         undo = _is_among(mark, [x.mark for x in seen if x.version == before])
         now = _is_among(mark, [x.mark for x in seen if x.version == version])
