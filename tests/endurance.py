@@ -14,6 +14,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,15 +22,15 @@ import tempfile
 import time
 from pathlib import Path
 
-from examples_support import EXAMPLES, example_module
+from examples_support import EXAMPLES, TINY
 
 SMALL = [
-    *("--hidden-dim=16", "--heads=2", "--layers=1", "--z-dim=8", "--latent-dim=4", "--lr=0.01"),
-    *("--queue-size=200", "--batch-size=16", "--accelerator=cpu", "--drop-modality=0.3"),
+    *(*TINY, "--model.lr=0.01", "--model.contrastive.queue_size=200", "--data.drop_modality=0.3"),
+    *("--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"),
 ]
 LENGTHS = {  # of a training
-    "all epochs": ["--epochs=3"],
-    "stopped early": ["--epochs=100", "--patience=2"],
+    "all epochs": ["--trainer.max_epochs=3"],
+    "stopped early": ["--trainer.max_epochs=100", "--early_stopping.patience=2"],
 }
 
 # --- Kills -----------------------------------------------------------------------------------------------------------
@@ -39,11 +40,13 @@ def small_example():
     """The example with built-in data of 96 training samples: 6 steps an epoch."""
     import torch
 
+    from uncertainty_mm.examples import lddu_full
+    from uncertainty_mm.lightning import MultimodalDataModule
+
     torch.set_num_threads(1)
-    example = sys.modules["lddu_full"]
-    full = example.synthetic
-    example.synthetic = lambda seed: full(seed, (96, 48, 48))
-    return example
+    full = MultimodalDataModule._synthetic
+    MultimodalDataModule._synthetic = lambda self: full(self, (96, 48, 48))
+    return lddu_full
 
 
 def die(*_):
@@ -63,7 +66,7 @@ def after(calls, function, last):
 
 
 def halve(descriptor):
-    os.ftruncate(descriptor, os.fstat(descriptor).st_size // 2)
+    os.truncate(f"/proc/self/fd/{descriptor}", os.fstat(descriptor).st_size // 2)
     die()
 
 
@@ -72,9 +75,9 @@ def child(example, options, log, where, number):
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    lit = example.LitLDDU
+    lit = example.LDDU
     if where == "before a step":
-        lit.on_train_batch_start = after(number, lit.on_train_batch_start, die)
+        lit.training_step = after(number, lit.training_step, die)
     elif where == "in a checkpoint or table, half written":
         os.fsync = after(number, os.fsync, halve)
     elif where == "before a file is replaced":
@@ -82,8 +85,8 @@ def child(example, options, log, where, number):
     elif where == "in the calibration":
         lit.on_validation_epoch_end = after(number, lit.on_validation_epoch_end, die)
     elif where == "in the evaluation":
-        example.evaluate = after(number, example.evaluate, die)
-    example.main(options)
+        lit.test_step = after(number, lit.test_step, die)
+    example.main(arguments=options)
 
 
 # Where a training is killed: the largest number of calls to wait for; None: at a random time
@@ -93,15 +96,19 @@ PLACES = {
     "in a checkpoint or table, half written": 16,
     "before a file is replaced": 16,
     "in the calibration": 4,
-    "in the evaluation": 10,
+    "in the evaluation": 3,
 }
 
 
 def start(example, folder, length, where=None, number=0):
     """A training in a process of its own, new or resumed; returns the process."""
-    options = [*SMALL, *LENGTHS[length], "--output", str(folder)]
     if (folder / "last.ckpt").exists():
-        options += ["--ckpt", str(folder / "last.ckpt")]
+        options = ["--ckpt_path", str(folder / "last.ckpt")]
+    else:
+        shutil.rmtree(
+            folder, ignore_errors=True
+        )  # no epoch was complete; a folder is never written over
+        options = [*SMALL, *LENGTHS[length], "--output", str(folder)]
     context = multiprocessing.get_context("fork")  # without the seconds that imports take
     log = folder.with_suffix(".log")
     process = context.Process(target=child, args=(example, options, log, where, number))
@@ -158,51 +165,48 @@ def same(one, other, place=""):
 
 def kills(count, seed, root):
     """Kills trainings `count` times, resumes each until it is done, and compares it with one that was left alone."""
-    with example_module("lddu_full"):
-        example = small_example()
-        draw = random.Random(seed)
-        expected, seconds = {}, {}
+    example = small_example()
+    draw = random.Random(seed)
+    expected, seconds = {}, {}
 
-        def undisturbed(length):
-            folder = root / f"undisturbed {length}"
-            begin = time.monotonic()
+    def undisturbed(length):
+        folder = root / f"undisturbed {length}"
+        begin = time.monotonic()
+        process = start(example, folder, length)
+        process.join()
+        assert process.exitcode == 0, folder.with_suffix(".log").read_text()
+        seconds[length] = time.monotonic() - begin
+        expected[length] = content(folder)
+        epochs = expected[length]["metrics.json"]["epochs"]
+        assert epochs < 100
+        print(f"{length}: {epochs} epochs, {seconds[length]:.1f} s", flush=True)
+
+    done, trainings, places = 0, 0, dict.fromkeys(PLACES, 0)
+    while done < count:
+        length = list(LENGTHS)[trainings % len(LENGTHS)]
+        if length not in expected:
+            undisturbed(length)
+        folder = root / f"killed {trainings}"
+        alive = True
+        while alive and done < count:
+            where = draw.choice(list(PLACES))
+            number = draw.randrange(PLACES[where] or 1)
+            process = start(example, folder, length, where, number)
+            if PLACES[where] is None:
+                process.join(draw.uniform(0, seconds[length]))
+                process.kill()
+            process.join()
+            assert process.exitcode in (0, -signal.SIGKILL), folder.with_suffix(".log").read_text()
+            if alive := process.exitcode != 0:
+                done += 1
+                places[where] += 1
+                readable(folder)
+        if alive:
             process = start(example, folder, length)
             process.join()
             assert process.exitcode == 0, folder.with_suffix(".log").read_text()
-            seconds[length] = time.monotonic() - begin
-            expected[length] = content(folder)
-            epochs = expected[length]["metrics.json"]["epochs"]
-            assert epochs < 100
-            print(f"{length}: {epochs} epochs, {seconds[length]:.1f} s", flush=True)
-
-        done, trainings, places = 0, 0, dict.fromkeys(PLACES, 0)
-        while done < count:
-            length = list(LENGTHS)[trainings % len(LENGTHS)]
-            if length not in expected:
-                undisturbed(length)
-            folder = root / f"killed {trainings}"
-            alive = True
-            while alive and done < count:
-                where = draw.choice(list(PLACES))
-                number = draw.randrange(PLACES[where] or 1)
-                process = start(example, folder, length, where, number)
-                if PLACES[where] is None:
-                    process.join(draw.uniform(0, seconds[length]))
-                    process.kill()
-                process.join()
-                assert process.exitcode in (0, -signal.SIGKILL), folder.with_suffix(
-                    ".log"
-                ).read_text()
-                if alive := process.exitcode != 0:
-                    done += 1
-                    places[where] += 1
-                    readable(folder)
-            if alive:
-                process = start(example, folder, length)
-                process.join()
-                assert process.exitcode == 0, folder.with_suffix(".log").read_text()
-            same(expected[length], content(folder))
-            trainings += 1
+        same(expected[length], content(folder))
+        trainings += 1
     print(f"{done} kills of {trainings} trainings, each the same to the bit as the undisturbed one")
     for where, times in places.items():
         print(f"  {times:3} {where}")
@@ -212,7 +216,7 @@ def readable(folder):
     """Raises unless all checkpoints load that a killed training has left."""
     import torch
 
-    for path in folder.glob("*.ckpt"):
+    for path in folder.glob("[!.]*.ckpt"):  # what was half written beside them is hidden
         torch.load(path, weights_only=True)
 
 
@@ -294,11 +298,16 @@ def members(session):
 # --- Ranks -----------------------------------------------------------------------------------------------------------
 
 
+TWO = [sys.executable, str(EXAMPLES / "lddu_full.py"), "--trainer.devices=2"]
+TWO += ["--trainer.strategy=DDPStrategy"]
+
+
 def ranks(root, timeout=20):
     """Trains in two processes; one dies or hangs, and the other must end by itself."""
-    with example_module("lddu_full"):
-        example = small_example()
-        parts, _ = example.synthetic(0)
+    small_example()
+    from uncertainty_mm.lightning import MultimodalDataModule
+
+    parts = MultimodalDataModule().parts
     from uncertainty_mm.data import write_folder
 
     write_folder(parts, root / "data")
@@ -306,9 +315,9 @@ def ranks(root, timeout=20):
         [(1, signal.SIGKILL), (0, signal.SIGKILL), (1, signal.SIGSTOP), (0, signal.SIGSTOP)]
     ):
         folder = root / f"ranks {number}"
-        command = [sys.executable, str(EXAMPLES / "lddu_full.py"), "--data", str(root / "data")]
-        command += [*SMALL, "--epochs=100000", "--patience=100000", "--output", str(folder)]
-        command += ["--devices=2", "--strategy=ddp", f"--timeout={timeout}"]
+        command = [*TWO, "--data.path", str(root / "data"), *SMALL, "--trainer.max_epochs=100000"]
+        command += ["--early_stopping.patience=100000", "--output", str(folder)]
+        command += [f"--trainer.strategy.timeout=0:00:{timeout}"]
         with open(folder.with_suffix(".log"), "w") as log:
             first = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
             try:
@@ -334,6 +343,7 @@ def ranks(root, timeout=20):
         print(
             f"process {victim} gets {what.name}: the other ended after {seconds:.1f} s", flush=True
         )
+    not_finite(root, root / "data")
 
 
 def not_finite(root, data):
@@ -350,25 +360,25 @@ def not_finite(root, data):
     np.save(folder / f"padding_mask.{name}.npy", padding)
     for choice in ("stop", "skip"):
         output = root / choice
-        command = [sys.executable, str(EXAMPLES / "lddu_full.py"), "--data", str(data), *SMALL]
-        command += ["--epochs=2", "--devices=2", "--strategy=ddp", f"--on-nan={choice}"]
+        command = [*TWO, "--data.path", str(data), *SMALL, "--trainer.max_epochs=2"]
+        command += [f"--finite_guard.on_nan={choice}"]
         begin = time.monotonic()
         done = subprocess.run(
             [*command, "--output", str(output)], capture_output=True, text=True, timeout=300
         )
         seconds = time.monotonic() - begin
         said = done.stdout + done.stderr
-        assert "training samples 7: features or predictions are not finite" in said, said
+        assert "training samples 7: features are not finite" in said, said
         assert (done.returncode == 0) == (choice == "skip"), said
         if choice == "skip":
             state = torch.load(output / "last.ckpt", weights_only=True)
-            assert state["skipped_batches"] == 2  # one an epoch
+            assert state["callbacks"]["FiniteGuard"] == {"skipped": 2}  # one an epoch
             assert all(x.isfinite().all() for x in state["state_dict"].values())
             # On both processes: the history, which they share, lacks all samples of both batches.
-            history = state["state_dict"]["model.tracker.history"][1]
+            history = state["state_dict"]["tracker.history"][1]
             left_out = (history.amax(1) < 2).sum()
             assert 32 < left_out <= 64, left_out
-        print(f"two processes, --on-nan {choice}: {seconds:.1f} s", flush=True)
+        print(f"two processes, --finite_guard.on_nan {choice}: {seconds:.1f} s", flush=True)
 
 
 # --- Memory ----------------------------------------------------------------------------------------------------------
@@ -378,33 +388,31 @@ def memory(root, steps=10_000):
     """Trains for many steps; the memory must not grow after the first 1,000."""
     import torch
 
-    found = {}
-    with example_module("lddu_full"):
-        example = small_example()
+    found, example = {}, small_example()
 
-        class Watched(example.LitLDDU):
-            def on_train_batch_end(self, outputs, batch, batch_idx):
-                if self.global_step in (100, 1_000, 2_000, 5_000, steps):
-                    resident = int(Path("/proc/self/statm").read_text().split()[1])
-                    resident *= os.sysconf("SC_PAGE_SIZE")
-                    cuda = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
-                    found[self.global_step] = resident
-                    print(
-                        f"step {self.global_step}: resident {resident / 2**20:.1f} MiB, "
-                        f"CUDA {cuda / 2**20:.1f} MiB",
-                        file=sys.__stdout__,
-                        flush=True,
-                    )
+    class Watched(example.LDDU):
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            if self.global_step in (100, 1_000, 2_000, 5_000, steps):
+                resident = int(Path("/proc/self/statm").read_text().split()[1])
+                resident *= os.sysconf("SC_PAGE_SIZE")
+                cuda = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+                found[self.global_step] = resident
+                print(
+                    f"step {self.global_step}: resident {resident / 2**20:.1f} MiB, "
+                    f"CUDA {cuda / 2**20:.1f} MiB",
+                    file=sys.__stdout__,
+                    flush=True,
+                )
 
-        epochs = -(-steps // 24)
-        options = [*SMALL, "--batch-size=4", f"--epochs={epochs}", f"--patience={epochs}"]
-        options += ["--accelerator=auto", "--output", str(root / "memory")]
-        with (
-            open(os.devnull, "w") as nowhere,
-            contextlib.redirect_stdout(nowhere),
-            contextlib.redirect_stderr(nowhere),
-        ):
-            example.train(example.parse(options), Watched)
+    epochs = -(-steps // 24)
+    options = [*SMALL, "--data.batch_size=4", f"--trainer.max_epochs={epochs}"]
+    options += [f"--early_stopping.patience={epochs}", "--trainer.accelerator=auto"]
+    with (
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
+        example.main(Watched, [*options, "--output", str(root / "memory")])
     grown = found[steps] - found[1_000]
     print(f"{grown / 2**20:+.1f} MiB from step 1,000 to step {steps:,}")
     assert grown < 20 * 2**20

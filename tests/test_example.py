@@ -491,8 +491,7 @@ def test_help_explains_the_options(run, command, capsys):
     assert not stop.value.code
     said = " ".join(capsys.readouterr().out.split())
     for text in (
-        "--model.contrastive.anchors ANCHORS",
-        "Literal['all', 'present']",
+        "--model.contrastive.anchors {present,all}",
         "Weight beta of Eq. 16",
         "--data.drop_modality",
         "names the samples" if not command else "ckpt_path",

@@ -1,14 +1,11 @@
 """The page on serving and the example's model: torch.export and ONNX answer as torch does."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
 from cases import CASES, SMALL, Sizes, flattened, properties_of
+from examples_support import need_extras
 from pages import DOCS, blocks
 from support import all_close, close
 from uncertainty_mm import functional
@@ -112,14 +109,18 @@ def test_onnx_of_what_else_is_asked_of_a_prediction(tmp_path):
 
 @pytest.fixture(scope="module")
 def lddu():
-    """The model of the example, small, and a wrapper that takes dictionaries and returns logits."""
-    path = Path(__file__).resolve().parents[1] / "examples" / "lddu_full.py"
-    spec = importlib.util.spec_from_file_location("lddu_full_for_export", path)
-    sys.modules[spec.name] = example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
-    sizes = {"hidden_dim": 16, "layers": 1, "heads": 2, "z_dim": 8, "latent_dim": 4}
+    """The model of the example, small."""
+    need_extras()
+    from uncertainty_mm.examples.lddu_full import LDDU
+
+    options = {
+        "encoder": {"hidden_dim": 16, "num_layers": 1, "num_heads": 2},
+        "attention": {"out_dim": 8},
+        "decoupler": {"latent_dim": 4},
+        "contrastive": {"queue_size": 8},
+    }
     steps = {"text": 60, "audio": 60}
-    return example.LDDU({"text": 8, "audio": 4}, steps, 3, 10, **sizes, queue_size=8).eval()
+    return LDDU({"text": 8, "audio": 4}, steps, ["x", "y", "z"], 10, **options).eval()
 
 
 class Logits(torch.nn.Module):
