@@ -6,7 +6,7 @@ its equation says in plain float64.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 import uncertainty_mm as umm
 from uncertainty_mm import functional
+from uncertainty_mm.data import MultimodalBatch
 from uncertainty_mm.encoder import SequenceEncoder
 from uncertainty_mm.metrics import functional as measures
 
@@ -83,7 +84,7 @@ class Case:
     """How a component is made, drawn for and run.
 
     `plain` is its equation to the letter, without care for range or speed; `shown` is part of its repr; `untransformed`
-    is what `torch.func.vmap` says where it does not work.
+    is what `torch.func.vmap` says where it does not work; `float32` says that its state stays so when it is cast.
     """
 
     make: Callable[..., nn.Module]
@@ -92,6 +93,7 @@ class Case:
     shown: str = ""
     run: Callable = lambda module, *inputs: module(*inputs)
     untransformed: str = ""
+    float32: bool = False
 
     def build(self, sizes=SMALL, **kwargs):
         return self.make(sizes, **kwargs)
@@ -324,6 +326,35 @@ def plain_ordinality(module, std_norm, distance, correctness, mask):
     return plain_divergence(None, *ranks, whole)
 
 
+def plain_typicality(module, features, padding_mask):
+    """One sequence after the other, without what is padding."""
+    distances = []
+    for name, part in module.modality.items():
+        shift, weight, root, *sequence = (x.double() for x in part.state_dict().values())
+        for x, padding in zip(features[name], padding_mask[name], strict=True):
+            if padding.all():
+                distances.append(0 * x.sum())
+                continue
+            z = (x[~padding] - shift) * weight
+            steps = (~padding).nonzero().flatten()
+            pairs = steps.diff() == 1
+            change = z.diff(dim=0)[pairs].square().sum() / z.shape[1] / pairs.sum().clamp_min(1)
+            rows = torch.cat(
+                [
+                    z.mean(0),
+                    0.5 * (z.var(0, correction=0) + 1e-2).log(),
+                    0.5 * (z.square().mean() + 1e-6).log().view(1),
+                    0.5 * ((z @ root.T).square().mean() + 1e-6).log().view(1),
+                    0.5 * (change + 1e-4).log().view(1),
+                ]
+            )
+            z = (rows - sequence[0]) * sequence[1]
+            distances.append((sequence[2] @ z).square().sum())
+    distances = torch.stack(distances).view(len(module.modality), -1).T
+    quantiles = torch.stack([part.quantile.double() for part in module.modality.values()])
+    return 1 + (distances / quantiles).clamp_min(1).log(), distances
+
+
 def plain_tracker(module, indices, correct):
     (total, count, forgotten), last = module.history.double().clone(), module.last.clone()
     for i, now in zip(indices, correct, strict=True):
@@ -366,6 +397,19 @@ def supcon_loss(embeddings, classes, bank, bank_classes):
 
 def expected_distance(probs, _):
     return functional.expected_distance(probs)
+
+
+def fitted_typicality(sizes, **kwargs):
+    """Fitted to sequences like those that are drawn, a little smaller, so that some are unlike them."""
+    features, padding_mask = draw_features(replace(sizes, batch=60))
+    features = {name: 0.8 * x for name, x in features.items()}
+    batch = MultimodalBatch(features, padding_mask, torch.ones(60, 1), torch.arange(60))
+    return umm.Typicality(sizes.dims, **kwargs).fit([batch])
+
+
+def factor_and_distances(typicality, features, padding_mask):
+    inputs = features, padding_mask
+    return typicality(*inputs), typicality.distances(*inputs)
 
 
 def enqueue(queue, rows, classes):
@@ -515,6 +559,14 @@ MODULES = {
         "0.125",
         track,
         "index_add_",
+    ),
+    "Typicality": Case(
+        fitted_typicality,
+        draw_features,
+        plain_typicality,
+        "level=0.95",
+        factor_and_distances,
+        float32=True,
     ),
 }
 

@@ -68,6 +68,7 @@ class Inspected(torch.nn.Module):
         super().__init__()
         self.attention = CASES["EmotionQueryAttention"].build()
         self.decoupler = CASES["GaussianDecoupler"].build(normalize_mean=True)
+        self.typicality = CASES["Typicality"].build()
 
     def forward(self, voice, face, voice_mask, face_mask):
         features = {"voice": voice, "face": face}
@@ -76,7 +77,9 @@ class Inspected(torch.nn.Module):
         missing = self.attention.missing(features, padding_mask)
         latent = self.decoupler(z, missing)
         embedding = functional.distribution_embedding(*latent)
-        return flattened([weights, latent, embedding, properties_of(latent, missing)])
+        factor = self.typicality(features, padding_mask)
+        grown = factor, latent.inflated(factor)
+        return flattened([weights, latent, embedding, grown, properties_of(latent, missing)])
 
 
 @pytest.mark.filterwarnings(*QUIET)

@@ -12,6 +12,7 @@ from uncertainty_mm.fusion import FusedPrediction, UncertaintyGatedFusion
 from uncertainty_mm.gaussian import DiagonalGaussian, GaussianDecoupler
 from uncertainty_mm.ordinality import SoftRankOrdinalityLoss
 from uncertainty_mm.queue import EmbeddingQueue
+from uncertainty_mm.typicality import Typicality
 
 if TYPE_CHECKING:
     from uncertainty_mm import data as data
@@ -31,6 +32,7 @@ __all__ = [
     "GaussianDecoupler",
     "PlattScaling",
     "SoftRankOrdinalityLoss",
+    "Typicality",
     "UncertaintyGatedFusion",
     "functional",
 ]

@@ -6,7 +6,7 @@ makes the host wait; :func:`checks_values` says when that is acceptable.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping
 from numbers import Integral, Real
 
 import torch
@@ -264,3 +264,81 @@ def check_missing(
     if missing is not None:
         check_tensor("missing", missing, "bool", "B M", sizes, device)
     return missing
+
+
+def check_modality_dims(value: object) -> None:
+    """Raises unless `modality_dims` maps names, usable for submodules, to sizes."""
+    if not isinstance(value, Mapping):
+        raise TypeError(
+            "Expected `modality_dims` to be a mapping from names to sizes, "
+            f"but got {type(value).__name__}"
+        )
+    if not value:
+        raise ValueError("Expected `modality_dims` to name at least one modality, but got none")
+    for name, dim in value.items():
+        if not isinstance(name, str):
+            raise TypeError(f"Expected `modality_dims` to have str keys, but got {name!r}")
+        if not name or "." in name or hasattr(nn.ModuleDict(), name):
+            raise ValueError(
+                "Expected the keys of `modality_dims` to be usable as submodule names "
+                f"(not empty, no dot, no attribute of nn.ModuleDict), but got {name!r}"
+            )
+        check_positive_int(f"modality_dims[{name!r}]", dim)
+
+
+def check_features(
+    features: Mapping[str, Tensor],
+    padding_mask: Mapping[str, Tensor] | None,
+    modality_dims: Mapping[str, int],
+) -> None:
+    """Checks sequences (B, S, D) and masks (B, S) by modality: names, shapes, dtypes and devices."""
+    arguments = {"features": features, "padding_mask": {} if padding_mask is None else padding_mask}
+    for argument, mapping in arguments.items():
+        if not isinstance(mapping, Mapping):
+            raise TypeError(
+                f"Expected `{argument}` to be a mapping from modality names to tensors, "
+                f"but got {type(mapping).__name__}"
+            )
+        unknown = sorted(str(name) for name in mapping if name not in modality_dims)
+        if unknown:
+            raise ValueError(
+                f"Expected `{argument}` to hold only the modalities {list(modality_dims)}, "
+                f"but got {unknown}"
+            )
+    if not features:
+        raise ValueError(
+            "Expected `features` to hold at least one modality, but got none: "
+            "batch size and device are unknown without any"
+        )
+    sizes: dict[str, int] = {}
+    device: torch.device | None = None
+    for name, dim in modality_dims.items():
+        if name not in features:
+            continue
+        sizes["D"] = dim
+        sizes.pop("S", None)
+        device = check_tensor(
+            f"features[{name!r}]", features[name], "floating", "B S D", sizes, device
+        ).device
+        mask = None if padding_mask is None else padding_mask.get(name)
+        if mask is not None:
+            check_tensor(f"padding_mask[{name!r}]", mask, "bool", "B S", sizes, device)
+
+
+def missing_modalities(
+    features: Mapping[str, Tensor],
+    padding_mask: Mapping[str, Tensor] | None,
+    names: Iterable[str],
+) -> Tensor:
+    """(B, M) bool, True where a modality is absent from `features` or padded from end to end."""
+    some = next(iter(features.values()))
+    columns = []
+    for name in names:
+        mask = None if padding_mask is None else padding_mask.get(name)
+        if name not in features or features[name].shape[1] == 0:
+            columns.append(some.new_ones(some.shape[0], dtype=torch.bool))
+        elif mask is None:
+            columns.append(some.new_zeros(some.shape[0], dtype=torch.bool))
+        else:
+            columns.append(mask.all(dim=1))
+    return torch.stack(columns, dim=1)

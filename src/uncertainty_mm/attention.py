@@ -11,14 +11,16 @@ from torch import Tensor, nn
 
 from uncertainty_mm._checks import (
     check_dropout,
+    check_features,
     check_finite,
     check_flag,
     check_like_parameters,
+    check_modality_dims,
     check_positive,
     check_positive_int,
-    check_tensor,
     check_validate_args,
     checks_values,
+    missing_modalities,
 )
 from uncertainty_mm._component import Component
 from uncertainty_mm.functional import at_least_float32
@@ -142,22 +144,7 @@ class EmotionQueryAttention(Component):
         validate_args: bool | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(modality_dims, Mapping):
-            raise TypeError(
-                "Expected `modality_dims` to be a mapping from names to sizes, "
-                f"but got {type(modality_dims).__name__}"
-            )
-        if not modality_dims:
-            raise ValueError("Expected `modality_dims` to name at least one modality, but got none")
-        for name, dim in modality_dims.items():
-            if not isinstance(name, str):
-                raise TypeError(f"Expected `modality_dims` to have str keys, but got {name!r}")
-            if not name or "." in name or hasattr(nn.ModuleDict(), name):
-                raise ValueError(
-                    "Expected the keys of `modality_dims` to be usable as submodule names "
-                    f"(not empty, no dot, no attribute of nn.ModuleDict), but got {name!r}"
-                )
-            check_positive_int(f"modality_dims[{name!r}]", dim)
+        check_modality_dims(modality_dims)
         check_positive_int("num_labels", num_labels)
         check_positive_int("label_dim", label_dim)
         check_positive_int("proj_dim", proj_dim)
@@ -186,44 +173,6 @@ class EmotionQueryAttention(Component):
         """The settings, for `repr`."""
         return f"scale={self.scale:g}, dropout={self.dropout}"
 
-    def _check(
-        self, features: Mapping[str, Tensor], padding_mask: Mapping[str, Tensor] | None
-    ) -> None:
-        arguments = {
-            "features": features,
-            "padding_mask": {} if padding_mask is None else padding_mask,
-        }
-        for argument, mapping in arguments.items():
-            if not isinstance(mapping, Mapping):
-                raise TypeError(
-                    f"Expected `{argument}` to be a mapping from modality names to tensors, "
-                    f"but got {type(mapping).__name__}"
-                )
-            unknown = sorted(str(name) for name in mapping if name not in self.modality_dims)
-            if unknown:
-                raise ValueError(
-                    f"Expected `{argument}` to hold only the modalities {list(self.modality_dims)}, "
-                    f"but got {unknown}"
-                )
-        if not features:
-            raise ValueError(
-                "Expected `features` to hold at least one modality, but got none: "
-                "batch size and device are unknown without any"
-            )
-        sizes: dict[str, int] = {}
-        device: torch.device | None = None
-        for name, dim in self.modality_dims.items():
-            if name not in features:
-                continue
-            sizes["D"] = dim
-            sizes.pop("S", None)
-            device = check_tensor(
-                f"features[{name!r}]", features[name], "floating", "B S D", sizes, device
-            ).device
-            mask = None if padding_mask is None else padding_mask.get(name)
-            if mask is not None:
-                check_tensor(f"padding_mask[{name!r}]", mask, "bool", "B S", sizes, device)
-
     def missing(
         self, features: Mapping[str, Tensor], padding_mask: Mapping[str, Tensor] | None = None
     ) -> Tensor:
@@ -242,23 +191,8 @@ class EmotionQueryAttention(Component):
             ValueError: If shapes, devices or names disagree.
             TypeError: If features are not floating or masks not bool.
         """
-        self._check(features, padding_mask)
-        return self._missing(features, padding_mask)
-
-    def _missing(
-        self, features: Mapping[str, Tensor], padding_mask: Mapping[str, Tensor] | None
-    ) -> Tensor:
-        some = next(iter(features.values()))
-        columns = []
-        for name in self.modality_dims:
-            mask = None if padding_mask is None else padding_mask.get(name)
-            if name not in features or features[name].shape[1] == 0:
-                columns.append(some.new_ones(some.shape[0], dtype=torch.bool))
-            elif mask is None:
-                columns.append(some.new_zeros(some.shape[0], dtype=torch.bool))
-            else:
-                columns.append(mask.all(dim=1))
-        return torch.stack(columns, dim=1)
+        check_features(features, padding_mask, self.modality_dims)
+        return missing_modalities(features, padding_mask, self.modality_dims)
 
     def forward(
         self,
@@ -287,8 +221,8 @@ class EmotionQueryAttention(Component):
             TypeError: If a dtype is wrong.
         """
         check_flag("need_weights", need_weights)
-        self._check(features, padding_mask)
-        missing = self._missing(features, padding_mask)
+        check_features(features, padding_mask, self.modality_dims)
+        missing = missing_modalities(features, padding_mask, self.modality_dims)
         # by the forward pass of the table, which may be sharded outside of it
         labels = self.label_embedding(torch.arange(self.num_labels, device=missing.device))
         outputs: list[Tensor | None] = []

@@ -1,0 +1,533 @@
+"""How unlike the training data a sequence is, as a factor of its variance: :class:`Typicality`."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from numbers import Real
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DistributedSampler
+
+from uncertainty_mm._checks import (
+    check_choice,
+    check_features,
+    check_finite,
+    check_modality_dims,
+    check_number,
+    check_tensor,
+    check_validate_args,
+    checks_values,
+    missing_modalities,
+)
+from uncertainty_mm._component import Component
+from uncertainty_mm.functional import at_least_float32
+
+if TYPE_CHECKING:
+    from uncertainty_mm.data import MultimodalBatch, MultimodalDataset
+
+__all__ = ["Typicality"]
+
+_FOLDS = 5
+_CHUNK = 2**22  # numbers in a batch of a data set
+# Numbers in units of a standard deviation are cut here, so that no square overflows.
+_LIMIT = 1e6
+# What a column of a summary, which has no unit, must vary by to count: much more than rounding does.
+_LEAST_SPREAD = 1e-4
+# Directions with less than this share of the largest variance are taken for rounding, and left out.
+_LEAST_VARIANCE = 1e-9
+# Added under the logarithms: of the variances of steps, of squared sizes, of squared differences.
+_SPREAD, _SIZE, _ROUGHNESS = 1e-2, 1e-6, 1e-4
+
+
+class Typicality(Component):
+    r"""How unlike the training data a sequence is, whatever it says, and by how much its variance should grow for it.
+
+    A network does not know what it has never seen, and the standard deviation that it predicts for such input may well
+    fall. This component does not ask the network: a Gaussian describes the sequences of each modality, by a summary of
+    :math:`2D + 3` numbers: of the standardised steps the mean and the logarithm of the spread of every feature, and the
+    logarithms of their size, of the Mahalanobis distance of a step, and of their roughness, the difference of steps
+    that follow each other. With the squared Mahalanobis distance :math:`d^2` of a summary, and :math:`q` its quantile
+    at `level` over training sequences that were left out when the Gaussian was fitted,
+
+    .. math::
+        r = \max(1, d^2 / q), \qquad s = 1 + \frac{r^p - 1}{p} \quad (p = 0 :\ s = 1 + \log r), \qquad
+        \sigma^2 \leftarrow s \sigma^2
+
+    so that about 1 - `level` of what resembles the training data is touched at all, and none of it much.
+    :meth:`~uncertainty_mm.DiagonalGaussian.inflated` takes the factor :math:`s`.
+
+    Unfamiliar is not wrong: a model may do well on what it has not seen. So the variance grows with the logarithm of
+    the distance by default; `power=1` discounts it in full.
+
+    Columns that never varied in :meth:`fit`, of features or of summaries, say nothing of how much they may, and are
+    left out.
+
+    Source: Lee et al. 2018, arXiv 1807.03888 (Mahalanobis distance, in the latent space of a classifier); Chen et al.
+    2010, doi 10.1109/TSP.2010.2053029 (shrinkage); the summary and the factor are ours.
+
+    Args:
+        modality_dims: Feature size :math:`D_m` of every modality by name, in the order of the modality axis.
+        level: Quantile in (0, 1) of the distances of the training data above which a variance grows.
+        power: :math:`p`, at least 0.
+        covariance: `"oas"`: shrunk towards a multiple of the identity, by as much as the number of rows suggests;
+            `"empirical"`: that of the rows, its pseudo-inverse where they are too few.
+        validate_args: Look at values (NaN, infinity) in a forward pass: None on the CPU only (elsewhere it costs a
+            wait), False never, True everywhere. Where values are not looked at, a step that is not finite does not
+            count.
+
+    Attributes:
+        modality: `nn.ModuleDict` with the fitted state of every modality, float32 whatever the module is cast to. It is
+            saved with the model; no optimizer touches it, and no averaging of weights.
+
+    Raises:
+        ValueError: If an argument is out of range or unknown, or a name cannot name a submodule.
+        TypeError: If an argument has the wrong type.
+
+    Example:
+        >>> from uncertainty_mm.data import MultimodalDataset
+        >>> data = MultimodalDataset(
+        ...     {"text": torch.randn(500, 9, 4)}, {"text": torch.zeros(500, 9).bool()}, torch.ones(500, 1), ["happy"]
+        ... )
+        >>> typicality = Typicality({"text": 4}).fit(data)
+        >>> quiet, loud = torch.randn(1, 9, 4), 5 * torch.randn(1, 9, 4)
+        >>> padding_mask = {"text": torch.zeros(1, 9).bool()}
+        >>> typicality({"text": quiet}, padding_mask)
+        tensor([[1.]])
+        >>> bool(typicality({"text": loud}, padding_mask) > 2)
+        True
+    """
+
+    modality_dims: dict[str, int]
+    level: float
+    power: float
+    covariance: Literal["oas", "empirical"]
+    validate_args: bool | None
+
+    def __init__(
+        self,
+        modality_dims: Mapping[str, int],
+        *,
+        level: float = 0.95,
+        power: float = 0.0,
+        covariance: Literal["oas", "empirical"] = "oas",
+        validate_args: bool | None = None,
+    ) -> None:
+        super().__init__()
+        check_modality_dims(modality_dims)
+        check_number("level", level, "in (0, 1)", isinstance(level, Real) and 0 < level < 1)
+        finite = isinstance(power, Real) and 0 <= power < float("inf")
+        check_number("power", power, "at least 0 and finite", finite)
+        check_choice("covariance", covariance, ("oas", "empirical"))
+        check_validate_args(validate_args)
+        self._set(modality_dims=dict(modality_dims), level=level, power=power)
+        self._set(covariance=covariance, validate_args=validate_args)
+        self.modality = nn.ModuleDict({name: _Modality(dim) for name, dim in modality_dims.items()})
+
+    def extra_repr(self) -> str:
+        """The settings, for `repr`."""
+        return f"level={self.level:g}, power={self.power:g}, covariance={self.covariance!r}"
+
+    def forward(
+        self, features: Mapping[str, Tensor], padding_mask: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """By how much the variances of a modality should grow.
+
+        Args:
+            features: Sequences (B, S_m, D_m) by modality name, as given to :meth:`fit`. A modality may be absent.
+            padding_mask: Bool masks (B, S_m) by modality name, True means leave out; a modality without a mask is used
+                whole. What stands at padded steps, NaN included, has no influence.
+
+        Returns:
+            Tensor (B, M) in at least float32, at least 1; exactly 1 where a modality is missing or not fitted.
+
+        Raises:
+            ValueError: If shapes, devices or names disagree, or an unpadded feature is not finite.
+            TypeError: If a dtype is wrong.
+        """
+        distances, missing = self._measured(features, padding_mask)
+        parts = [part.quantile.to(distances.dtype) for part in self._parts()]
+        log_ratio = (distances / torch.stack(parts)).clamp_min(1).log()
+        grown = torch.expm1(self.power * log_ratio) / self.power if self.power else log_ratio
+        return (1 + grown).masked_fill(missing, 1)
+
+    def distances(
+        self, features: Mapping[str, Tensor], padding_mask: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """The squared Mahalanobis distances themselves.
+
+        Args:
+            features: As for :meth:`forward`.
+            padding_mask: As for :meth:`forward`.
+
+        Returns:
+            Tensor (B, M) in at least float32, at least 0; 0 where a modality is missing or not fitted. With
+            `covariance="empirical"` the mean over the fitted sequences is the number of dimensions in which their
+            summaries vary, 2D + 3 if no number follows from the others.
+
+        Raises:
+            ValueError: If shapes, devices or names disagree, or an unpadded feature is not finite.
+            TypeError: If a dtype is wrong.
+        """
+        return self._measured(features, padding_mask)[0]
+
+    def _parts(self) -> Iterator[_Modality]:
+        yield from self.modality.values()  # type: ignore[misc]
+
+    def _measured(
+        self, features: Mapping[str, Tensor], padding_mask: Mapping[str, Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        """Distances (B, M), and where a modality is missing."""
+        check_features(features, padding_mask, self.modality_dims)
+        missing = missing_modalities(features, padding_mask, self.modality_dims)
+        dtype = torch.float32
+        columns: list[tuple[Tensor, Tensor]] = []
+        kind = missing.device.type
+        with torch.autocast(kind if kind != "meta" else "cpu", enabled=False):
+            for index, (name, part) in enumerate(self.modality.items()):
+                if name not in features:
+                    columns.append(
+                        (missing.new_zeros(len(missing), dtype=dtype), missing[:, index])
+                    )
+                    continue
+                x = features[name]
+                dtype = torch.promote_types(dtype, x.dtype)
+                mask = None if padding_mask is None else padding_mask.get(name)
+                if mask is None:
+                    mask = x.new_zeros(x.shape[:2], dtype=torch.bool)
+                if checks_values(x, self.validate_args):
+                    check_finite(f"features[{name!r}]", x, mask.unsqueeze(2))
+                columns.append(part(name, x, mask))
+        distances, missings = zip(*columns, strict=True)
+        return torch.stack([x.to(dtype) for x in distances], 1), torch.stack(missings, 1)
+
+    @torch.no_grad()
+    def fit(self, data: MultimodalDataset | Iterable[MultimodalBatch]) -> Typicality:
+        """Describes the sequences of a data set, whatever was fitted before.
+
+        The data are read twice, batch by batch: for the moments of the steps, then for the summaries, of which 2D + 3
+        numbers a sequence are held in memory. Computed on the CPU, moments in float64. A summary belongs to the fold
+        `indices % 5`; the distances of a fold, of which the quantile is taken, are to a Gaussian fitted without it.
+
+        Missing sequences, padded steps, and steps that are not finite do not count. Under `torch.distributed` nothing
+        is exchanged: every rank has to be given all of the data, and then all fit the same.
+
+        Args:
+            data: The training split; or its batches, which must be the same when they are read again, such as a
+                `loader` of it. Batches lie on any device.
+
+        Returns:
+            The module itself. A modality with fewer than two sequences is not fitted: a warning says so, and its factor
+            stays 1.
+
+        Raises:
+            ValueError: If there is no sample, the two readings differ, a loader is for one of several ranks, or shapes
+                or names disagree; what was fitted before is then unchanged.
+            TypeError: If `data` can be read only once, or does not hold batches.
+        """
+        read = _reader(data)
+        moments = {name: _Moments.none(dim) for name, dim in self.modality_dims.items()}
+        count = 0
+        for batch in read():
+            count += self._check_batch(batch)
+            for name, x, valid in _sequences(batch):
+                moments[name] += _Moments.of(x[valid])
+        if not count:
+            raise ValueError("Expected `data` to hold at least one sample, but got none")
+        steps = {name: _whitening(each, self.covariance, 0) for name, each in moments.items()}
+        held: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in self.modality_dims}
+        folds = {
+            name: [_Moments.none(2 * dim + 3) for _ in range(_FOLDS)]
+            for name, dim in self.modality_dims.items()
+        }
+        again = 0
+        for batch in read():
+            again += self._check_batch(batch)
+            for name, x, valid in _sequences(batch):
+                there = valid.any(1)
+                rows = _summary(x[there], valid[there], steps[name])
+                fold = batch.indices.cpu()[there] % _FOLDS
+                held[name].append((rows, fold))
+                for k in range(_FOLDS):
+                    folds[name][k] += _Moments.of(rows[fold == k])
+        if again != count:
+            raise ValueError(
+                f"Expected `data` to give the same samples twice, but got {count}, then {again}"
+            )
+        for name, part in zip(self.modality_dims, self._parts(), strict=True):
+            part.reset_parameters()
+            whole = _Moments.all(folds[name])
+            if whole.count < 2:
+                warnings.warn(
+                    f"`data` holds {whole.count} sequences of {name!r}, of at least 2 that are needed: "
+                    "it is not fitted, and its factor stays 1",
+                    stacklevel=3,  # beyond the decorator
+                )
+                continue
+            sequence = _whitening(whole, self.covariance, _LEAST_SPREAD)
+            quantile = self._quantile(held[name], folds[name], sequence)
+            part.set(steps[name], sequence, quantile)
+        return self
+
+    def _check_batch(self, batch: object) -> int:
+        """The number of samples."""
+        from uncertainty_mm.data import MultimodalBatch  # a room that is not opened by all
+
+        if not isinstance(batch, MultimodalBatch):
+            raise TypeError(
+                "Expected `data` to be a MultimodalDataset, or to give batches of one, such as its "
+                f"`loader`, but got {type(batch).__name__} among them"
+            )
+        check_features(batch.features, batch.padding_mask, self.modality_dims)
+        sizes = {"B": next(iter(batch.features.values())).shape[0]}
+        check_tensor("indices", batch.indices, "integer", "B", sizes)
+        return sizes["B"]
+
+    def _quantile(
+        self,
+        held: list[tuple[Tensor, Tensor]],
+        folds: list[_Moments],
+        sequence: _Whitening,
+    ) -> Tensor:
+        """Of the distances of left-out folds; of all rows where the others of a fold are too few."""
+        distances = []
+        for k in range(_FOLDS):
+            others = _Moments.all(folds[:k] + folds[k + 1 :])
+            if others.count >= 2:
+                without = _whitening(others, self.covariance, _LEAST_SPREAD)
+                distances += [without.distance(rows[fold == k]) for rows, fold in held]
+        if not sum(map(len, distances)):
+            distances = [sequence.distance(rows) for rows, _ in held]
+        quantile = torch.cat(distances).double().quantile(self.level)
+        # 0 is no measure of what is usual: the factor stays 1
+        return torch.where(quantile > 0, quantile, torch.inf)
+
+
+class _Whitening(NamedTuple):
+    """What makes rows (..., P) of equal and independent spread: shift and weight (P,), then root (P, P)."""
+
+    shift: Tensor
+    weight: Tensor  # 1 over the standard deviation, 0 for a column that never varied
+    root: Tensor  # of the inverse covariance of standardised rows
+
+    def standardized(self, x: Tensor) -> Tensor:
+        """(..., P), finite for whatever is no NaN."""
+        largest = torch.finfo(torch.float32).max
+        centred = (x - self.shift).clamp(-largest, largest)
+        return (centred * self.weight).clamp(-_LIMIT, _LIMIT)
+
+    def length(self, z: Tensor) -> Tensor:
+        """Squared Mahalanobis distances (...) of standardised rows (..., P)."""
+        return (z @ self.root.to(z.dtype).mT).square().sum(-1)
+
+    def distance(self, x: Tensor) -> Tensor:
+        """Squared Mahalanobis distances (...) of rows (..., P)."""
+        return self.length(self.standardized(x))
+
+
+class _Modality(Component):
+    """The two Gaussians of a modality, of its steps and of the summaries of its sequences."""
+
+    step_shift: Tensor
+    step_weight: Tensor
+    step_root: Tensor
+    shift: Tensor
+    weight: Tensor
+    root: Tensor
+    quantile: Tensor
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        size = 2 * dim + 3
+        self._keep(
+            step_shift=torch.empty(dim),
+            step_weight=torch.empty(dim),
+            step_root=torch.empty(dim, dim),
+            shift=torch.empty(size),
+            weight=torch.empty(size),
+            root=torch.empty(size, size),
+            quantile=torch.empty(()),
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Forgets the fit: all distances are 0."""
+        for name in self._states:
+            getattr(self, name).zero_()
+        self.quantile.fill_(torch.inf)
+
+    def set(self, step: _Whitening, sequence: _Whitening, quantile: Tensor) -> None:
+        """Keeps what was fitted."""
+        for name, value in zip(self._states, (*step, *sequence, quantile), strict=True):
+            state = getattr(self, name)
+            state.copy_(value.to(state.dtype))  # before the copy: not every device has float64
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Component:
+        """Moves the state, but leaves its dtype: rounded to half precision, a root of an inverse is another one."""
+
+        def moved(state: Tensor) -> Tensor:
+            result = fn(state)
+            return result if result.dtype == state.dtype else state.to(result.device)
+
+        return super()._apply(moved, recurse)
+
+    def forward(self, name: str, x: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
+        """Distances (B,), and where there is no step."""
+        if x.device != self.shift.device:
+            raise ValueError(
+                f"Expected `features[{name!r}]` to be on {self.shift.device}, where the module is, "
+                f"but got {x.device}"
+            )
+        valid = _valid(x, padding)
+        step = _Whitening(self.step_shift, self.step_weight, self.step_root)
+        sequence = _Whitening(self.shift, self.weight, self.root)
+        missing = ~valid.any(1)
+        distances = sequence.distance(_summary(x, valid, step))
+        return distances.masked_fill(missing, 0), missing
+
+
+def _valid(x: Tensor, padding: Tensor) -> Tensor:
+    """(B, S) bool, True for the steps that count."""
+    return ~padding & x.isfinite().all(2)
+
+
+def _summary(x: Tensor, valid: Tensor, step: _Whitening) -> Tensor:
+    """Summaries (B, 2D + 3) of sequences (B, S, D), in at least float32, without what is not `valid` (B, S)."""
+    kept = valid.unsqueeze(2)
+    z = step.standardized(at_least_float32(x).masked_fill(~kept, 0)).masked_fill(~kept, 0)
+    count, dim = valid.sum(1, keepdim=True).clamp_min(1), z.shape[2]
+    mean = z.sum(1) / count
+    variance = (z - mean.unsqueeze(1)).masked_fill(~kept, 0).square().sum(1) / count
+    size = z.square().sum((1, 2)).unsqueeze(1) / (count * dim)
+    distance = step.length(z).sum(1, keepdim=True) / (count * dim)
+    pairs = valid[:, 1:] & valid[:, :-1]
+    change = (z[:, 1:] - z[:, :-1]).masked_fill(~pairs.unsqueeze(2), 0).square().sum((1, 2))
+    roughness = change.unsqueeze(1) / (pairs.sum(1, keepdim=True).clamp_min(1) * dim)
+    logarithms = [
+        0.5 * (square + least).log()
+        for square, least in (
+            (variance, _SPREAD),
+            (size, _SIZE),
+            (distance, _SIZE),
+            (roughness, _ROUGHNESS),
+        )
+    ]
+    return torch.cat([mean, *logarithms], 1)
+
+
+# --------------------------------------------------------------------------------------------- fit
+
+
+@dataclass(frozen=True)
+class _Moments:
+    """What is known of rows (N, P) seen so far; sums join it with that of others (Chan et al. 1983)."""
+
+    count: int
+    mean: Tensor  # (P,)
+    scatter: Tensor  # (P, P), sum of products of deviations from the mean
+    largest: Tensor  # (P,), magnitude
+
+    @staticmethod
+    def none(dim: int) -> _Moments:
+        zeros = torch.zeros(dim, dtype=torch.float64, device="cpu")
+        return _Moments(0, zeros, zeros.new_zeros(dim, dim), zeros)
+
+    @staticmethod
+    def of(rows: Tensor) -> _Moments:
+        if len(rows) == 0:
+            return _Moments.none(rows.shape[1])
+        rows = rows.double()
+        mean = rows.mean(0)
+        centred = rows - mean
+        return _Moments(len(rows), mean, centred.T @ centred, rows.abs().amax(0))
+
+    @staticmethod
+    def all(parts: list[_Moments]) -> _Moments:
+        return sum(parts[1:], start=parts[0])
+
+    def __add__(self, other: _Moments) -> _Moments:
+        if not self.count or not other.count:
+            return self if self.count else other
+        count, gap = self.count + other.count, other.mean - self.mean
+        share = other.count / count
+        return _Moments(
+            count,
+            self.mean + share * gap,
+            self.scatter + other.scatter + self.count * share * gap.outer(gap),
+            torch.maximum(self.largest, other.largest),
+        )
+
+
+def _whitening(moments: _Moments, covariance: str, least_spread: float) -> _Whitening:
+    """The whitening of rows with these moments, in float32, without columns and directions that do not vary."""
+    limits = torch.finfo(torch.float32)
+    products = moments.scatter / max(moments.count, 1)
+    std = products.diagonal().sqrt()
+    # what float32 cannot tell from rounding does not vary
+    varies = std > (limits.eps * moments.largest).clamp_min(least_spread)
+    weight = torch.where(varies, 1 / std, 0)
+    columns = varies.nonzero().squeeze(1)
+    root = torch.zeros_like(products)
+    if len(columns):
+        correlation = (products * weight * weight.unsqueeze(1))[columns][:, columns]
+        if covariance == "oas":
+            correlation = _shrunk(correlation, moments.count)
+        values, vectors = torch.linalg.eigh(correlation)
+        inverse = values.clamp_min(limits.tiny).rsqrt()
+        inverse = inverse.masked_fill(values <= _LEAST_VARIANCE * values[-1], 0)
+        root[: len(columns), columns] = inverse.unsqueeze(1) * vectors.T
+    return _Whitening(moments.mean.float(), weight.clamp_max(limits.max).float(), root.float())
+
+
+def _shrunk(covariance: Tensor, count: int) -> Tensor:
+    """The covariance (P, P) of so many rows, drawn towards a multiple of the identity: OAS as scikit-learn has it."""
+    dim = len(covariance)
+    size, square = covariance.diagonal().mean(), covariance.square().mean()
+    excess = (count + 1) * (square - size.square() / dim)
+    share = (square + size.square()) / excess if excess > 0 else torch.ones_like(size)
+    share = share.clamp_max(1)
+    shrunk = (1 - share) * covariance
+    shrunk.diagonal().add_(share * size)
+    return shrunk
+
+
+def _sequences(batch: MultimodalBatch) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Name, sequences (B, S, D) and valid steps (B, S) of every modality, on the CPU."""
+    for name, x in batch.features.items():
+        x = at_least_float32(x.detach().cpu())
+        mask = batch.padding_mask.get(name)
+        padding = x.new_zeros(x.shape[:2], dtype=torch.bool) if mask is None else mask.cpu()
+        yield name, x, _valid(x, padding)
+
+
+def _reader(
+    data: MultimodalDataset | Iterable[MultimodalBatch],
+) -> Callable[[], Iterable[MultimodalBatch]]:
+    """What gives the batches anew each time that it is called."""
+    from uncertainty_mm.data import MultimodalDataset
+
+    if isinstance(data, MultimodalDataset):
+        size = sum(data.dims[name] * steps for name, steps in data.steps.items())
+        loader = data.loader(min(max(_CHUNK // size, 1), 1024))
+        return lambda: loader
+    if isinstance(data, Iterator):
+        raise TypeError(
+            "Expected `data` to be readable twice, such as a data set, a loader or a list of batches, "
+            f"but got an iterator, {type(data).__name__}, which can be read once"
+        )
+    if not isinstance(data, Iterable):
+        raise TypeError(
+            "Expected `data` to be a MultimodalDataset, or to give batches of one, such as its "
+            f"`loader`, but got {type(data).__name__}"
+        )
+    batches = getattr(data, "batch_sampler", None)
+    for sampler in (getattr(data, "sampler", None), getattr(batches, "sampler", None)):
+        if isinstance(sampler, DistributedSampler) and sampler.num_replicas > 1:
+            raise ValueError(
+                "Expected `data` to give all samples on every rank, but got a loader with a "
+                f"{type(sampler).__name__} for {sampler.num_replicas} ranks: pass the data set itself"
+            )
+    return lambda: data
