@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Mapping
 from numbers import Integral, Real
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _BOOL = {torch.bool}
 _INTEGER = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
