@@ -299,7 +299,6 @@ def members(session):
 
 
 TWO = [sys.executable, str(EXAMPLES / "lddu_full.py"), "--trainer.devices=2"]
-TWO += ["--trainer.strategy=DDPStrategy"]
 
 
 def ranks(root, timeout=20):
@@ -317,7 +316,7 @@ def ranks(root, timeout=20):
         folder = root / f"ranks {number}"
         command = [*TWO, "--data.path", str(root / "data"), *SMALL, "--trainer.max_epochs=100000"]
         command += ["--early_stopping.patience=100000", "--output", str(folder)]
-        command += [f"--trainer.strategy.timeout=0:00:{timeout}"]
+        command += ["--trainer.strategy=DDPStrategy", f"--trainer.strategy.timeout=0:00:{timeout}"]
         with open(folder.with_suffix(".log"), "w") as log:
             first = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
             try:
@@ -361,7 +360,7 @@ def not_finite(root, data):
     for choice in ("stop", "skip"):
         output = root / choice
         command = [*TWO, "--data.path", str(data), *SMALL, "--trainer.max_epochs=2"]
-        command += [f"--finite_guard.on_nan={choice}"]
+        command += ["--trainer.strategy=ddp", f"--finite_guard.on_nan={choice}"]
         begin = time.monotonic()
         done = subprocess.run(
             [*command, "--output", str(output)], capture_output=True, text=True, timeout=300
