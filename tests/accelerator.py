@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 from cases import CASES, flattened
 from examples_support import EXAMPLES
 from support import all_close, close
+from uncertainty_mm.data import MultimodalBatch
 
 aten = torch.ops.aten
 FACTORIES = (
@@ -265,6 +266,22 @@ def check_values(device):
             module.to(device)(*arguments)
 
 
+def fit_there(device):
+    """A module on the device is fitted to batches on the device, as on the CPU."""
+    case = CASES["Typicality"]
+    moved = case.build().to(device)
+    batches = [pytree.tree_map(torch.Tensor.detach, case.inputs(step)) for step in range(9)]
+    given = [
+        MultimodalBatch(*batch, torch.ones(4, 1), 4 * step + torch.arange(4))
+        for step, batch in enumerate(batches)
+    ]
+    here = copy.deepcopy(moved).cpu().fit(given)
+    moved.fit([batch.to(device) for batch in given])
+    for name, state in moved.state_dict().items():
+        assert state.device.type == device
+        assert torch.equal(state.cpu(), here.state_dict()[name])
+
+
 def waiting():
     """What makes a host wait, by name: functions of a tensor (3, 4) on the device."""
     return {
@@ -336,8 +353,6 @@ def move(device):
 
 def small_model(file, name):
     """The model `name` of examples/`file`, small, and batches for it: unknown labels, missing modalities, padding."""
-    from uncertainty_mm.data import MultimodalBatch
-
     sys.path.insert(0, str(EXAMPLES))
     kind = getattr(importlib.import_module(file), name)
     dims, steps, labels = {"text": 5, "audio": 3}, {"text": 6, "audio": 9}, ["joy", "fear", "anger"]

@@ -92,6 +92,10 @@ def test_values_are_checked_on_request_and_devices_always(on):
     on(accelerator.check_values)
 
 
+def test_fit_there_is_that_on_the_cpu(on):
+    on(accelerator.fit_there)
+
+
 # -------------------------------------------------------------------------------- models and metrics
 
 

@@ -18,10 +18,10 @@ from uncertainty_mm.data import MultimodalDataset
 NAME = "voice"
 
 
-def draw(samples, steps=6, dim=3, padded=0.3):
+def draw(samples, steps=6, dim=3):
     """Sequences of correlated features, and their padding; none is missing."""
     mixing = torch.linspace(-1, 1, dim * dim).view(dim, dim) + torch.eye(dim)
-    padding = torch.rand(samples, steps) < padded
+    padding = torch.rand(samples, steps) < 0.3
     padding[:, 0] = False
     return torch.randn(samples, steps, dim) @ mixing + 2, padding
 
@@ -51,11 +51,18 @@ def rows_of(module, x, padding):
 # ------------------------------------------------------------------------------------ exact facts
 
 
-@pytest.mark.parametrize(("steps", "dim"), [(6, 3), (20, 2), (5, 8)])
+@pytest.mark.parametrize(("steps", "dim"), [(6, 3), (500, 4), (5, 8)])
 def test_mean_distance_of_the_fitted_rows_is_their_dimension(steps, dim):
     given = draw(400, steps, dim)
     _, distances = ask(fitted(*given, covariance="empirical"), *given)
     assert distances.double().mean().item() == pytest.approx(2 * dim + 3, rel=1e-3)
+
+
+def test_dimensions_are_those_in_which_summaries_vary():
+    for steps, dim, varying in ((9, 1, 4), (1, 5, 7)):  # of one feature, size and distance agree
+        x, padding = torch.randn(300, steps, dim), torch.zeros(300, steps, dtype=torch.bool)
+        _, distances = ask(fitted(x, padding, covariance="empirical"), x, padding)
+        assert distances.double().mean().item() == pytest.approx(varying, rel=1e-3)
 
 
 @pytest.mark.parametrize("covariance", ["oas", "empirical"])

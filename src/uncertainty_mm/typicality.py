@@ -251,7 +251,7 @@ class Typicality(Component):
                 rows = _summary(x[there], valid[there], steps[name])
                 fold = batch.indices.cpu()[there] % _FOLDS
                 held[name].append((rows, fold))
-                for k in range(_FOLDS):
+                for k in fold.unique().tolist():
                     folds[name][k] += _Moments.of(rows[fold == k])
         if again != count:
             raise ValueError(
