@@ -218,7 +218,7 @@ def check_update_bn(case):
 @pytest.fixture(scope="module")
 def averaged_by_lightning(tmp_path_factory):
     """Models after two steps of Lightning's averaging, and their checkpoint."""
-    import lightning
+    lightning = pytest.importorskip("lightning")
     from lightning.pytorch.callbacks import EMAWeightAveraging
 
     class Lit(lightning.LightningModule):
