@@ -46,6 +46,11 @@ def check_positive_int(name: str, value: object) -> None:
         raise ValueError(f"Expected `{name}` to be a positive integer, but got {value}")
 
 
+def check_positive_ints(**values: object) -> None:
+    for name, value in values.items():
+        check_positive_int(name, value)
+
+
 def check_number(name: str, value: object, rule: str, ok: bool) -> None:
     """`ok` is the rule evaluated by the caller; comparisons with NaN are false, so NaN never passes."""
     if isinstance(value, bool) or not isinstance(value, Real):

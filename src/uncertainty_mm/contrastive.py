@@ -13,6 +13,7 @@ from uncertainty_mm._checks import (
     check_labels,
     check_positive,
     check_positive_int,
+    check_positive_ints,
     check_tensor,
     check_unknown,
     check_validate_args,
@@ -134,9 +135,9 @@ class DistributionSupConLoss(Component):
         validate_args: bool | None = None,
     ) -> None:
         super().__init__()
-        check_positive_int("num_modalities", num_modalities)
-        check_positive_int("num_labels", num_labels)
-        check_positive_int("latent_dim", latent_dim)
+        check_positive_ints(
+            num_modalities=num_modalities, num_labels=num_labels, latent_dim=latent_dim
+        )
         if queue_size != 0 or isinstance(queue_size, bool):
             check_positive_int("queue_size", queue_size)
         check_positive("temperature", temperature)

@@ -13,6 +13,7 @@ from uncertainty_mm._checks import (
     check_dropout,
     check_flag,
     check_positive_int,
+    check_positive_ints,
     check_range,
     check_tensor,
     check_validate_args,
@@ -128,9 +129,9 @@ class UncertaintyGatedFusion(Component):
         validate_args: bool | None = None,
     ) -> None:
         super().__init__()
-        check_positive_int("num_modalities", num_modalities)
-        check_positive_int("num_labels", num_labels)
-        check_positive_int("latent_dim", latent_dim)
+        check_positive_ints(
+            num_modalities=num_modalities, num_labels=num_labels, latent_dim=latent_dim
+        )
         check_positive_int("hidden_dim", hidden_dim)
         check_dropout(dropout)
         check_choice("mean_weight", mean_weight, ("certainty", "uncertainty"))

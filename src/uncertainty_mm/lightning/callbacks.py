@@ -107,41 +107,26 @@ class FiniteGuard(L.Callback):
         names = _names(trainer.train_dataloader.dataset, indices[~finite])
         return f"epoch {trainer.current_epoch} (the first is 0), training samples {names}: {what}"
 
-    def _evaluate(self, split: str, loaders: Any, batch: MultimodalBatch) -> None:
+    def _refuse_batch(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        batch: MultimodalBatch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Raises UsageError with the names of samples that are not finite."""
         finite = _finite_samples(batch)
         if not finite.all():
-            names = _names(getattr(loaders, "dataset", None), batch.indices[~finite])
+            split, loader = "validation", trainer.val_dataloaders
+            if trainer.testing:
+                split, loader = "test", trainer.test_dataloaders
+            elif trainer.predicting:
+                split, loader = "prediction", trainer.predict_dataloaders
+            names = _names(getattr(loader, "dataset", None), batch.indices[~finite])
             raise UsageError(f"{split} samples {names}: features are not finite")
 
-    def on_validation_batch_start(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        batch: MultimodalBatch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self._evaluate("validation", trainer.val_dataloaders, batch)
-
-    def on_test_batch_start(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        batch: MultimodalBatch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self._evaluate("test", trainer.test_dataloaders, batch)
-
-    def on_predict_batch_start(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        batch: MultimodalBatch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self._evaluate("prediction", trainer.predict_dataloaders, batch)
+    on_validation_batch_start = on_test_batch_start = on_predict_batch_start = _refuse_batch
 
     def state_dict(self) -> dict[str, Any]:
         return {"skipped": self.skipped}
