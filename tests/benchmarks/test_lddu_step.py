@@ -3,32 +3,23 @@
 python -m pytest -s tests/benchmarks/test_lddu_step.py
 """
 
-import importlib.util
 import os
 import statistics
-import sys
 import time
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import supcon_cases as cases
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
+from uncertainty_mm.data import MultimodalBatch
+from uncertainty_mm.examples.lddu_full import LDDU
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DIMS = {"text": 768, "audio": 74, "vision": 35}
 
 
 torch.set_num_threads(os.cpu_count() or 1)  # the tests take one
-
-
-def load_example():
-    spec = importlib.util.spec_from_file_location("lddu_full", ROOT / "examples" / "lddu_full.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["lddu_full"] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def now():
@@ -40,10 +31,11 @@ def now():
 def training_step(batch_size, precision="float32"):
     """A function that takes a step, the seconds it spent by part, and its padding masks."""
     torch.manual_seed(0)
-    example = load_example()
-    model = example.LDDU(DIMS, dict.fromkeys(DIMS, 50), 6, 16_326).to(DEVICE)
     half = precision == "bfloat16"
-    model.contrastive.bf16_products = half  # as the example does with --precision bf16-mixed
+    names = [str(label) for label in range(6)]
+    options = {"bf16_products": half, "max_batch_size": batch_size}
+    sizes = DIMS, dict.fromkeys(DIMS, 50), names, 16_326
+    model = LDDU(*sizes, contrastive=options).to(DEVICE).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5)
     lengths = torch.randint(10, 51, (batch_size, 1), device=DEVICE)
     padding = {name: torch.arange(50, device=DEVICE) >= lengths for name in DIMS}
@@ -56,7 +48,7 @@ def training_step(batch_size, precision="float32"):
         module.register_forward_pre_hook(lambda *_: seconds.subtract({part: now()}))
         module.register_forward_hook(lambda *_: seconds.update({part: now()}))
 
-    for encoder in model.encoders.values():
+    for encoder in model.encoder.values():
         measure("encoders", encoder)
     measure("label attention", model.attention)
     measure("decoupler", model.decoupler)
@@ -69,7 +61,9 @@ def training_step(batch_size, precision="float32"):
         start = now()
         with torch.autocast(DEVICE, torch.bfloat16, enabled=half):
             output = model(features, padding, labels)
-            loss = model.losses(output, labels, indices)["total"]
+            loss = model.losses(output, MultimodalBatch(features, padding, labels, indices))[
+                "total"
+            ]
         forward = now()
         loss.backward()
         backward = now()
