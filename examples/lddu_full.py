@@ -20,7 +20,8 @@ seen, its standard deviation how sure that is. Three ideas shape these Gaussians
 The defaults are what was measured to work; `--config paper` has the paper's values and equations as far as they go, and
 names the rest. Ours, where the paper is silent: standardised features, the size of a sequence as an input of its own,
 normalisation before the sublayers, labels that scale and shift their Z, dropout, clipped gradients, early stopping,
-calibration, and a prediction from every modality alone, so that its standard deviation can be held against its own errors.
+calibration, and a prediction from every modality alone, so that its own errors can be held against its standard
+deviation.
 """
 
 from __future__ import annotations
@@ -231,7 +232,8 @@ class LDDU(MultilabelModule):
         if self.gate == "constant":
             return torch.full_like(dir_probs, 0.5)
         if self.gate in ("mean", "std"):  # one branch alone
-            certain = (self.gate == "mean") == (self.fusion.mean_weight == "certainty")
+            weighs = getattr(self.fusion, "mean_weight", "certainty")  # another part may have none
+            certain = (self.gate == "mean") == (weighs == "certainty")
             return torch.full_like(dir_probs, 0.0 if certain else 1.0)
         return expected_distance(dir_probs)
 

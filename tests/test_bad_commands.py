@@ -297,15 +297,15 @@ CASES = {  # what is wrong: the command, and what is said
     "predict": {
         "no checkpoint given": (
             lambda place: place("predict", "--data.path=@data.npz"),
-            "predict: --ckpt_path must name a checkpoint",
+            "predict: --ckpt_path is needed",
         ),
         "test without a checkpoint": (
             lambda place: place("test", "--data.path=@data.npz"),
-            "test: --ckpt_path must name a checkpoint",
+            "test: --ckpt_path is needed",
         ),
         "validate without a checkpoint": (
             lambda place: place("validate", "--data.path=@data.npz"),
-            "validate: --ckpt_path must name a checkpoint",
+            "validate: --ckpt_path is needed",
         ),
         "unknown subcommand": (lambda place: place("apply"), "apply"),
         "unknown option": (predict("--threshold=1"), "--threshold=1"),
@@ -342,25 +342,30 @@ CASES = {  # what is wrong: the command, and what is said
         ),
         "longer sequences": (
             with_file("x.npz", other_data(**FEATURES), predict(data="@x.npz")),
-            "x: modality `a` has 6 steps, the checkpoint knows 5",
+            "x: modality `a` has 6 steps in the train split, the checkpoint knows 5; cut longer",
         ),
         "output into no folder": (predict(output="none/new.csv"), "a file in a folder that exists"),
-        "output a folder": (predict(output="@run"), "--output must be a file"),
-        "output onto the data": (
-            predict(output="@data.npz"),
-            "data.npz: --output would replace what is read",
+        "output of another kind": (predict(output="@run"), "run: --output must end in .csv or .npz"),
+        "output a folder": (
+            with_file("x.csv", lambda path, _: path.mkdir(), predict(output="@x.csv")),
+            "x.csv: exists already",
         ),
+        "output onto the data": (predict(output="@data.npz"), "data.npz: exists already"),
         "output onto the checkpoint": (
             predict(output="@run/best.ckpt"),
-            "best.ckpt: --output would replace what is read",
+            "best.ckpt: --output must end in .csv or .npz",
         ),
         "output into the folder of the data": (
             with_file(
                 "arrays",
                 lambda path, place: write_folder(read(place.data), path),
-                predict(data="@arrays", output="@arrays/test/labels.npy"),
+                predict(data="@arrays", output="@arrays/test/new.npz"),
             ),
-            "labels.npy: --output would replace what is read",
+            "new.npz: --output would lie within the data",
+        ),
+        "predict without data": (
+            lambda place: place("predict", "--ckpt_path=@run/best.ckpt"),
+            "predict: --data.path is needed",
         ),
     },
 }
@@ -500,11 +505,9 @@ def test_full_device_in_the_middle_of_a_folder(tmp_path, monkeypatch, number):
 
 
 def test_full_disk_ends_predict_in_one_line(place, tmp_path, capsys):
-    output = tmp_path / "new.npz"
-    output.write_bytes(b"old")
     with small_disk(200), ends_in_one_line(capsys, "error: .*File too large"):
-        predict(output=output)(place)
-    assert contents(tmp_path) == {output: b"old"}
+        predict(output=tmp_path / "new.npz")(place)
+    assert contents(tmp_path) == {}
 
 
 def test_full_disk_ends_training_in_one_line_with_the_last_whole_checkpoint(

@@ -242,19 +242,21 @@ def test_sample_is_asked(lddu, trained):
     torch.testing.assert_close(answer["probs"], whole["probs"][0])
     assert torch.equal(answer["predicted"], answer["probs"] > model.threshold)
     assert answer["uncertainty"].shape == ()
+    assert model.training  # as it was
     left_out = model.ask({"a": sample["a"]})
+    for key, value in model.ask({"a": sample["a"], "b": sample["b"][:0]}).items():
+        torch.testing.assert_close(value, left_out[key], rtol=0, atol=0, equal_nan=True)
+    assert model.ask({})["missing"].all()  # what the model says of nothing at all
     assert left_out["std_norm"][1].isnan().all()
     assert left_out["missing"].tolist() == [False, True]
     alone = batch.padding_mask | {"b": torch.ones_like(batch.padding_mask["b"])}
     wanted = trained.model.predict_step(batch._replace(padding_mask=alone), 0)
     torch.testing.assert_close(left_out["probs"], wanted["probs"][0])
     for bad, message in (
-        ({}, r"some of \['a', 'b'\], but got \[\]"),
         ({"c": sample["a"]}, r"some of \['a', 'b'\], but got \['c'\]"),
-        ({"a": sample["b"]}, r"`features\['a'\]` to have shape \(S, 3\), but got"),
-        ({"a": sample["a"][0]}, r"`features\['a'\]` to have shape \(S, 3\), but got \(3,\)"),
-        ({"a": sample["a"][:0]}, r"`features\['a'\]` to have shape \(S, 3\), but got \(0, 3\)"),
-        ({"a": torch.zeros(6, 3)}, "5 steps"),
+        ({"a": sample["b"]}, r"`features\['a'\]` to have shape \(S, 3\) with S at most 5, but got"),
+        ({"a": sample["a"][0]}, r"`features\['a'\]` to have shape \(S, 3\) with S at most 5, but got \(3,\)"),
+        ({"a": torch.zeros(6, 3)}, r"`features\['a'\]` .* S at most 5, but got \(6, 3\)"),
         ({"a": torch.full((2, 3), math.nan)}, r"`features\['a'\]` to be finite"),
     ):
         with pytest.raises(ValueError, match=message):

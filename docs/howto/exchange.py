@@ -17,8 +17,6 @@ class MeanFusion(nn.Module):
         hidden_dim: Size of the hidden layer.
     """
 
-    mean_weight = "certainty"
-
     def __init__(
         self, num_modalities: int, num_labels: int, latent_dim: int, *, hidden_dim: int = 64
     ):
@@ -29,8 +27,9 @@ class MeanFusion(nn.Module):
 
     def forward(self, latent, uncertainty, missing):
         """Logits (B, Q) from the Gaussians (B, M, Q, K) of the modalities that are there; no gate."""
-        there = (~missing)[:, :, None, None]
-        mean = (latent.mean * there).sum(1) / there.sum(1).clamp_min(1)
+        left_out = missing[:, :, None, None]
+        count = (~left_out).sum(1).clamp_min(1)
+        mean = latent.mean.masked_fill(left_out, 0).sum(1) / count
         logits = self.head(mean).squeeze(-1).float()
         return FusedPrediction(logits, logits, logits, torch.ones_like(logits))
 

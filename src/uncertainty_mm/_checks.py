@@ -116,7 +116,10 @@ def check_tensor(
     if not isinstance(value, Tensor):
         raise TypeError(f"Expected `{name}` to be a tensor, but got {type(value).__name__}")
     if value.dtype not in _DTYPES[kind]:
-        raise TypeError(f"Expected `{name}` to have {_KINDS[kind]}, but got {value.dtype}")
+        hint = (
+            "; True leaves out, so `attention_mask == 0`" if name.startswith("padding_mask") else ""
+        )
+        raise TypeError(f"Expected `{name}` to have {_KINDS[kind]}, but got {value.dtype}{hint}")
     if value.layout is not torch.strided or value.is_nested:
         layout = "a nested tensor" if value.is_nested else value.layout
         raise TypeError(f"Expected `{name}` to be a dense tensor, but got {layout}")

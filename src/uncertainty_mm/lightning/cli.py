@@ -137,7 +137,11 @@ class ModelCLI(LightningCLI):
             save_config_callback=None,
             seed_everything_default=0,
             parser_class=Parser,
-            parser_kwargs={"description": inspect.getdoc(sys.modules[model_class.__module__])},
+            parser_kwargs={
+                "description": f"{(inspect.getdoc(model_class) or '').splitlines()[0]} Without a subcommand: train "
+                "and test. Subcommands, each with its --help: fit, validate, test, predict.",
+                "allow_abbrev": False,
+            },
             args=arguments,
             run=bool(self.chosen),
             auto_configure_optimizers=False,
@@ -259,8 +263,10 @@ class ModelCLI(LightningCLI):
             raise UsageError(
                 f"trainer.max_epochs must be at least 1, got {options.trainer.max_epochs}"
             )
-        if not self.trains and checkpoint is None:
-            raise UsageError(f"{self.subcommand}: --ckpt_path must name a checkpoint")
+        if not self.trains:
+            for option, value in (("ckpt_path", checkpoint), ("data.path", options.data.path)):
+                if value is None:
+                    raise UsageError(f"{self.subcommand}: --{option} is needed")
         if checkpoint is not None:
             saved = read_checkpoint(checkpoint)["hyper_parameters"]
             if not self.trains and options.data.label_names is None:
@@ -322,7 +328,11 @@ class ModelCLI(LightningCLI):
             and not int(os.environ.get("LOCAL_RANK", 0))
             and Path(output).exists()
         ):
-            raise UsageError(f"--output {output}: exists already; a run never writes over another")
+            last = Path(output) / "last.ckpt"
+            hint = f"; to resume it, --ckpt_path {last}" if last.exists() else ""
+            raise UsageError(
+                f"--output {output}: exists already; a run never writes over another{hint}"
+            )
         if checkpoint is not None and Path(output).resolve() != Path(checkpoint).parent.resolve():
             folder = Path(checkpoint).parent
             raise UsageError(f"--output {output}: a run resumes where its checkpoint is, {folder}")
@@ -487,20 +497,23 @@ class ModelCLI(LightningCLI):
         thresholds = [round(value, 2) for value in self.model.threshold.tolist()]
         loader: Any = self.trainer.predict_dataloaders
         count = len(loader.dataset)
-        print(f"{count} samples, thresholds {thresholds}: {output_file(self.options)}")
+        print(f"{count} samples, thresholds {thresholds}: {self.options.output or 'predictions.csv'}")
 
 
 def output_file(options: Any) -> Path:
-    """The file of `predict`, of which nothing that is read is replaced."""
+    """The file of `predict`, which must not be there yet: nothing is written over."""
     path = Path(options.output or "predictions.csv")
-    if path.is_dir() or not path.parent.is_dir():
+    if path.suffix not in (".csv", ".npz"):
+        raise UsageError(f"{path}: --output must end in .csv or .npz")
+    if not path.parent.is_dir():
         raise UsageError(f"{path}: --output must be a file in a folder that exists")
-    for source in (options.data.path, options.data.labels, options.ckpt_path):
-        if source is None or not Path(source).exists():
-            continue
-        inside = Path(source).resolve() in path.resolve().parents
-        if inside or (path.exists() and path.samefile(source)):
-            raise UsageError(f"{path}: --output would replace what is read")
+    if path.is_file() or path.is_dir() or path.is_symlink():
+        raise UsageError(f"{path}: exists already; name another file by --output")
+    if (
+        options.data.path is not None
+        and Path(options.data.path).resolve() in path.resolve().parents
+    ):
+        raise UsageError(f"{path}: --output would lie within the data")
     return path
 
 
@@ -515,10 +528,14 @@ def check_fits(data: MultimodalDataModule, hparams: Mapping[str, Any]) -> None:
                 f"{data.name}: {what} {received} are not those of the checkpoint, {wanted}"
             )
     for name, steps in hparams["max_steps"].items():
-        if data.max_steps[name] > steps:
-            raise UsageError(
-                f"{data.name}: modality `{name}` has {data.max_steps[name]} steps, the checkpoint knows {steps}"
-            )
+        for split, part in data.parts.items():
+            if not part.padding_mask[name][:, steps:].all():  # what is padding alone is cut
+                raise UsageError(
+                    f"{data.name}: modality `{name}` has {part.steps[name]} steps in the {split} split, "
+                    f"the checkpoint knows {steps}; cut longer sequences"
+                )
+            part.features[name] = part.features[name][:, :steps]
+            part.padding_mask[name] = part.padding_mask[name][:, :steps]
 
 
 def _flat(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -113,7 +113,8 @@ class MultimodalDataModule(L.LightningDataModule):
     def part(self, split: str) -> MultimodalDataset:
         """The data set of a split; raises UsageError if it has no sample."""
         if not len(self.parts.get(split, ())):
-            raise UsageError(f"{self.name}: no sample in the {split} split")
+            whole = "; the file has no `split`" if list(self.parts) == ["all"] else ""
+            raise UsageError(f"{self.name}: no sample in the {split} split{whole}")
         return self.parts[split]
 
     def _in_order(self, split: str) -> DataLoader[MultimodalBatch]:

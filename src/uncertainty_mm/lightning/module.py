@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import CatMetric
 
+from uncertainty_mm._checks import check_finite
 from uncertainty_mm._component import Component, states
 from uncertainty_mm.calibration import PlattScaling, best_threshold
 from uncertainty_mm.data import MultimodalBatch, MultimodalDataset
@@ -238,40 +239,36 @@ class MultilabelModule(Component, L.LightningModule):
         """What the model says of one sample.
 
         Args:
-            features: (S_m, D_m) by modality; a modality that the sample lacks is left out.
+            features: (S_m, D_m) by modality, finite; a modality that the sample lacks is left out or has no step.
 
         Returns:
             `probs` and `predicted` (Q,), `uncertainty` (), and the details of the model, each without the axis B.
 
         Raises:
-            ValueError: If a modality is not known, none is given, or a shape is wrong.
+            ValueError: If a modality is not known, a shape is wrong, or a value is not finite.
         """
-        dims = self.hparams["modality_dims"]
-        unknown = sorted(set(features) - set(dims))
-        if unknown or not features:
-            raise ValueError(
-                f"Expected `features` to hold some of {list(dims)}, but got {sorted(features)}"
-            )
+        dims, longest = self.hparams["modality_dims"], self.hparams["max_steps"]
+        if unknown := sorted(set(features) - set(dims)):
+            raise ValueError(f"Expected `features` to hold some of {list(dims)}, but got {unknown}")
         batch: dict[str, Tensor] = {}
+        padding: dict[str, Tensor] = {}
         for name, dim in dims.items():
-            x = torch.as_tensor(features.get(name, torch.zeros(1, dim)))
-            if x.dim() != 2 or x.shape[1] != dim or not len(x):
+            x = torch.as_tensor(features.get(name, torch.empty(0, dim)))
+            if x.dim() != 2 or x.shape[1] != dim or len(x) > longest[name]:
                 raise ValueError(
-                    f"Expected `features[{name!r}]` to have shape (S, {dim}), but got {tuple(x.shape)}"
+                    f"Expected `features[{name!r}]` to have shape (S, {dim}) with S at most {longest[name]}, "
+                    f"but got {tuple(x.shape)}"
                 )
-            if not x.isfinite().all():
-                raise ValueError(
-                    f"Expected `features[{name!r}]` to be finite, but got NaN or infinity"
-                )
+            check_finite(f"features[{name!r}]", x)
+            there = len(x) > 0
+            x = x if there else torch.zeros(1, dim)
             batch[name] = x.to(self.threshold).unsqueeze(0)
-        padding = {
-            name: torch.full(x.shape[:2], name not in features, device=x.device)
-            for name, x in batch.items()
-        }
+            padding[name] = torch.full((1, len(x)), not there, device=self.threshold.device)
+        training = self.training
         self.eval()
-        answer = self.predict_step(
-            MultimodalBatch(batch, padding, torch.zeros(1, 0), torch.zeros(1).long()), 0
-        )
+        empty = MultimodalBatch(batch, padding, torch.zeros(1, 0), torch.zeros(1).long())
+        answer = self.predict_step(empty, 0)
+        self.train(training)
         answer["predicted"] = answer["probs"] > self.threshold
         return {key: value[0] for key, value in answer.items()}
 
