@@ -74,13 +74,6 @@ class Function(nn.Module):
         return self.function(*inputs)
 
 
-def uneven(module):
-    """Learned weights that are not equal."""
-    for logits in module.parameters():
-        logits.data.copy_(torch.linspace(-1, 1, logits.numel()).view_as(logits))
-    return module
-
-
 def steady(module):
     """Half of the hidden units always on, the others always off: none may change sides by rounding."""
     for layers in module.modules():
@@ -671,10 +664,8 @@ MODULES = {
         float32=True,
     ),
     "GaussianFusion (learned)": Case(
-        lambda sizes, **kwargs: uneven(
-            umm.GaussianFusion(
-                "generalized_product", sizes.modalities, sizes.labels, LATENT, **kwargs
-            )
+        lambda sizes, **kwargs: umm.GaussianFusion(
+            "generalized_product", sizes.modalities, sizes.labels, LATENT, **kwargs
         ),
         lambda sizes: (draw_latent(sizes), draw_missing(sizes)),
         plain_rule,
