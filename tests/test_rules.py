@@ -228,6 +228,12 @@ def test_stds_near_the_ends_of_float32_give_numbers(rule):
     assert all(x.isfinite().all() for x in (*fused, *grads))
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_infinite_stds_that_are_not_looked_at_give_no_nan(rule):
+    fused = GaussianFusion(rule, validate_args=False)(latent_of([1.0, 2.0], [1.0, math.inf]))
+    assert all(x.isfinite().all() for x in fused)
+
+
 @pytest.mark.parametrize("rule", ["product", "generalized_product"])
 def test_stds_of_zero_decide_alone(rule):
     fused = GaussianFusion(rule)(latent_of([3.0, 1.0, 100.0], [0.0, 0.0, 1.0]))

@@ -184,6 +184,7 @@ class GaussianFusion(Component):
         elif infinite:
             counted = counted & (std < math.inf)
         mean, std = mean.masked_fill(~counted, 0), std.masked_fill(~counted, 1)
+        std = std.clamp_max(1 / _least(std))  # an infinite one that was not looked at
         fused, spread, weights = self._fuse(mean, std, counted)
         spread = spread.masked_fill(~counted.any(1), 1)  # the means are 0 there
         weights = weights.expand(*mean.shape[:3], -1).mean(-1)
@@ -230,8 +231,7 @@ def _lowest(x: Tensor) -> float:
 
 
 def _log_precision(std: Tensor) -> Tensor:
-    least = _least(std)
-    return -2 * std.clamp(least, 1 / least).log()
+    return -2 * std.clamp_min(_least(std)).log()
 
 
 def _norm(x: Tensor, dim: int) -> Tensor:
