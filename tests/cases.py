@@ -4,9 +4,11 @@ A component gets the whole contract (test_contract.py, test_cuda.py) by one entr
 its equation says in plain float64.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +17,11 @@ from torch.utils import _pytree as pytree
 
 import uncertainty_mm as umm
 from uncertainty_mm import functional
+from uncertainty_mm.beliefs import BeliefRule
 from uncertainty_mm.data import MultimodalBatch
 from uncertainty_mm.encoder import SequenceEncoder
 from uncertainty_mm.metrics import functional as measures
+from uncertainty_mm.rules import Rule
 
 LATENT, WIDTH, BANK = 5, 6, 7
 
@@ -154,6 +158,10 @@ def draw_latent(sizes):
     return umm.DiagonalGaussian(torch.randn(shape), 0.1 + torch.rand(shape))
 
 
+def draw_evidence(sizes):
+    return 4 * torch.rand(sizes.batch, sizes.modalities, sizes.labels, 2)
+
+
 def draw_scores(sizes):
     return torch.randn(sizes.batch), torch.randn(sizes.batch), torch.arange(sizes.batch) % 4 == 1
 
@@ -288,6 +296,93 @@ def plain_fusion(module, latent, uncertainty, missing):
     mean, std = plain_product(latent, missing, module.prior_mean)
     logits = module.mean_head(mean).squeeze(2), module.std_head(std.detach()).squeeze(2)
     return plain_mixture(module, *logits, uncertainty)
+
+
+def plain_moments(weights, mean, std):
+    """Of the mixture whose components lie along the first axis."""
+    fused = (weights * mean).sum(0)
+    return fused, ((weights * (std**2 + mean**2)).sum(0) - fused**2).clamp_min(0).sqrt()
+
+
+def plain_subsets(mean, std):
+    """Moments of the mixture of the products of all subsets, and shares of precision."""
+    parts = []
+    for size in range(1, len(mean) + 1):
+        for subset in itertools.combinations(range(len(mean)), size):
+            inside = torch.tensor([m in subset for m in range(len(mean))]).view(-1, 1, 1)
+            precision = inside / std**2
+            total = precision.sum(0)
+            share = precision / total
+            parts.append(((share * mean).sum(0), total**-0.5, share))
+    means, stds, shares = (torch.stack(x) for x in zip(*parts, strict=True))
+    return *plain_moments(1 / len(parts), means, stds), shares.mean(0)
+
+
+def plain_rule(module, latent, missing):
+    """One sample after the other, without what is missing."""
+    results = []
+    for mean, std, left_out in zip(*latent, missing, strict=True):
+        shares, kept = 0 * mean, ~left_out
+        if not kept.any():
+            results.append((shares.sum(0), shares.sum(0) + 1, shares.mean(-1)))
+            continue
+        mean, std = mean[kept], std[kept]
+        equal, precision = torch.full_like(mean, 1 / len(mean)), std**-2
+        if module.rule == "product":
+            shares = precision / (1 + precision.sum(0))
+            fused = (shares * mean).sum(0), (1 + precision.sum(0)) ** -0.5
+        elif module.rule == "generalized_product":
+            if module.num_modalities is not None:
+                equal = module.weight_logits.expand(len(kept), *mean.shape[1:])[kept].softmax(0)
+            shares, precision = equal, equal * precision
+            fused = (precision * mean).sum(0) / precision.sum(0), precision.sum(0) ** -0.5
+        elif module.rule == "mixture_of_products":
+            *fused, shares = plain_subsets(mean, std)
+        elif module.rule == "barycenter":
+            shares, fused = equal, (mean.mean(0), std.mean(0))
+        else:
+            norm = std.square().sum(-1, keepdim=True).sqrt()
+            shares = equal if module.rule == "mixture" else 1 / norm / (1 / norm).sum(0) + 0 * mean
+            fused = plain_moments(shares, mean, std)
+        whole = torch.zeros(len(kept), *shares.shape[1:], dtype=shares.dtype)
+        results.append((*fused, whole.index_put((kept,), shares).mean(-1)))
+    if not results:
+        nothing = latent.mean.sum(1) + latent.std.sum(1)
+        return nothing, nothing, latent.mean.sum(-1) + sum(x.sum() for x in module.parameters())
+    return tuple(torch.stack(x) for x in zip(*results, strict=True))
+
+
+def plain_belief(module, evidence, missing):
+    evidence = evidence.masked_fill(missing[:, :, None, None], 0)
+    total = evidence.sum(-1)
+    certainty, p = total / (total + 2), (evidence[..., 0] + 1) / (total + 2)
+    pairs = list(itertools.product(range(evidence.shape[1]), repeat=2))
+    conflict = {
+        (m, n): (p[:, m] - p[:, n]).abs() * certainty[:, m] * certainty[:, n] for m, n in pairs
+    }
+    if module.rule == "dempster":
+        fused = 2 * (1 + evidence / 2).prod(1) - 2
+    elif module.rule == "discounted":
+        trusted = []
+        for m in range(evidence.shape[1]):
+            others = [1 - conflict[m, n] for n in range(evidence.shape[1]) if n != m]
+            trust = torch.stack([torch.ones_like(p[:, m]), *others]).prod(0).unsqueeze(-1)
+            belief = trust * evidence[:, m] / (total[:, m] + 2).unsqueeze(-1)
+            trusted.append(2 * belief / (1 - belief.sum(-1, keepdim=True)))
+        fused = torch.stack(trusted).sum(0)
+    else:
+        fused = evidence.sum(1)
+        if module.rule == "average":
+            fused = fused / (~missing).sum(1).clamp_min(1)[:, None, None]
+    strength = 2 + fused.sum(-1)
+    largest = torch.stack([*conflict.values()]).amax(0)
+    return fused, (fused[..., 0] + 1) / strength, 2 / strength, largest
+
+
+def plain_beta_loss(_, evidence, labels, unknown):
+    a, b = (evidence + 1).unbind(-1)
+    loss = torch.digamma(a + b) - torch.digamma(torch.where(labels > 0, a, b))
+    return loss.masked_fill(unknown, 0)
 
 
 def plain_chi2(_, latent, missing):
@@ -568,7 +663,29 @@ MODULES = {
         factor_and_distances,
         float32=True,
     ),
+    "GaussianFusion (learned)": Case(
+        lambda sizes, **kwargs: umm.GaussianFusion(
+            "generalized_product", sizes.modalities, sizes.labels, LATENT, **kwargs
+        ),
+        lambda sizes: (draw_latent(sizes), draw_missing(sizes)),
+        plain_rule,
+        "num_modalities=2",
+    ),
 }
+for _rule in get_args(Rule):
+    MODULES[f"GaussianFusion ({_rule})"] = Case(
+        lambda _, _rule=_rule, **kwargs: umm.GaussianFusion(_rule, **kwargs),
+        lambda sizes: (draw_latent(sizes), draw_missing(sizes)),
+        plain_rule,
+        f"rule='{_rule}'",
+    )
+for _rule in get_args(BeliefRule):
+    MODULES[f"BeliefFusion ({_rule})"] = Case(
+        lambda _, _rule=_rule, **kwargs: umm.BeliefFusion(_rule, **kwargs),
+        lambda sizes: (draw_evidence(sizes), draw_missing(sizes)),
+        plain_belief,
+        f"rule='{_rule}'",
+    )
 
 
 def _function(function, draw, plain=None, untransformed=""):
@@ -576,6 +693,11 @@ def _function(function, draw, plain=None, untransformed=""):
 
 
 FUNCTIONS = {
+    "beta_evidence_loss": _function(
+        functional.beta_evidence_loss,
+        lambda sizes: (draw_evidence(sizes)[:, 0], draw_labels(sizes), draw_labels(sizes) > 0),
+        plain_beta_loss,
+    ),
     "DiagonalGaussian": _function(
         properties_of,
         lambda sizes: (draw_latent(sizes), draw_missing(sizes)),

@@ -400,13 +400,17 @@ def test_inference_exports_with_any_batch_size():
 
 
 PUBLIC_NAMES = [
+    "BeliefFusion",
     "CorrectnessTracker",
     "DiagonalGaussian",
     "DistributionSupConLoss",
     "EmbeddingQueue",
     "EmotionQueryAttention",
+    "FusedBelief",
+    "FusedGaussian",
     "FusedPrediction",
     "GaussianDecoupler",
+    "GaussianFusion",
     "PlattScaling",
     "SoftRankOrdinalityLoss",
     "Typicality",
@@ -414,6 +418,7 @@ PUBLIC_NAMES = [
     "functional",
 ]
 FUNCTION_NAMES = [
+    "beta_evidence_loss",
     "distribution_embedding",
     "expected_distance",
     "ordinality_divergence",

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from uncertainty_mm import functional
 from uncertainty_mm.attention import EmotionQueryAttention
+from uncertainty_mm.beliefs import BeliefFusion, FusedBelief
 from uncertainty_mm.calibration import PlattScaling
 from uncertainty_mm.contrastive import DistributionSupConLoss
 from uncertainty_mm.correctness import CorrectnessTracker
@@ -12,6 +13,7 @@ from uncertainty_mm.fusion import FusedPrediction, UncertaintyGatedFusion
 from uncertainty_mm.gaussian import DiagonalGaussian, GaussianDecoupler
 from uncertainty_mm.ordinality import SoftRankOrdinalityLoss
 from uncertainty_mm.queue import EmbeddingQueue
+from uncertainty_mm.rules import FusedGaussian, GaussianFusion
 from uncertainty_mm.typicality import Typicality
 
 if TYPE_CHECKING:
@@ -23,13 +25,17 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "BeliefFusion",
     "CorrectnessTracker",
     "DiagonalGaussian",
     "DistributionSupConLoss",
     "EmbeddingQueue",
     "EmotionQueryAttention",
+    "FusedBelief",
+    "FusedGaussian",
     "FusedPrediction",
     "GaussianDecoupler",
+    "GaussianFusion",
     "PlattScaling",
     "SoftRankOrdinalityLoss",
     "Typicality",
