@@ -345,7 +345,10 @@ CASES = {  # what is wrong: the command, and what is said
             "x: modality `a` has 6 steps in the train split, the checkpoint knows 5; cut longer",
         ),
         "output into no folder": (predict(output="none/new.csv"), "a file in a folder that exists"),
-        "output of another kind": (predict(output="@run"), "run: --output must end in .csv or .npz"),
+        "output of another kind": (
+            predict(output="@run"),
+            "run: --output must end in .csv or .npz",
+        ),
         "output a folder": (
             with_file("x.csv", lambda path, _: path.mkdir(), predict(output="@x.csv")),
             "x.csv: exists already",

@@ -344,6 +344,7 @@ def test_compiled_gradient_is_that_before_the_batch_entered_the_queue(reduction)
             close(actual, expected)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("_fresh_compiler")
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # from the compiler itself
 @pytest.mark.parametrize("name", ["DistributionSupConLoss", "UncertaintyGatedFusion"])

@@ -105,6 +105,7 @@ def test_gathered_loss_equals_that_of_one_process(ranks, division, anchors, max_
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("ranks", [2], indirect=True, scope="module")
 @pytest.mark.parametrize("division", ["ragged", "one empty"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -394,6 +395,7 @@ def test_loss_of_the_page_equals_that_of_one_process(ranks, division):
 # --------------------------------------------------------------------------------------- metrics
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("division", ["ragged", "one empty"])
 @pytest.mark.filterwarnings("ignore:The ``compute`` method:UserWarning")  # by the rank without data
 def test_metrics_of_several_processes_are_those_of_one(ranks, division):
@@ -410,6 +412,7 @@ def test_metrics_of_several_processes_are_those_of_one(ranks, division):
 # -------------------------------------------------------------------------------- a rank that is gone
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how", ["dies", "hangs"])
 def test_rank_left_alone_ends_with_an_error_in_bounded_time(tmp_path, how):
     timeout = 2

@@ -206,6 +206,7 @@ def test_size_does_not_overflow_in_half_precision(dtype):
 # --------------------------------------------------------------------------------- compile and export
 
 
+@pytest.mark.long
 def test_compiles_whole_for_any_batch():
     encoder = standardized()
     torch.compiler.reset()

@@ -304,6 +304,7 @@ def test_run_that_had_stopped_early_is_completed_and_not_trained_on(
         run("--ckpt_path", tmp_path / "resumed" / "last.ckpt")
 
 
+@pytest.mark.long
 def test_more_epochs_may_follow(run, finished, tmp_path):
     run("--data.path", finished.data, *FAST, "--output", tmp_path / "out")
     run("--ckpt_path", tmp_path / "out" / "last.ckpt", "--trainer.max_epochs=2")
@@ -329,6 +330,7 @@ def test_subcommands_measure_what_the_run_measured(run, finished, capsys):
         assert line.split()[1:] == wanted
 
 
+@pytest.mark.long
 def test_fit_alone_trains_as_the_whole_does(run, finished, tmp_path):
     run("fit", *finished.options, "--output", tmp_path / "out")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {

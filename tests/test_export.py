@@ -35,6 +35,7 @@ def drawn(page, *sizes):
     return text, audio, text_padding, audio_padding
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("combine", ["concat", "product"])
 def test_exported_program_takes_any_sizes(page, combine):
     model = page["Served"]({"text": 8, "audio": 4}, combine=combine).eval()
@@ -45,6 +46,7 @@ def test_exported_program_takes_any_sizes(page, combine):
             close(actual, expected.detach())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("combine", ["concat", "product"])
 @pytest.mark.filterwarnings(*QUIET)
 def test_onnx_of_the_page_answers_as_torch(page, combine, tmp_path, monkeypatch):
@@ -82,6 +84,7 @@ class Inspected(torch.nn.Module):
         return flattened([weights, latent, embedding, grown, properties_of(latent, missing)])
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings(*QUIET)
 def test_onnx_of_what_else_is_asked_of_a_prediction(tmp_path):
     pytest.importorskip("onnxscript")

@@ -49,6 +49,7 @@ def call(*arguments):
     figures.main([str(argument) for argument in arguments])
 
 
+@pytest.mark.long
 def test_all_figures_are_written(trained, tmp_path, capsys):
     data, run, without = trained
     call(run, without, "--data", data, "--sample", "clip 65", "--output", tmp_path / "x" / "y")

@@ -171,6 +171,7 @@ def test_supcon_leaves_rows_of_a_negative_class_out():
     close(actual[~out], *gradient(expected, rest))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("n", "bank_rows"), [(300, 9000), (3000, 0), (1500, 3000)])
 def test_supcon_of_many_rows_equals_the_whole_matrix(n, bank_rows):
     # Large enough that no implementation in tiles gets away with one tile.

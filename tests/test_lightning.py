@@ -255,7 +255,10 @@ def test_sample_is_asked(lddu, trained):
     for bad, message in (
         ({"c": sample["a"]}, r"some of \['a', 'b'\], but got \['c'\]"),
         ({"a": sample["b"]}, r"`features\['a'\]` to have shape \(S, 3\) with S at most 5, but got"),
-        ({"a": sample["a"][0]}, r"`features\['a'\]` to have shape \(S, 3\) with S at most 5, but got \(3,\)"),
+        (
+            {"a": sample["a"][0]},
+            r"`features\['a'\]` to have shape \(S, 3\) with S at most 5, but got \(3,\)",
+        ),
         ({"a": torch.zeros(6, 3)}, r"`features\['a'\]` .* S at most 5, but got \(6, 3\)"),
         ({"a": torch.full((2, 3), math.nan)}, r"`features\['a'\]` to be finite"),
     ):

@@ -59,8 +59,8 @@ def supcon_loss(
     .. math::
         \ell_e = \log \sum_{k \in T_e} \exp(e^\top k / \tau) - \frac{1}{|P_e|} \sum_{p \in P_e} e^\top p / \tau
 
-    It starts at the logarithm of the number of keys or above (random unit rows: by about :math:`1 / (2 E \tau^2)`), and is
-    at least the logarithm of the number of positives.
+    It starts at the logarithm of the number of keys or above (random unit rows: by about :math:`1 / (2 E \tau^2)`), and
+    is at least the logarithm of the number of positives.
 
     Time is linear in the number of keys, and the matrix of similarities never exists: tiles of it are reduced as they
     are made, and the gradient is formed along the way, so that the backward pass only scales it (for `"none"`, where

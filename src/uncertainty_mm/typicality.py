@@ -149,7 +149,7 @@ class Typicality(Component):
             TypeError: If a dtype is wrong.
         """
         distances, missing = self._measured(features, padding_mask)
-        parts = [part.quantile.to(distances.dtype) for part in self._parts()]
+        parts = [part.quantile.to(distances) for part in self._parts()]
         log_ratio = (distances / torch.stack(parts)).clamp_min(1).log()
         grown = torch.expm1(self.power * log_ratio) / self.power if self.power else log_ratio
         return (1 + grown).masked_fill(missing, 1)
@@ -376,14 +376,14 @@ class _Modality(Component):
 
     def forward(self, name: str, x: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
         """Distances (B,), and where there is no step."""
-        if x.device != self.shift.device:
+        if x.device != self.shift.device and not self._is_replica:
             raise ValueError(
                 f"Expected `features[{name!r}]` to be on {self.shift.device}, where the module is, "
                 f"but got {x.device}"
             )
         valid = _valid(x, padding)
-        step = _Whitening(self.step_shift, self.step_weight, self.step_root)
-        sequence = _Whitening(self.shift, self.weight, self.root)
+        state = [getattr(self, each).to(x.device) for each in self._states[:-1]]
+        step, sequence = _Whitening(*state[:3]), _Whitening(*state[3:])
         missing = ~valid.any(1)
         distances = sequence.distance(_summary(x, valid, step))
         return distances.masked_fill(missing, 0), missing

@@ -497,7 +497,9 @@ class ModelCLI(LightningCLI):
         thresholds = [round(value, 2) for value in self.model.threshold.tolist()]
         loader: Any = self.trainer.predict_dataloaders
         count = len(loader.dataset)
-        print(f"{count} samples, thresholds {thresholds}: {self.options.output or 'predictions.csv'}")
+        print(
+            f"{count} samples, thresholds {thresholds}: {self.options.output or 'predictions.csv'}"
+        )
 
 
 def output_file(options: Any) -> Path:
