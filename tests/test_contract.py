@@ -400,6 +400,9 @@ def test_inference_exports_with_any_batch_size():
 
 
 PUBLIC_NAMES = [
+    "BetaCalibration",
+    "ConformalRiskControl",
+    "CorrectnessRankingLoss",
     "CorrectnessTracker",
     "DiagonalGaussian",
     "DistributionSupConLoss",
@@ -407,8 +410,11 @@ PUBLIC_NAMES = [
     "EmotionQueryAttention",
     "FusedPrediction",
     "GaussianDecoupler",
+    "HistogramBinning",
+    "IsotonicCalibration",
     "PlattScaling",
     "SoftRankOrdinalityLoss",
+    "TemperatureScaling",
     "Typicality",
     "UncertaintyGatedFusion",
     "functional",

@@ -28,7 +28,7 @@ import ranks
 from cases import MODULES, all_equal, flattened, run_steps, weighted
 from pages import DOCS
 from support import TELLS_FUNCTIONS, close
-from uncertainty_mm import CorrectnessTracker, PlattScaling, functional
+from uncertainty_mm import ConformalRiskControl, CorrectnessTracker, calibration, functional
 from uncertainty_mm._component import states
 
 NAMES = [name for name, case in MODULES.items() if case.build().state_dict()]
@@ -106,8 +106,20 @@ def kept(module):
     return {name: x.clone() for name, x in states(module).items()}
 
 
+@contextlib.contextmanager
+def unfitted():
+    """Calibrations as they are made: there is nothing to fit on the meta device."""
+    with contextlib.ExitStack() as stack:
+        for kind in (
+            *map(calibration.__dict__.get, calibration.__all__[:-1]),
+            ConformalRiskControl,
+        ):
+            stack.enter_context(mock.patch.object(kind, "fit", lambda self, *_: self))
+        yield
+
+
 def made_on_meta(case):
-    with torch.device("meta"), mock.patch.object(PlattScaling, "fit", lambda self, *_: self):
+    with torch.device("meta"), unfitted():
         return case.build()
 
 
@@ -399,7 +411,7 @@ def check_distributed_checkpoint(case, tmp_path_factory):
 
 @situation("the meta device, `to_empty`, `reset_parameters`")
 def check_meta(case):
-    with mock.patch.object(PlattScaling, "fit", lambda self, *_: self):
+    with unfitted():
         new = case.build()
     for whole in (False, True):
         module = made_on_meta(case).to_empty(device="cpu")

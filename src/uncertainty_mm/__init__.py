@@ -5,13 +5,21 @@ from typing import TYPE_CHECKING, Any
 
 from uncertainty_mm import functional
 from uncertainty_mm.attention import EmotionQueryAttention
-from uncertainty_mm.calibration import PlattScaling
+from uncertainty_mm.calibration import (
+    BetaCalibration,
+    HistogramBinning,
+    IsotonicCalibration,
+    PlattScaling,
+    TemperatureScaling,
+)
+from uncertainty_mm.conformal import ConformalRiskControl
 from uncertainty_mm.contrastive import DistributionSupConLoss
 from uncertainty_mm.correctness import CorrectnessTracker
 from uncertainty_mm.fusion import FusedPrediction, UncertaintyGatedFusion
 from uncertainty_mm.gaussian import DiagonalGaussian, GaussianDecoupler
 from uncertainty_mm.ordinality import SoftRankOrdinalityLoss
 from uncertainty_mm.queue import EmbeddingQueue
+from uncertainty_mm.ranking import CorrectnessRankingLoss
 from uncertainty_mm.typicality import Typicality
 
 if TYPE_CHECKING:
@@ -23,6 +31,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "BetaCalibration",
+    "ConformalRiskControl",
+    "CorrectnessRankingLoss",
     "CorrectnessTracker",
     "DiagonalGaussian",
     "DistributionSupConLoss",
@@ -30,8 +41,11 @@ __all__ = [
     "EmotionQueryAttention",
     "FusedPrediction",
     "GaussianDecoupler",
+    "HistogramBinning",
+    "IsotonicCalibration",
     "PlattScaling",
     "SoftRankOrdinalityLoss",
+    "TemperatureScaling",
     "Typicality",
     "UncertaintyGatedFusion",
     "functional",
