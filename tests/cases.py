@@ -634,8 +634,9 @@ MODULES = {
     "ConformalRiskControl": Case(
         lambda sizes, **kwargs: fitted(umm.ConformalRiskControl(0.25, **kwargs), sizes),
         lambda sizes: draw_probs(sizes)[:1],
-        lambda module, probs: probs >= module.threshold,
+        lambda module, probs: (probs >= module.threshold).double(),
         "risk=0.25",
+        lambda module, probs: module(probs).to(probs.dtype),
     ),
     "CorrectnessRankingLoss": Case(
         lambda _, **kwargs: umm.CorrectnessRankingLoss(**kwargs),

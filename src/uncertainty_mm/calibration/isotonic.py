@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from uncertainty_mm._checks import check_number, check_positive_int, check_validate_args
@@ -153,21 +154,21 @@ def _maps(
     order = order[label[order].sort(stable=True).indices]
     label, p, present = label[order], p[order], present[order]
     first, last = p, p
-    # At first a block is what has one probability; then neighbours are joined as long as one falls, or stays.
-    joined, count = torch.zeros_like(label, dtype=torch.bool), torch.ones_like(p)
-    joined[1:] = (label[1:] == label[:-1]) & (p[1:] == p[:-1])
-    while joined.any():
-        block = (~joined).cumsum(0) - 1
-        starts = (~joined).nonzero().flatten()
-        ends = torch.cat([starts[1:], starts.new_tensor([len(joined)])]) - 1
+    # First those of one probability are joined to a block, then neighbours as long as the share falls, or stays.
+    count, joins = torch.ones_like(p), (label[1:] == label[:-1]) & (p[1:] == p[:-1])
+    while True:
+        begins = ~F.pad(joins, (1, 0))
+        starts, block = begins.nonzero().flatten(), begins.cumsum(0) - 1
+        ends = torch.cat([starts[1:], starts.new_tensor([len(begins)])]) - 1
         label, first, last = label[starts], first[starts], last[ends]
         present, count = (
             x.new_zeros(len(starts)).index_add_(0, block, x) for x in (present, count)
         )
-        joined = torch.zeros_like(label, dtype=torch.bool)
         # shares compared as products of whole numbers, which are exact
-        falls = present[1:] * count[:-1] <= present[:-1] * count[1:]
-        joined[1:] = (label[1:] == label[:-1]) & falls
+        joins = present[1:] * count[:-1] <= present[:-1] * count[1:]
+        joins &= label[1:] == label[:-1]
+        if not joins.any():
+            break
     level = present / count
     maps = []
     for q in range(num_labels):
