@@ -634,9 +634,9 @@ MODULES = {
     "ConformalRiskControl": Case(
         lambda sizes, **kwargs: fitted(umm.ConformalRiskControl(0.25, **kwargs), sizes),
         lambda sizes: draw_probs(sizes)[:1],
-        lambda module, probs: (probs >= module.threshold).double(),
+        lambda module, probs: (probs >= module.threshold) * probs,
         "risk=0.25",
-        lambda module, probs: module(probs).to(probs.dtype),
+        lambda module, probs: module(probs) * probs,
     ),
     "CorrectnessRankingLoss": Case(
         lambda _, **kwargs: umm.CorrectnessRankingLoss(**kwargs),

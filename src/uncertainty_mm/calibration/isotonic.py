@@ -93,19 +93,18 @@ class IsotonicCalibration(Component):
             ValueError: If the shape or the device is wrong, or `probs` is out of range.
             TypeError: If the dtype is wrong.
         """
-        p = checked_input(self, "probs", probs, self.knots).T
-        dtype = torch.promote_types(p.dtype, self.knots.dtype)
-        knots, levels = (x.to(p.device, dtype) for x in (self.knots, self.levels))
+        probs = checked_input(self, "probs", probs, self.knots)
+        dtype = torch.promote_types(probs.dtype, self.knots.dtype)
+        p, knots, levels = (x.to(probs.device, dtype) for x in (probs.T, self.knots, self.levels))
         # the first knot that is not below; linear from the one before it
-        right = torch.searchsorted(knots, p.detach().to(dtype).contiguous())
+        right = torch.searchsorted(knots, p.detach().contiguous())
         left, right = (right - 1).clamp_min(0), right.clamp_max(self.max_knots - 1)
         start, end = knots.gather(1, left), knots.gather(1, right)
         low, high = levels.gather(1, left), levels.gather(1, right)
         width = end - start
         share = (p - start) / torch.where(width > 0, width, 1)
-        found = torch.where(width > 0, low + share * (high - low), high)
-        # not beyond the ends by rounding
-        return torch.minimum(torch.maximum(found, low), high).T.to(p.dtype)
+        # `lerp` does not go beyond the ends by rounding.
+        return torch.where(width > 0, torch.lerp(low, high, share), high).T.to(probs.dtype)
 
     @torch.no_grad()
     def fit(
