@@ -102,6 +102,19 @@ def test_fit_starts_afresh_and_returns_itself(name):
     assert same(module, build(name).fit(*batch))
 
 
+def test_default_device_does_not_matter(name):
+    module, (x, labels) = build(name), simulate(50, name)
+    expected = build(name).fit(x, labels)
+    try:
+        torch.set_default_device("meta")
+        module.fit(x, labels)
+        found = module(x)
+    finally:
+        torch.set_default_device(None)
+    assert same(module, expected)
+    assert torch.equal(found, expected(x))
+
+
 @pytest.mark.parametrize("name", MONOTONE)
 @given(seed=st.integers(0, 2**16), samples=st.integers(1, 40))
 def test_order_of_the_samples_stays(name, seed, samples):

@@ -19,7 +19,7 @@ class IsotonicCalibration(Component):
 
     for every label by itself: the pool adjacent violators, a map that is constant on blocks of samples and linear
     between them; outside of the samples it goes on as at the nearest one. It follows any error that leaves the order of
-    the samples right, and takes some hundreds of samples. Until :meth:`fit` nothing is changed, nor ever for a label of
+    the samples right, but takes many of them. Until :meth:`fit` nothing is changed, nor ever for a label of
     which nothing is known. A label that no known sample has is always 0 afterwards, one that all have is 1. What was
     fitted is saved with the model; no optimizer touches it, and no averaging of weights.
 
@@ -126,22 +126,24 @@ class IsotonicCalibration(Component):
             TypeError: If a dtype is wrong.
         """
         p, present, known = (x.T for x in fitting_data(self, "probs", probs, labels, unknown))
-        self.reset_parameters()
         label, sample = known.nonzero(as_tuple=True)
         entries = label, p[label, sample], present[label, sample]
-        for q, (knots, levels) in enumerate(_maps(*entries, self.num_labels)):
-            place = torch.arange(self.max_knots, device="cpu").clamp_max(len(knots) - 1)
-            if len(knots) > self.max_knots:
-                place = torch.linspace(0, len(knots) - 1, self.max_knots, device="cpu").long()
-            if len(knots) > 0:
-                self.knots[q], self.levels[q] = knots[place], levels[place]
+        maps = p.new_ones(2, self.num_labels, self.max_knots)
+        maps[:, :, 0] = 0
+        for q, knots_and_levels in enumerate(_maps(*entries, self.num_labels)):
+            count = knots_and_levels.shape[1]
+            place = torch.arange(self.max_knots, device="cpu").clamp_max(count - 1)
+            if count > self.max_knots:
+                place = torch.linspace(0, count - 1, self.max_knots, device="cpu").long()
+            if count > 0:
+                maps[:, q] = knots_and_levels[:, place]
+        self.knots.copy_(maps[0])
+        self.levels.copy_(maps[1])
         return self
 
 
-def _maps(
-    label: Tensor, p: Tensor, present: Tensor, num_labels: int
-) -> list[tuple[Tensor, Tensor]]:
-    """Knots and levels of every label, by pooling adjacent violators in all labels at once.
+def _maps(label: Tensor, p: Tensor, present: Tensor, num_labels: int) -> list[Tensor]:
+    """Knots and levels (2, N) of every label, by pooling adjacent violators in all labels at once.
 
     Args:
         label: Tensor (N,), ascending, the label of each known entry.
@@ -174,5 +176,5 @@ def _maps(
         own = label == q
         knots = torch.stack([first[own], last[own]], 1).flatten()
         twice = torch.stack([torch.ones_like(own[own]), first[own] < last[own]], 1).flatten()
-        maps.append((knots[twice], level[own].repeat_interleave(2)[twice]))
+        maps.append(torch.stack([knots, level[own].repeat_interleave(2)])[:, twice])
     return maps
