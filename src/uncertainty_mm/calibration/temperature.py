@@ -19,8 +19,8 @@ class TemperatureScaling(Component):
         \operatorname{calibrated}(\ell)_q = \ell_q / T, \qquad T > 0
 
     No decision at a probability of 1/2 changes, nor the order of the samples. With one temperature for all labels few
-    samples are enough. Until :meth:`fit` nothing is changed. The temperature is
-    saved with the model; no optimizer touches it, and no averaging of weights.
+    samples are enough. Until :meth:`fit` nothing is changed. The temperature is saved with the model; no optimizer
+    touches it, and no averaging of weights.
 
     Source: Guo et al. 2017, arXiv 1706.04599.
 
