@@ -421,6 +421,43 @@ def plain_ordinality(module, std_norm, distance, correctness, mask):
     return plain_divergence(None, *ranks, whole)
 
 
+def plain_ranking(module, confidence, correctness, mask):
+    k, c = (x[~mask].tolist() for x in (confidence, correctness))
+    places = range(len(k))
+    pairs = [(i, j) for i in places for j in places if i != j]
+    if module.pairs == "neighbours":
+        pairs = [(i, (i + 1) % len(k)) for i in places]
+    total = confidence.sum() * 0
+    for i, j in pairs if len(k) > 1 else []:
+        sign = (c[i] > c[j]) - (c[i] < c[j])
+        if abs(c[i] - c[j]) > sign * (k[i] - k[j]):
+            live = confidence[~mask][i] - confidence[~mask][j]
+            total = total + abs(c[i] - c[j]) - sign * live
+    return total / max(len(pairs), 1)
+
+
+def plain_histogram(module, probs):
+    columns = []
+    for p, edges, frequency in zip(probs.T, module.edges, module.frequency, strict=True):
+        found = frequency[(p.unsqueeze(1) >= edges).sum(1)]
+        columns.append(torch.where(found < 0, p, found))
+    return torch.stack(columns, 1)
+
+
+def plain_isotonic(module, probs):
+    columns = []
+    for p, knots, levels in zip(probs.T, module.knots, module.levels, strict=True):
+        inside = p.clamp(knots[0], knots[-1])
+        column = torch.where(p <= knots[0], levels[0], levels[-1]) + 0 * p
+        pieces = zip(knots[:-1], knots[1:], levels[:-1], levels[1:], strict=True)
+        for left, right, low, high in pieces:
+            if left < right:
+                linear = low + (inside - left) / (right - left) * (high - low)
+                column = torch.where((left < p) & (p <= right), linear, column)
+        columns.append(column)
+    return torch.stack(columns, 1)
+
+
 def plain_typicality(module, features, padding_mask):
     """One sequence after the other, without what is padding."""
     distances = []
@@ -469,6 +506,16 @@ def track(tracker, indices, correct):
 
 def ordered(loss, std_norm, distance, correctness, mask=None):
     return loss(std_norm=std_norm, distance=distance, correctness=correctness, mask=mask)
+
+
+def ranked(loss, confidence, correctness, mask=None):
+    return loss(confidence=confidence, correctness=correctness, mask=mask)
+
+
+def fitted(calibration, sizes, draw=torch.rand):
+    """Fitted to samples that say little, so that no label is separated."""
+    shape = 20, sizes.labels
+    return calibration.fit(draw(shape), torch.arange(20 * sizes.labels).view(shape) % 3 == 0)
 
 
 def fuse(fusion, latent, uncertainty, missing):
@@ -646,6 +693,59 @@ MODULES = {
         lambda sizes: (torch.randn(sizes.batch, sizes.labels),),
         lambda module, logits: module.scale * logits + module.shift,
         "num_labels=3",
+    ),
+    "TemperatureScaling": Case(
+        lambda sizes, **kwargs: fitted(
+            umm.TemperatureScaling(sizes.labels, per_label=True, **kwargs), sizes, torch.randn
+        ),
+        lambda sizes: (torch.randn(sizes.batch, sizes.labels),),
+        lambda module, logits: logits / module.temperature,
+        "per_label=True",
+    ),
+    "HistogramBinning": Case(
+        lambda sizes, **kwargs: fitted(
+            umm.HistogramBinning(sizes.labels, num_bins=4, **kwargs), sizes
+        ),
+        lambda sizes: draw_probs(sizes)[:1],
+        plain_histogram,
+        "num_bins=4",
+    ),
+    "IsotonicCalibration": Case(
+        lambda sizes, **kwargs: fitted(
+            umm.IsotonicCalibration(sizes.labels, max_knots=9, **kwargs), sizes
+        ),
+        lambda sizes: draw_probs(sizes)[:1],
+        plain_isotonic,
+        "max_knots=9",
+    ),
+    "BetaCalibration": Case(
+        lambda sizes, **kwargs: fitted(umm.BetaCalibration(sizes.labels, **kwargs), sizes),
+        lambda sizes: draw_probs(sizes)[:1],
+        lambda module, probs: (
+            module.a * probs.log() - module.b * (1 - probs).log() + module.c
+        ).sigmoid(),
+        "num_labels=3",
+    ),
+    "ConformalRiskControl": Case(
+        lambda sizes, **kwargs: fitted(umm.ConformalRiskControl(0.25, **kwargs), sizes),
+        lambda sizes: draw_probs(sizes)[:1],
+        lambda module, probs: (probs >= module.threshold) * probs,
+        "risk=0.25",
+        lambda module, probs: module(probs) * probs,
+    ),
+    "CorrectnessRankingLoss": Case(
+        lambda _, **kwargs: umm.CorrectnessRankingLoss(**kwargs),
+        lambda sizes: draw_views(sizes)[1:],
+        plain_ranking,
+        "pairs='all'",
+        ranked,
+    ),
+    "CorrectnessRankingLoss (neighbours)": Case(
+        lambda _, **kwargs: umm.CorrectnessRankingLoss(pairs="neighbours", **kwargs),
+        lambda sizes: draw_views(sizes)[1:],
+        plain_ranking,
+        "pairs='neighbours'",
+        ranked,
     ),
     "CorrectnessTracker": Case(
         lambda sizes, **kwargs: umm.CorrectnessTracker(8, sizes.labels, prior=0.125, **kwargs),

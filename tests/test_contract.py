@@ -402,6 +402,9 @@ def test_inference_exports_with_any_batch_size():
 
 PUBLIC_NAMES = [
     "BeliefFusion",
+    "BetaCalibration",
+    "ConformalRiskControl",
+    "CorrectnessRankingLoss",
     "CorrectnessTracker",
     "DiagonalGaussian",
     "DistributionSupConLoss",
@@ -412,8 +415,11 @@ PUBLIC_NAMES = [
     "FusedPrediction",
     "GaussianDecoupler",
     "GaussianFusion",
+    "HistogramBinning",
+    "IsotonicCalibration",
     "PlattScaling",
     "SoftRankOrdinalityLoss",
+    "TemperatureScaling",
     "Typicality",
     "UncertaintyGatedFusion",
     "functional",

@@ -28,7 +28,13 @@ import ranks
 from cases import MODULES, all_equal, flattened, run_steps, weighted
 from pages import DOCS
 from support import TELLS_FUNCTIONS, close
-from uncertainty_mm import CorrectnessTracker, PlattScaling, Typicality, functional
+from uncertainty_mm import (
+    ConformalRiskControl,
+    CorrectnessTracker,
+    Typicality,
+    calibration,
+    functional,
+)
 from uncertainty_mm._component import states
 
 NAMES = [name for name, case in MODULES.items() if case.build().state_dict()]
@@ -107,15 +113,20 @@ def kept(module):
 
 
 @contextlib.contextmanager
-def without_fits():
+def unfitted():
+    """Calibrations as they are made: there is nothing to fit on the meta device."""
     with contextlib.ExitStack() as stack:
-        for kind in (PlattScaling, Typicality):
+        for kind in (
+            *map(calibration.__dict__.get, calibration.__all__[:-1]),
+            ConformalRiskControl,
+            Typicality,
+        ):
             stack.enter_context(mock.patch.object(kind, "fit", lambda self, *_: self))
         yield
 
 
 def made_on_meta(case):
-    with torch.device("meta"), without_fits():
+    with torch.device("meta"), unfitted():
         return case.build()
 
 
@@ -412,7 +423,7 @@ def check_distributed_checkpoint(case, tmp_path_factory):
 
 @situation("the meta device, `to_empty`, `reset_parameters`")
 def check_meta(case):
-    with without_fits():
+    with unfitted():
         new = case.build()
     for whole in (False, True):
         module = made_on_meta(case).to_empty(device="cpu")

@@ -6,13 +6,21 @@ from typing import TYPE_CHECKING, Any
 from uncertainty_mm import functional
 from uncertainty_mm.attention import EmotionQueryAttention
 from uncertainty_mm.beliefs import BeliefFusion, FusedBelief
-from uncertainty_mm.calibration import PlattScaling
+from uncertainty_mm.calibration import (
+    BetaCalibration,
+    HistogramBinning,
+    IsotonicCalibration,
+    PlattScaling,
+    TemperatureScaling,
+)
+from uncertainty_mm.conformal import ConformalRiskControl
 from uncertainty_mm.contrastive import DistributionSupConLoss
 from uncertainty_mm.correctness import CorrectnessTracker
 from uncertainty_mm.fusion import FusedPrediction, UncertaintyGatedFusion
 from uncertainty_mm.gaussian import DiagonalGaussian, GaussianDecoupler
 from uncertainty_mm.ordinality import SoftRankOrdinalityLoss
 from uncertainty_mm.queue import EmbeddingQueue
+from uncertainty_mm.ranking import CorrectnessRankingLoss
 from uncertainty_mm.rules import FusedGaussian, GaussianFusion
 from uncertainty_mm.typicality import Typicality
 
@@ -26,6 +34,9 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BeliefFusion",
+    "BetaCalibration",
+    "ConformalRiskControl",
+    "CorrectnessRankingLoss",
     "CorrectnessTracker",
     "DiagonalGaussian",
     "DistributionSupConLoss",
@@ -36,8 +47,11 @@ __all__ = [
     "FusedPrediction",
     "GaussianDecoupler",
     "GaussianFusion",
+    "HistogramBinning",
+    "IsotonicCalibration",
     "PlattScaling",
     "SoftRankOrdinalityLoss",
+    "TemperatureScaling",
     "Typicality",
     "UncertaintyGatedFusion",
     "functional",

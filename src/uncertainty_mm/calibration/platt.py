@@ -1,4 +1,4 @@
-"""From logits to decisions after training: :class:`PlattScaling`, then :func:`best_threshold`."""
+"""A scale and a shift for every label: :class:`PlattScaling`."""
 
 from __future__ import annotations
 
@@ -6,20 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from uncertainty_mm._checks import (
-    check_finite,
-    check_flag,
-    check_labels,
-    check_positive_int,
-    check_range,
-    check_tensor,
-    check_unknown,
-    check_validate_args,
-    checks_values,
-)
+from uncertainty_mm._checks import check_flag, check_positive_int, check_validate_args
 from uncertainty_mm._component import Component
-
-__all__ = ["PlattScaling", "best_threshold"]
+from uncertainty_mm.calibration._data import checked_input, fitting_data
 
 # How surely labels are alike; by cross-validation on a small real set (documentation, page on the uncertainty).
 LABEL_PRECISION = 20.0
@@ -113,12 +102,7 @@ class PlattScaling(Component):
             ValueError: If the shape or the device is wrong, or `logits` is not finite.
             TypeError: If the dtype is wrong.
         """
-        sizes = {"Q": self.num_labels}
-        device = None if self._is_replica else self.scale.device
-        check_tensor("logits", logits, "floating", "B Q", sizes, device)
-        if checks_values(logits, self.validate_args):
-            check_finite("logits", logits)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = checked_input(self, "logits", logits, self.scale)
         return logits * self.scale.to(logits.device) + self.shift.to(logits.device)
 
     @torch.no_grad()
@@ -149,22 +133,7 @@ class PlattScaling(Component):
                 are then unchanged.
             TypeError: If a dtype is wrong.
         """
-        sizes = {"Q": self.num_labels}
-        check_tensor("logits", logits, "floating", "B Q", sizes)
-        check_tensor("labels", labels, "number", "B Q", sizes, logits.device)
-        check_unknown(unknown, "B Q", sizes, logits.device)
-        if sizes["B"] == 0:
-            raise ValueError("Expected `logits` to hold at least one sample, but got none")
-        if self.validate_args is not False:
-            check_finite("logits", logits, unknown)
-            check_labels("labels", labels, unknown)
-        x, known = logits.cpu().double(), logits.cpu().isfinite()
-        if unknown is not None:
-            known = known & ~unknown.cpu()
-        if not known.any():
-            raise ValueError("Expected `unknown` to leave at least one label, but got all of them")
-        # What is not known weighs nothing; the numbers in its place are finite, since 0 times NaN is NaN.
-        x, y, weight = x.masked_fill(~known, 0), (labels.cpu() > 0.5).double(), known.double()
+        x, y, weight = fitting_data(self, "logits", logits, labels, unknown)
         column = [values.reshape(-1, 1) for values in (x, y, weight)]
         log_scale, shift = _maximum_a_posteriori(*column, with_shift=self.with_shift, precision=1.0)
         if self.per_label:
@@ -231,74 +200,3 @@ def _maximum_a_posteriori(
         value = torch.where(better, trial_value, value)
         size = torch.where(better, (4 * size).clamp_max(1), size / 4)
     return parameters
-
-
-def best_threshold(
-    probs: Tensor,
-    labels: Tensor,
-    unknown: Tensor | None = None,
-    *,
-    per_label: bool = False,
-    validate_args: bool | None = None,
-) -> Tensor:
-    r"""Where to cut probabilities into decisions so that F1 is best, on samples of a validation split.
-
-    .. math::
-        \operatorname*{arg\,max}_{t \in \{0.01, \dots, 0.99\}} \frac{2 \sum [p > t][y = 1]}{\sum [p > t] + \sum [y = 1]}
-
-    with sums over all samples and labels (micro F1), or over the samples of each label. Of thresholds that are equally
-    good it is the smallest. Where no known label is present every threshold has an F1 of 0, and it is 0.5. Takes
-    :math:`O(BQ)` memory: probabilities are counted between the thresholds, not compared with each.
-
-    Args:
-        probs: Tensor (B, Q) of probabilities in [0, 1], calibrated before (:class:`PlattScaling`).
-        labels: Tensor (B, Q) of 0 and 1, any real dtype.
-        unknown: Bool tensor (B, Q), True leaves out a label that is not known. What stands there has no influence.
-        per_label: One threshold for each label instead of one for all.
-        validate_args: Look at values: None on the CPU only, False never, True everywhere. Where they are not looked
-            at, a label is present above 0.5, and probabilities of NaN are left out.
-
-    Returns:
-        Tensor (1,), or (Q,) with `per_label`, on the device of `probs`; `probs > threshold` decides.
-
-    Raises:
-        ValueError: If shapes or devices disagree, or values are out of range.
-        TypeError: If a dtype is wrong.
-
-    Example:
-        >>> probs = torch.tensor([[0.905, 0.305], [0.605, 0.205], [0.505, 0.105]])
-        >>> labels = torch.tensor([[1, 1], [0, 1], [0, 0]])
-        >>> best_threshold(probs, labels)
-        tensor([0.1100])
-        >>> best_threshold(probs, labels, per_label=True)
-        tensor([0.6100, 0.1100])
-    """
-    sizes: dict[str, int] = {}
-    check_tensor("probs", probs, "floating", "B Q", sizes)
-    device = probs.device
-    check_tensor("labels", labels, "number", "B Q", sizes, device)
-    check_unknown(unknown, "B Q", sizes, device)
-    check_flag("per_label", per_label)
-    check_validate_args(validate_args)
-    if checks_values(probs, validate_args):
-        check_range("probs", probs, 0, 1, unknown)
-        check_labels("labels", labels, unknown)
-    known = ~probs.isnan()
-    if unknown is not None:
-        known = known & ~unknown
-    present = (labels > 0.5) & known
-    grid = torch.linspace(0.01, 0.99, 99, device=device)
-    # How many thresholds an entry exceeds, and for each number how many entries of the label do (100, Q).
-    wide = torch.promote_types(probs.dtype, grid.dtype)
-    exceeded = torch.searchsorted(grid.to(wide), probs.detach().to(wide).contiguous())
-    place = exceeded * sizes["Q"] + torch.arange(sizes["Q"], device=device)
-    counts = torch.zeros(2, (len(grid) + 1) * sizes["Q"], dtype=torch.int64, device=device)
-    counts.index_add_(1, place.flatten(), torch.stack([present, known]).flatten(1).long())
-    counts = counts.unflatten(1, (-1, sizes["Q"]))
-    if not per_label:
-        counts = counts.sum(2, keepdim=True)
-    # Of those that exceed more than i thresholds, all exceed the one at place i.
-    hits, predicted = counts.flip(1).cumsum(1).flip(1)[:, 1:]
-    positives = counts[0].sum(0)
-    f1 = 2 * hits / (predicted + positives).clamp_min(1)
-    return torch.where(positives > 0, grid[f1.argmax(0)], grid[len(grid) // 2])

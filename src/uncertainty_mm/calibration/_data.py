@@ -1,0 +1,76 @@
+"""What all calibrations do with their arguments."""
+
+from __future__ import annotations
+
+from typing import Literal, Protocol
+
+from torch import Tensor
+
+from uncertainty_mm._checks import (
+    check_finite,
+    check_labels,
+    check_range,
+    check_tensor,
+    check_unknown,
+    checks_values,
+)
+from uncertainty_mm.functional import at_least_float32
+
+Kind = Literal["logits", "probs"]
+
+
+class _Fitted(Protocol):
+    validate_args: bool | None
+    _is_replica: bool
+
+
+def checked_input(module: _Fitted, name: Kind, values: Tensor, state: Tensor) -> Tensor:
+    """Logits or probabilities (B, Q), on the device of the state, in at least float32."""
+    device = None if module._is_replica else state.device
+    check_tensor(name, values, "floating", "B Q", _sizes(module), device)
+    if checks_values(values, module.validate_args):
+        _check_values(name, values, None)
+    return at_least_float32(values)
+
+
+def fitting_data(
+    module: _Fitted, name: Kind, values: Tensor, labels: Tensor, unknown: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits or probabilities, labels, and 1 where both are known, 0 elsewhere: (B, Q) each, in float64 on the CPU.
+
+    What is not known is 0 in all three, since 0 times NaN is NaN.
+    """
+    sizes = _sizes(module)
+    check_tensor(name, values, "floating", "B Q", sizes)
+    check_tensor("labels", labels, "number", "B Q", sizes, values.device)
+    check_unknown(unknown, "B Q", sizes, values.device)
+    if sizes["B"] == 0:
+        raise ValueError(f"Expected `{name}` to hold at least one sample, but got none")
+    if module.validate_args is not False:
+        _check_values(name, values, unknown)
+        check_labels("labels", labels, unknown)
+    known = values.cpu().isfinite()
+    if unknown is not None:
+        known = known & ~unknown.cpu()
+    if not known.any():
+        raise ValueError("Expected `unknown` to leave at least one label, but got all of them")
+    x, y = values.cpu().double().masked_fill(~known, 0), (labels.cpu() > 0.5) & known
+    return x if name == "logits" else x.clamp(0, 1), y.double(), known.double()
+
+
+def _sizes(module: _Fitted) -> dict[str, int]:
+    num_labels = getattr(module, "num_labels", None)
+    return {} if num_labels is None else {"Q": num_labels}
+
+
+def _check_values(name: Kind, values: Tensor, unknown: Tensor | None) -> None:
+    if name == "logits":
+        check_finite(name, values, unknown)
+    else:
+        check_range(name, values, 0, 1, unknown)
+
+
+def one_sided(y: Tensor, weight: Tensor) -> Tensor:
+    """(Q,) bool, True for a label that all known samples have, or none, or of which nothing is known."""
+    present = y.sum(0)
+    return (present == 0) | (present == weight.sum(0))

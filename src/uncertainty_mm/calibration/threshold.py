@@ -1,0 +1,87 @@
+"""Where to cut probabilities into decisions: :func:`best_threshold`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from uncertainty_mm._checks import (
+    check_flag,
+    check_labels,
+    check_range,
+    check_tensor,
+    check_unknown,
+    check_validate_args,
+    checks_values,
+)
+
+
+def best_threshold(
+    probs: Tensor,
+    labels: Tensor,
+    unknown: Tensor | None = None,
+    *,
+    per_label: bool = False,
+    validate_args: bool | None = None,
+) -> Tensor:
+    r"""Where to cut probabilities into decisions so that F1 is best, on samples of a validation split.
+
+    .. math::
+        \operatorname*{arg\,max}_{t \in \{0.01, \dots, 0.99\}} \frac{2 \sum [p > t][y = 1]}{\sum [p > t] + \sum [y = 1]}
+
+    with sums over all samples and labels (micro F1), or over the samples of each label. Of thresholds that are equally
+    good it is the smallest. Where no known label is present every threshold has an F1 of 0, and it is 0.5. Takes
+    :math:`O(BQ)` memory: probabilities are counted between the thresholds, not compared with each.
+
+    Args:
+        probs: Tensor (B, Q) of probabilities in [0, 1], calibrated before (:class:`PlattScaling`).
+        labels: Tensor (B, Q) of 0 and 1, any real dtype.
+        unknown: Bool tensor (B, Q), True leaves out a label that is not known. What stands there has no influence.
+        per_label: One threshold for each label instead of one for all.
+        validate_args: Look at values: None on the CPU only, False never, True everywhere. Where they are not looked
+            at, a label is present above 0.5, and probabilities of NaN are left out.
+
+    Returns:
+        Tensor (1,), or (Q,) with `per_label`, on the device of `probs`; `probs > threshold` decides.
+
+    Raises:
+        ValueError: If shapes or devices disagree, or values are out of range.
+        TypeError: If a dtype is wrong.
+
+    Example:
+        >>> probs = torch.tensor([[0.905, 0.305], [0.605, 0.205], [0.505, 0.105]])
+        >>> labels = torch.tensor([[1, 1], [0, 1], [0, 0]])
+        >>> best_threshold(probs, labels)
+        tensor([0.1100])
+        >>> best_threshold(probs, labels, per_label=True)
+        tensor([0.6100, 0.1100])
+    """
+    sizes: dict[str, int] = {}
+    check_tensor("probs", probs, "floating", "B Q", sizes)
+    device = probs.device
+    check_tensor("labels", labels, "number", "B Q", sizes, device)
+    check_unknown(unknown, "B Q", sizes, device)
+    check_flag("per_label", per_label)
+    check_validate_args(validate_args)
+    if checks_values(probs, validate_args):
+        check_range("probs", probs, 0, 1, unknown)
+        check_labels("labels", labels, unknown)
+    known = ~probs.isnan()
+    if unknown is not None:
+        known = known & ~unknown
+    present = (labels > 0.5) & known
+    grid = torch.linspace(0.01, 0.99, 99, device=device)
+    # How many thresholds an entry exceeds, and for each number how many entries of the label do (100, Q).
+    wide = torch.promote_types(probs.dtype, grid.dtype)
+    exceeded = torch.searchsorted(grid.to(wide), probs.detach().to(wide).contiguous())
+    place = exceeded * sizes["Q"] + torch.arange(sizes["Q"], device=device)
+    counts = torch.zeros(2, (len(grid) + 1) * sizes["Q"], dtype=torch.int64, device=device)
+    counts.index_add_(1, place.flatten(), torch.stack([present, known]).flatten(1).long())
+    counts = counts.unflatten(1, (-1, sizes["Q"]))
+    if not per_label:
+        counts = counts.sum(2, keepdim=True)
+    # Of those that exceed more than i thresholds, all exceed the one at place i.
+    hits, predicted = counts.flip(1).cumsum(1).flip(1)[:, 1:]
+    positives = counts[0].sum(0)
+    f1 = 2 * hits / (predicted + positives).clamp_min(1)
+    return torch.where(positives > 0, grid[f1.argmax(0)], grid[len(grid) // 2])
