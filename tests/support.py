@@ -19,6 +19,8 @@ TOLERANCE = {
     torch.bfloat16: (5e-2, 5e-2),
 }
 HALF = (torch.float16, torch.bfloat16)
+# What torch 2.6 lacks, and 2.13 does not; those between were not tried.
+TORCH_2_6 = torch.__version__.startswith("2.6.")
 # Whether torch tells which checkpointed function a pass is in (2.6 does not): else a batch that was seen before may be
 # refused in a recomputation.
 TELLS_FUNCTIONS = _recomputation._top_hooks is not None
