@@ -21,7 +21,7 @@ TOLERANCE = {
 HALF = (torch.float16, torch.bfloat16)
 # What torch 2.6 lacks, and 2.13 does not; those between were not tried.
 TORCH_2_6 = torch.__version__.startswith("2.6.")
-NO_EXPORT_OF_ANY_BATCH = "torch 2.6 exports the encoder for the batch size of the example only"
+NO_EXPORT_OF_ANY_BATCH = "torch 2.6 exports no `x[:, i]` for any size of the first dimension"
 # Whether torch tells which checkpointed function a pass is in (2.6 does not): else a batch that was seen before may be
 # refused in a recomputation.
 TELLS_FUNCTIONS = _recomputation._top_hooks is not None

@@ -7,15 +7,7 @@ import torch
 from torch import nn
 
 from cases import plain_encoder
-from support import (
-    HALF,
-    NO_EXPORT_OF_ANY_BATCH,
-    TORCH_2_6,
-    close,
-    poisoned,
-    record_validate_args,
-    refuses,
-)
+from support import HALF, close, poisoned, record_validate_args, refuses
 from uncertainty_mm import encoder as room
 from uncertainty_mm.encoder import PackedSteps, SequenceEncoder
 
@@ -225,7 +217,6 @@ def test_compiles_whole_for_any_batch():
     torch.compiler.reset()
 
 
-@pytest.mark.skipif(TORCH_2_6, reason=NO_EXPORT_OF_ANY_BATCH)
 def test_exports_for_any_batch_and_number_of_steps():
     encoder = standardized().eval()
     batch, steps = torch.export.Dim("batch"), torch.export.Dim("steps", max=LONGEST)
