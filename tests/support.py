@@ -21,6 +21,12 @@ TOLERANCE = {
 HALF = (torch.float16, torch.bfloat16)
 # What torch 2.6 lacks, and 2.13 does not; those between were not tried.
 TORCH_2_6 = torch.__version__.startswith("2.6.")
+# What its torch.export says of state that is not in `buffers()`.
+QUIET_EXPORT = [
+    "ignore:Attempted to insert a get_attr:UserWarning",
+    "ignore:Node .* does not reference an nn.Module:UserWarning",
+    "ignore:Additional .* about get_attr:UserWarning",
+]
 NO_EXPORT_OF_ANY_BATCH = "torch 2.6 exports no `x[:, i]` for any size of the first dimension"
 # Whether torch tells which checkpointed function a pass is in (2.6 does not): else a batch that was seen before may be
 # refused in a recomputation.

@@ -31,7 +31,7 @@ from cases import (
     run_steps,
     weighted,
 )
-from support import HALF, TOLERANCE, TORCH_2_6, all_close, close, gradient
+from support import HALF, QUIET_EXPORT, TOLERANCE, TORCH_2_6, all_close, close, gradient
 from uncertainty_mm import functional
 from uncertainty_mm.metrics import functional as measures
 
@@ -240,14 +240,6 @@ def _fresh_compiler():
     torch.compiler.reset()
 
 
-# What torch.export of torch 2.6 says of state that is not in `buffers()`.
-QUIET = [
-    "ignore:Attempted to insert a get_attr:UserWarning",
-    "ignore:Node .* does not reference an nn.Module:UserWarning",
-    "ignore:Additional .* about get_attr:UserWarning",
-]
-
-
 def skip_if_read_by_properties(case):
     """Cases that read properties of what they get or give."""
     names = "DiagonalGaussian", "UncertaintyGatedFusion", "UncertaintyGatedFusion (concat)"
@@ -271,7 +263,7 @@ def test_compiles_whole_and_once(case):
         close(state.double(), twin.state_dict()[name], torch.float32)
 
 
-@pytest.mark.filterwarnings(*QUIET)
+@pytest.mark.filterwarnings(*QUIET_EXPORT)
 def test_exports(case):
     skip_if_read_by_properties(case)
     model = Run(case, case.build()).eval()
