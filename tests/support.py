@@ -19,6 +19,15 @@ TOLERANCE = {
     torch.bfloat16: (5e-2, 5e-2),
 }
 HALF = (torch.float16, torch.bfloat16)
+# What torch 2.6 lacks, and 2.13 does not; those between were not tried.
+TORCH_2_6 = torch.__version__.startswith("2.6.")
+# What its torch.export says of state that is not in `buffers()`.
+QUIET_EXPORT = [
+    "ignore:Attempted to insert a get_attr:UserWarning",
+    "ignore:Node .* does not reference an nn.Module:UserWarning",
+    "ignore:Additional .* about get_attr:UserWarning",
+]
+NO_EXPORT_OF_ANY_BATCH = "torch 2.6 exports no `x[:, i]` for any size of the first dimension"
 # Whether torch tells which checkpointed function a pass is in (2.6 does not): else a batch that was seen before may be
 # refused in a recomputation.
 TELLS_FUNCTIONS = _recomputation._top_hooks is not None
@@ -38,6 +47,15 @@ def all_close(actual, expected, dtype):
         own = x.dtype if x.is_floating_point() else torch.float64
         # a loss comes back in float32 from half precision, a share of the tracker in the default dtype
         close(x.double(), y, max(dtype if x.is_floating_point() else own, own, key=TOLERANCE.get))
+
+
+def no_default_device():
+    """As if none had been set."""
+    torch.set_default_device(None)
+    if (
+        TORCH_2_6
+    ):  # where torch.get_default_device fails from now on, and with it torchmetrics and Lightning
+        vars(torch._GLOBAL_DEVICE_CONTEXT).clear()
 
 
 def gradient(output, *inputs):

@@ -13,7 +13,7 @@ from torch.autograd import gradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from support import HALF, Bad, close, gradient, poisoned, refused
+from support import HALF, Bad, close, gradient, no_default_device, poisoned, refused
 from uncertainty_mm import PlattScaling
 from uncertainty_mm.calibration import best_threshold
 
@@ -264,7 +264,7 @@ def test_default_device_does_not_matter():
         module.fit(logits, labels)
         assert torch.equal(best_threshold(logits.sigmoid(), labels), threshold)
     finally:
-        torch.set_default_device(None)
+        no_default_device()
     assert torch.equal(module.scale, expected.scale)
     assert torch.equal(module.shift, expected.shift)
 

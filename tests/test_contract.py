@@ -31,7 +31,7 @@ from cases import (
     run_steps,
     weighted,
 )
-from support import HALF, TOLERANCE, all_close, close, gradient
+from support import HALF, QUIET_EXPORT, TOLERANCE, TORCH_2_6, all_close, close, gradient
 from uncertainty_mm import functional
 from uncertainty_mm.metrics import functional as measures
 
@@ -239,8 +239,16 @@ def _fresh_compiler():
     torch.compiler.reset()
 
 
+def skip_if_read_by_properties(case):
+    """Cases that read properties of what they get or give."""
+    names = "DiagonalGaussian", "UncertaintyGatedFusion", "UncertaintyGatedFusion (concat)"
+    if TORCH_2_6 and any(case is CASES[name] for name in names):
+        pytest.skip("torch 2.6 does not trace a property of a named tuple")
+
+
 @pytest.mark.usefixtures("_fresh_compiler")
 def test_compiles_whole_and_once(case):
+    skip_if_read_by_properties(case)
     module = case.build()
     twin = copy.deepcopy(module)
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
@@ -254,7 +262,9 @@ def test_compiles_whole_and_once(case):
         close(state.double(), twin.state_dict()[name], torch.float32)
 
 
+@pytest.mark.filterwarnings(*QUIET_EXPORT)
 def test_exports(case):
+    skip_if_read_by_properties(case)
     model = Run(case, case.build()).eval()
     program = torch.export.export(copy.deepcopy(model), case.inputs(0)).module()
     for step in (1, 2):
@@ -347,6 +357,7 @@ def test_compiled_gradient_is_that_before_the_batch_entered_the_queue(reduction)
 @pytest.mark.long
 @pytest.mark.usefixtures("_fresh_compiler")
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # from the compiler itself
+@pytest.mark.filterwarnings("ignore:Skipping serialization of:UserWarning")  # that of torch 2.6
 @pytest.mark.parametrize("name", ["DistributionSupConLoss", "UncertaintyGatedFusion"])
 def test_default_compiler_gives_the_same_results(name):
     case = CASES[name]
@@ -506,7 +517,8 @@ def test_import_is_silent_and_light():
         "heavy = {'lightning', 'matplotlib', 'sklearn', 'torchmetrics', 'scipy'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )
-    command = [sys.executable, "-W", "error", "-c", code]
+    own = "ignore:Implicitly cleaning up:ResourceWarning"  # of torch.distributed in torch 2.6
+    command = [sys.executable, "-W", "error", "-W", own, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "[]", "")
 

@@ -4,7 +4,7 @@ from itertools import product
 import pytest
 import torch
 
-from support import close
+from support import close, no_default_device
 from uncertainty_mm.data import SyntheticMMER, SyntheticModality, SyntheticSamples
 
 SMALL = {"a": SyntheticModality(3, 2, 0.7), "b": SyntheticModality(2, 3, 0.4)}
@@ -290,7 +290,7 @@ def test_bad_samples(world, change, error, message):
 @pytest.fixture
 def _defaults_of_their_own():
     yield
-    torch.set_default_device(None)
+    no_default_device()
     torch.set_default_dtype(torch.float32)
 
 

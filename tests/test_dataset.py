@@ -17,7 +17,7 @@ from torch.utils.data import (
 )
 
 from data_support import check_same, make
-from support import Bad, close, refused
+from support import Bad, close, no_default_device, refused
 from uncertainty_mm import EmotionQueryAttention
 from uncertainty_mm.data import FeatureStatistics, MultimodalBatch, MultimodalDataset, SyntheticMMER
 
@@ -412,7 +412,7 @@ def test_batch_moves_as_a_whole():
 def _meta_by_default():
     torch.set_default_device("meta")
     yield
-    torch.set_default_device(None)
+    no_default_device()
 
 
 def test_default_device_does_not_matter(request):

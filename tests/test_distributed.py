@@ -24,7 +24,7 @@ from ranks import (
     track,
     track_in_parallel,
 )
-from support import close, poisoned
+from support import TORCH_2_6, close, poisoned
 from uncertainty_mm import (
     DiagonalGaussian,
     DistributionSupConLoss,
@@ -110,6 +110,8 @@ def test_gathered_loss_equals_that_of_one_process(ranks, division, anchors, max_
 @pytest.mark.parametrize("division", ["ragged", "one empty"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_gathered_loss_compiles_whole_and_once(ranks, division, reduction):
+    if TORCH_2_6 and division == "one empty":
+        pytest.skip("torch 2.6 compiles no gradient of what pads an empty tensor")
     compare(
         ranks,
         division,
@@ -415,6 +417,8 @@ def test_metrics_of_several_processes_are_those_of_one(ranks, division):
 @pytest.mark.long
 @pytest.mark.parametrize("how", ["dies", "hangs"])
 def test_rank_left_alone_ends_with_an_error_in_bounded_time(tmp_path, how):
+    if TORCH_2_6 and how == "hangs":
+        pytest.skip("torch 2.6 does not change the timeout of a group that is at work")
     timeout = 2
     ranks = Ranks(2, tmp_path / "meeting-point")
     try:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from cases import plain_encoder
-from support import HALF, close, poisoned, record_validate_args, refuses
+from support import HALF, QUIET_EXPORT, close, poisoned, record_validate_args, refuses
 from uncertainty_mm import encoder as room
 from uncertainty_mm.encoder import PackedSteps, SequenceEncoder
 
@@ -218,6 +218,7 @@ def test_compiles_whole_for_any_batch():
     torch.compiler.reset()
 
 
+@pytest.mark.filterwarnings(*QUIET_EXPORT)
 def test_exports_for_any_batch_and_number_of_steps():
     encoder = standardized().eval()
     batch, steps = torch.export.Dim("batch"), torch.export.Dim("steps", max=LONGEST)

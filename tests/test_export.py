@@ -7,9 +7,10 @@ from torch.utils._pytree import tree_leaves
 from cases import CASES, SMALL, Sizes, flattened, properties_of
 from examples_support import need_extras
 from pages import DOCS, blocks
-from support import all_close, close
+from support import NO_EXPORT_OF_ANY_BATCH, TORCH_2_6, all_close, close
 from uncertainty_mm import functional
 
+pytestmark = pytest.mark.skipif(TORCH_2_6, reason=NO_EXPORT_OF_ANY_BATCH)
 PAGE = DOCS / "howto" / "serve.md"
 # What torch.onnx says of itself.
 QUIET = [

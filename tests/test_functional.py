@@ -440,6 +440,7 @@ OPERATORS = {
 
 @pytest.mark.parametrize("layout", [torch.Tensor.contiguous, lambda x: x.t().contiguous().t()])
 @pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not")  # torch 2.14
 def test_supcon_operators_pass_the_checks_of_torch(name, layout):
     rows = layout(torch.randn(6, 4)).requires_grad_()
     bank, anchors = torch.randn(3, 4), torch.ones(6, dtype=torch.bool)
@@ -1102,6 +1103,14 @@ def test_distribution_embedding_of_zero_has_zero_gradient():
     mean = torch.zeros(3, requires_grad=True)
     functional.distribution_embedding(mean, torch.ones(3))[:3].sum().backward()
     assert mean.grad.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("mean", [[3.0], [0.0, -3.0, 0.0]])
+def test_distribution_embedding_does_not_change_along_its_only_entry(mean):
+    mean = torch.tensor(mean, requires_grad=True)
+    half = functional.distribution_embedding(mean, torch.ones_like(mean))[: len(mean)]
+    (half * mean.detach()).sum().backward()
+    assert mean.grad.abs().max() == 0
 
 
 @pytest.mark.parametrize("size", [1e-45, 1e-30, 1e-20])

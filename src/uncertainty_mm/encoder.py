@@ -275,6 +275,6 @@ class SequenceEncoder(Component):
         # tools that cast inputs and parameters, as sharding does, leave the statistics as they are
         x = self.dropout(self.project(features.to(x.dtype)) + embedded)
         for layer in self.layers:
-            x = layer(x, steps, mask[:, None, None])
+            x = layer(x, steps, mask.unsqueeze(1).unsqueeze(1))
         encoded = steps.unpack(self.norm(x))
         return encoded if steps.left_out is None else encoded.masked_fill(padding.unsqueeze(2), 0)

@@ -194,8 +194,9 @@ def unit(x: Tensor) -> Tensor:
     largest = y.detach().abs().amax(-1, keepdim=True)
     y = y / largest.clamp_min(1e-12)  # as F.normalize: what is smaller shrinks to 0
     # The largest entry is now 1 and the norm at least 1, except for these smallest vectors.
-    norm = torch.linalg.vector_norm(y, dim=-1, keepdim=True).clamp_min(1)
-    unit: Tensor = y / norm
+    norm = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
+    # clamp_min(1) has no gradient at 1 in torch 2.14, where that of a single entry is.
+    unit: Tensor = y / torch.where(norm < 1, 1, norm)
     return unit.masked_fill(largest == 0, 0).to(x.dtype)
 
 

@@ -90,7 +90,8 @@ class DiagonalGaussian(NamedTuple):
             TypeError: If a dtype is wrong.
         """
         check_gaussian(self.mean, self.std)
-        mean, log_var = at_least_float32(self.mean), self.log_var
+        mean, std = at_least_float32(self.mean), at_least_float32(self.std)
+        log_var = 2 * std.log()  # the property of a named tuple does not compile in torch 2.6
         # variance - 1 as expm1, because the terms cancel near the prior
         return 0.5 * (mean.square() + torch.expm1(log_var) - log_var).sum(-1)
 
