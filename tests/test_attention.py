@@ -472,12 +472,12 @@ def test_forward_rejects_dtype_and_values(wrong, error, message):
         (
             {"voice": torch.zeros(3, 4)},
             TypeError,
-            "to have a bool dtype, but got torch.float32; True leaves out, so .*",
+            "got torch.float32; True leaves out, so .*",
         ),
         (
             {"voice": torch.zeros(3, 4).int()},
             TypeError,
-            "to have a bool .* but got torch.int32; .*attention_mask == 0.*",
+            "got torch.int32; .*attention_mask == 0.*",
         ),
         ({"voice": torch.zeros(3, 4).bool().to("meta")}, ValueError, "to be on cpu, but got meta"),
     ],
