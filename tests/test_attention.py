@@ -472,12 +472,12 @@ def test_forward_rejects_dtype_and_values(wrong, error, message):
         (
             {"voice": torch.zeros(3, 4)},
             TypeError,
-            "got torch.float32; True leaves out, so .*",
+            "to have a bool .* torch.float32; True leaves out, so .*",
         ),
         (
             {"voice": torch.zeros(3, 4).int()},
             TypeError,
-            "got torch.int32; .*attention_mask == 0.*",
+            "to have a bool .* torch.int32; .*attention_mask == 0.*",
         ),
         ({"voice": torch.zeros(3, 4).bool().to("meta")}, ValueError, "to be on cpu, but got meta"),
     ],
