@@ -131,6 +131,7 @@ class ModelCLI(LightningCLI):
         self.configs = configs
         self.chosen = arguments[:1] if arguments[:1] and arguments[0] in SUBCOMMANDS else []
         self.folder: Path | None = None
+        program, given = Path(sys.argv[0]).name, "[--config NAME | FILE] [options]"
         super().__init__(
             model_class,
             MultimodalDataModule,
@@ -141,6 +142,11 @@ class ModelCLI(LightningCLI):
                 "description": f"{(inspect.getdoc(model_class) or '').splitlines()[0]} Without a subcommand: train "
                 "and test. Subcommands, each with its --help: fit, validate, test, predict.",
                 "allow_abbrev": False,
+                "usage": f"{program} [fit | validate | test | predict] {given}",
+                **{
+                    name: {"allow_abbrev": False, "usage": f"{program} {name} {given}"}
+                    for name in self.chosen
+                },
             },
             args=arguments,
             run=bool(self.chosen),
