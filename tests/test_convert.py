@@ -1206,6 +1206,7 @@ def test_what_a_user_can_do_wrong_is_one_line(tmp_path, capsys, monkeypatch, arg
     assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # numpy 1.24
 @pytest.mark.parametrize("target", ["out.npz", "out"])
 def test_a_full_disk_leaves_nothing_half_written(tmp_path, capsys, target):
     resource = pytest.importorskip("resource")

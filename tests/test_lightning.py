@@ -12,6 +12,7 @@ from torch import nn
 
 from endurance import same
 from examples_support import QUIET, need_extras, toy
+from support import TORCH_2_6
 from uncertainty_mm import PlattScaling
 from uncertainty_mm._component import states
 from uncertainty_mm.calibration import best_threshold
@@ -345,6 +346,8 @@ def test_damaged_checkpoint_is_refused(lddu, trained, tmp_path):
 @pytest.mark.parametrize("average", ["EMAWeightAveraging", "StochasticWeightAveraging"])
 def test_averaged_weights_leave_the_state_alone(lddu, data, tmp_path, average):
     """Queue, history, calibration and thresholds of the checkpoint are those of the run, weights the average."""
+    if TORCH_2_6 and average == "StochasticWeightAveraging":
+        pytest.skip("torch 2.6 does not load with `weights_only` what this callback saves")
     make = {
         "EMAWeightAveraging": lambda: callbacks.EMAWeightAveraging(decay=0.5),
         "StochasticWeightAveraging": lambda: callbacks.StochasticWeightAveraging(

@@ -651,6 +651,7 @@ def check_parametrized(case):
     ],
 )
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning")  # torch 2.6, of itself
 def test_state_survives_or_is_refused(name, title, check, request):
     words = REFUSED.get((name, title))
     code = (check.func if isinstance(check, functools.partial) else check).__code__
