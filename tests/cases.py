@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import get_args
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -851,3 +852,13 @@ MEASURES = {
     "sample_jaccard": _function(measures.sample_jaccard, draw_probs),
     "spearman": _function(measures.spearman, lambda sizes: draw_scores(sizes)[:2]),
 }
+
+
+def in_turn(cases):
+    """Names for parametrised tests: of a class with several cases all but the first are long."""
+    seen, chosen = set(), []
+    for name in cases:
+        kind = name.split()[0]
+        chosen.append(pytest.param(name, marks=[pytest.mark.long] if kind in seen else []))
+        seen.add(kind)
+    return chosen

@@ -8,7 +8,7 @@ import torch
 from torch.utils import backend_registration
 
 import accelerator
-from cases import CASES
+from cases import CASES, in_turn
 from examples_support import need_extras
 from support import HALF
 
@@ -72,18 +72,18 @@ def test_tensors_come_and_go(on):
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", in_turn(CASES))
 def test_host_never_waits(on, name, training):
     on(accelerator.run_case, name, training)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", in_turn(CASES))
 def test_results_are_those_of_the_cpu(on, name):
     on(accelerator.compare_case, name)
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", in_turn(CASES))
 def test_autocast_is_near_the_plain_equation(on, name, dtype):
     on(accelerator.autocast_case, name, dtype)
 

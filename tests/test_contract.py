@@ -28,6 +28,7 @@ from cases import (
     Sizes,
     all_equal,
     flattened,
+    in_turn,
     run_steps,
     weighted,
 )
@@ -38,12 +39,12 @@ from uncertainty_mm.metrics import functional as measures
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(params=CASES)
+@pytest.fixture(params=in_turn(CASES))
 def case(request):
     return CASES[request.param]
 
 
-@pytest.fixture(params=MODULES)
+@pytest.fixture(params=in_turn(MODULES))
 def module_case(request):
     return MODULES[request.param]
 

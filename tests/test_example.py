@@ -587,4 +587,4 @@ def test_module_runs_in_an_editable_install(tmp_path):
     command = [sys.executable, "-m", "uncertainty_mm.examples.lddu_full", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ})
     assert done.returncode == 0
-    assert "LDDU, the paper in one file" in done.stdout
+    assert "The model of the paper" in done.stdout

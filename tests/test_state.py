@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 import ranks
-from cases import MODULES, all_equal, flattened, run_steps, weighted
+from cases import MODULES, all_equal, flattened, in_turn, run_steps, weighted
 from pages import DOCS
 from support import TELLS_FUNCTIONS, close
 from uncertainty_mm import (
@@ -650,7 +650,7 @@ def check_parametrized(case):
         for i, check in enumerate(checks)
     ],
 )
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", in_turn(NAMES))
 @pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning")  # torch 2.6, of itself
 def test_state_survives_or_is_refused(name, title, check, request):
     words = REFUSED.get((name, title))
