@@ -449,12 +449,11 @@ def plain_histogram(module, probs):
 def plain_isotonic(module, probs):
     columns = []
     for p, knots, levels in zip(probs.T, module.knots, module.levels, strict=True):
-        inside = p.clamp(knots[0], knots[-1])
         column = torch.where(p <= knots[0], levels[0], levels[-1]) + 0 * p
         pieces = zip(knots[:-1], knots[1:], levels[:-1], levels[1:], strict=True)
         for left, right, low, high in pieces:
             if left < right:
-                linear = low + (inside - left) / (right - left) * (high - low)
+                linear = low + (p - left) / (right - left) * (high - low)
                 column = torch.where((left < p) & (p <= right), linear, column)
         columns.append(column)
     return torch.stack(columns, 1)
