@@ -397,7 +397,7 @@ def plain_chi2(_, latent, missing):
 
 def plain_rank(scores, temperature, mask):
     kept = (~mask).double()
-    gaps = (scores.unsqueeze(1) - scores) / temperature
+    gaps = (scores.unsqueeze(1) - scores) / (2 * temperature)
     # A clamp would pass no gradient at 0 in torch 2.14.
     near = 0.5 * torch.where(gaps < 0, gaps, -gaps).exp()
     beats = torch.where(gaps < 0, near, 1 - near) * kept
