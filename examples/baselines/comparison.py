@@ -37,7 +37,7 @@ NETWORKS = {
     "mult": CrossModal,
     "misa": InvariantSpecific,
 }
-LDDU = {"lddu": sweep.Arm(), "lddu-residual": sweep.Arm(["--config", "study/final-residual"])}
+LDDU = {"lddu": sweep.Arm()}
 ARMS = {name: sweep.Arm((), PooledMLP, CONFIGS) for name in classical.METHODS}
 ARMS |= {name: sweep.Arm((), network, CONFIGS) for name, network in NETWORKS.items()}
 ARMS |= LDDU

@@ -224,8 +224,7 @@ class ModelCLI(LightningCLI):
         parser.add_lightning_class_args(Patience, "early_stopping")
         parser.set_defaults(
             {
-                "early_stopping.monitor": "val/miF1",
-                "early_stopping.mode": "max",
+                "early_stopping.monitor": "val/nll",
                 "early_stopping.patience": 6,
             }
         )
@@ -299,8 +298,7 @@ class ModelCLI(LightningCLI):
                 MovableCheckpoint(
                     resumed,
                     "best",
-                    monitor="val/miF1",
-                    mode="max",
+                    monitor="val/nll",
                     enable_version_counter=False,
                 ),
                 MovableCheckpoint(

@@ -17,7 +17,7 @@ from torchmetrics import CatMetric
 
 from uncertainty_mm._checks import check_finite
 from uncertainty_mm._component import Component, states
-from uncertainty_mm.calibration import PlattScaling, best_threshold
+from uncertainty_mm.calibration import LogitPool, PlattScaling, best_threshold
 from uncertainty_mm.data import MultimodalBatch, MultimodalDataset
 from uncertainty_mm.lightning.checkpoints import UsageError, read_checkpoint
 from uncertainty_mm.metrics.functional import evaluate, predictive_entropy
@@ -27,9 +27,10 @@ class MultilabelModule(Component, L.LightningModule):
     """Training, calibration and evaluation of a multi-label model; a subclass brings the model.
 
     A subclass defines `forward(features, padding_mask)`, which returns an object with `logits` (B, Q), and
-    `training_step`; :meth:`details` may add what explains a prediction. In every validation of a fit the logits are
-    calibrated and thresholds fitted, before the score `val/miF1` that picks the checkpoint; both are state, saved with
-    the model. Hyper-parameters are plain values, so a checkpoint loads without running code from it.
+    `training_step`; :meth:`details` may add what explains a prediction. In every validation of a fit several
+    predictions of one model (:meth:`experts`) are pooled, the logits calibrated and thresholds fitted, before their
+    cross-entropy `val/nll` picks the checkpoint; all of that is state, saved with the model. Hyper-parameters are plain
+    values, so a checkpoint loads without running code from it.
 
     Args:
         label_names: Names of the Q labels.
@@ -45,7 +46,8 @@ class MultilabelModule(Component, L.LightningModule):
         defaults: Class attribute: options of parts that differ from the defaults of their classes, by part.
         fixed: Class attribute: options of parts that the model itself sets, by part.
         axes: Class attribute: axes of what :meth:`details` returns, for :class:`PredictionWriter`.
-        calibration: The :class:`~uncertainty_mm.PlattScaling` of the logits.
+        pool: The :class:`~uncertainty_mm.LogitPool` of the experts.
+        calibration: The :class:`~uncertainty_mm.PlattScaling` of the pooled logits.
         threshold: Tensor (1,) or (Q,), for calibrated probabilities.
         raw_threshold: The same for probabilities that are not calibrated.
         results: What the latest validation or test measured: rows of the tables.
@@ -80,6 +82,7 @@ class MultilabelModule(Component, L.LightningModule):
         ):
             if not ok:
                 raise ValueError(f"Expected `{name}` to be {rule}, but got {value}")
+        self.pool = LogitPool(1, len(label_names))
         self.calibration = PlattScaling(len(label_names))
         size = 1 if thresholds == "single" else len(label_names)
         self._keep(threshold=torch.full((size,), 0.5), raw_threshold=torch.full((size,), 0.5))
@@ -94,6 +97,16 @@ class MultilabelModule(Component, L.LightningModule):
         defaults = {"validate_args": False, **self.defaults.get(name, {})}
         given = {key: x for key, x in defaults.items() if key in known} | dict(options)
         return self.parts[name](*sizes, **given)
+
+    def experts(self, output: Any) -> Tensor:
+        """Logits (B, E, Q) of the predictions that are pooled; a subclass with more than one replaces `pool`."""
+        logits: Tensor = output.logits
+        return logits.unsqueeze(1)
+
+    def pooled(self, output: Any) -> Tensor:
+        """The final logits (B, Q), not yet calibrated."""
+        logits: Tensor = self.pool(self.experts(output))
+        return logits
 
     def details(self, output: Any) -> dict[str, Tensor]:
         """What explains a prediction, by name: (B, Q), (B, M) or (B, M, Q)."""
@@ -146,18 +159,18 @@ class MultilabelModule(Component, L.LightningModule):
 
     def validation_step(self, batch: MultimodalBatch, batch_idx: int) -> None:
         """Collects the logits of a batch."""
-        logits = self(batch.features, batch.padding_mask).logits
-        self._collect(logits, batch)
-        loss = masked_bce(logits, batch.labels.float(), batch.unknown)
-        self.log("val/cls", loss, prog_bar=True, batch_size=len(logits), sync_dist=True)
+        output = self(batch.features, batch.padding_mask)
+        self._collect(self.experts(output), batch)
+        loss = masked_bce(output.logits, batch.labels.float(), batch.unknown)
+        self.log("val/cls", loss, prog_bar=True, batch_size=len(output.logits), sync_dist=True)
 
     def _collect(self, logits: Tensor, batch: MultimodalBatch) -> None:
-        unknown = torch.zeros_like(logits) if batch.unknown is None else batch.unknown
+        unknown = torch.zeros_like(batch.labels) if batch.unknown is None else batch.unknown
         for key, value in (("logits", logits), ("labels", batch.labels), ("unknown", unknown)):
             self._seen[key].to(value.device).update(value.float())
 
     def _collected(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits, labels and unknown of all processes, which are then forgotten."""
+        """Logits of the experts, labels and unknown of all processes, which are then forgotten."""
         logits, labels, unknown = (metric.compute() for metric in self._seen.values())
         for metric in self._seen.values():
             metric.reset()
@@ -165,8 +178,12 @@ class MultilabelModule(Component, L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Calibrates the logits and fits the thresholds, during a fit; then measures."""
-        logits, labels, unknown = self._collected()
-        if self.trainer.state.fn == "fit":
+        experts, labels, unknown = self._collected()
+        fitting = self.trainer.state.fn == "fit"
+        if fitting:
+            self.pool.fit(experts, labels, unknown)
+        logits = self.pool(experts)
+        if fitting:
             self.calibration.fit(logits, labels, unknown)
             per_label = self.hparams["thresholds"] == "label"
             for name, probs in (
@@ -176,8 +193,11 @@ class MultilabelModule(Component, L.LightningModule):
                 getattr(self, name).copy_(
                     best_threshold(probs, labels, unknown, per_label=per_label)
                 )
-        row = evaluate(self.calibration(logits).sigmoid(), labels, self.threshold, unknown)
+        calibrated = self.calibration(logits)
+        row = evaluate(calibrated.sigmoid(), labels, self.threshold, unknown)
         self.results = {"validation": row}
+        # It picks the checkpoint: a mean over all labels, which says more than counts of those on the right side.
+        self.log("val/nll", masked_bce(calibrated, labels.float(), unknown), prog_bar=True)
         self.log("val/miF1", row["miF1"] or 0.0, prog_bar=True)
 
     def on_test_start(self) -> None:
@@ -194,7 +214,7 @@ class MultilabelModule(Component, L.LightningModule):
                 name: mask if name in kept else torch.ones_like(mask)
                 for name, mask in batch.padding_mask.items()
             }
-            logits = self(batch.features, padding).logits
+            logits = self.pooled(self(batch.features, padding))
             answer["subset." + "+".join(kept)] = self.calibration(logits).sigmoid()
         unknown = torch.zeros_like(answer["probs"]) if batch.unknown is None else batch.unknown
         answer |= {"labels": batch.labels, "unknown": unknown.bool()}
@@ -226,10 +246,11 @@ class MultilabelModule(Component, L.LightningModule):
     def predict_step(self, batch: MultimodalBatch, batch_idx: int) -> dict[str, Tensor]:
         """Probabilities, calibrated and not, and what explains them."""
         output = self(batch.features, batch.padding_mask)
-        probs = self.calibration(output.logits).sigmoid()
+        logits = self.pooled(output)
+        probs = self.calibration(logits).sigmoid()
         return {
             "probs": probs,
-            "uncalibrated": output.logits.sigmoid(),
+            "uncalibrated": logits.sigmoid(),
             "uncertainty": predictive_entropy(probs).to(probs.dtype),
             **self.details(output),
         }
