@@ -367,4 +367,6 @@ class PlaceReads(Component):
         """
         _check_sequence(self, x, padding)
         x = x.masked_fill(padding.unsqueeze(2), 0)  # 0 times NaN is NaN
-        return (self.weight[:, : x.shape[1]] @ x).flatten(1)
+        steps = torch.arange(x.shape[1], device=x.device)
+        # a slice would be exported for one number of steps alone
+        return (self.weight.index_select(1, steps) @ x).flatten(1)
