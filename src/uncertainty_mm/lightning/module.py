@@ -50,6 +50,7 @@ class MultilabelModule(Component, L.LightningModule):
         calibration: The :class:`~uncertainty_mm.PlattScaling` of the pooled logits.
         threshold: Tensor (1,) or (Q,), for calibrated probabilities.
         raw_threshold: The same for probabilities that are not calibrated.
+        by_modality: Whether a test also measures what is predicted from subsets of the modalities.
         results: What the latest validation or test measured: rows of the tables.
     """
 
@@ -86,6 +87,7 @@ class MultilabelModule(Component, L.LightningModule):
         self.calibration = PlattScaling(len(label_names))
         size = 1 if thresholds == "single" else len(label_names)
         self._keep(threshold=torch.full((size,), 0.5), raw_threshold=torch.full((size,), 0.5))
+        self.by_modality = True
         self.results: dict[str, Any] = {}
         self._seen = {
             key: CatMetric(nan_strategy="disable") for key in ("logits", "labels", "unknown")
@@ -203,7 +205,7 @@ class MultilabelModule(Component, L.LightningModule):
     def on_test_start(self) -> None:
         """Chooses the subsets of modalities to test with: all of them, or the telling ones where they are many."""
         names = list(self.hparams["modality_dims"])
-        self._subsets = dict.fromkeys(subsets(names))
+        self._subsets = dict.fromkeys(subsets(names) if self.by_modality else ())
         self._answers: list[dict[str, Tensor]] = []
 
     def test_step(self, batch: MultimodalBatch, batch_idx: int) -> None:
@@ -237,8 +239,7 @@ class MultilabelModule(Component, L.LightningModule):
         self.results = {
             "test": evaluate(answers["probs"], labels, threshold, unknown),
             "uncalibrated": evaluate(answers["uncalibrated"], labels, raw_threshold, unknown),
-            "modalities": rows,
-        }
+        } | ({"modalities": rows} if rows else {})
         self.log_dict(
             {f"test/{name}": x for name, x in self.results["test"].items() if x is not None}
         )

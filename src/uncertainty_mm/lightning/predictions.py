@@ -77,6 +77,8 @@ class PredictionWriter(BasePredictionWriter):
             arrays["unknown"] = data.unknown.numpy()
         if data.ids is not None:
             arrays["ids"] = np.array(data.ids)
+        if data.groups is not None:
+            arrays["groups"] = data.groups.numpy()
         np.savez_compressed(path, **arrays)  # type: ignore[arg-type]
 
     def _rows(
