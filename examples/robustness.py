@@ -19,7 +19,7 @@ import csv
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from multiprocessing import get_context
 from pathlib import Path
@@ -129,16 +129,43 @@ def test_split(task: Task) -> MultimodalDataset:
     return data
 
 
-def models_of(task: Task) -> Iterator[tuple[str, Any]]:
+def models_of(task: Task, batches: int = 0) -> Iterator[tuple[str, Any]]:
     """The model of a run; LDDU with and without its typicality."""
     if task.arm in classical.METHODS:
-        yield task.arm, classical.Fitted.load(task.folder)
+        fitted = classical.Fitted.load(task.folder)
+        remember(fitted.network, batches)
+        yield task.arm, fitted
         return
     model = ARMS[task.arm].model.load(task.folder / "best.ckpt")
+    remember(model, batches)
     yield task.arm, model
     if task.arm in LDDU:
         model.use_typicality = False
         yield task.arm + WITHOUT, model
+
+
+def remember(model: Any, batches: int) -> None:
+    """Lets the encoders of a model recognise the first batches: only one modality changes at a time.
+
+    That saves most of the time, and changes no number.
+    """
+
+    def wrapped(encode: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+        seen: list[tuple[Tensor, Tensor, Tensor]] = []
+
+        def forward(x: Tensor, padding: Tensor) -> Tensor:
+            for known, mask, answer in seen:
+                if torch.equal(x, known) and torch.equal(padding, mask):
+                    return answer
+            answer = encode(x, padding)
+            if len(seen) < batches:
+                seen.append((x, padding, answer))
+            return answer
+
+        return forward
+
+    for encoder in model.encoder.values():
+        encoder.forward = wrapped(encoder.forward)
 
 
 def unease(said: Mapping[str, Tensor], modality: int) -> dict[str, Tensor]:
@@ -165,7 +192,7 @@ def evaluate(task: Task) -> list[Result]:
     torch.set_num_threads(1)
     data, results = test_split(task), []
     names = list(data.dims)
-    for arm, model in models_of(task):
+    for arm, model in models_of(task, math.ceil(len(data) / BATCH)):
         rows, total, clean = [], [], {}
         for version in versions(names, task.quick):
             changed = version.of(data)
