@@ -1,6 +1,6 @@
 """What happens when one modality breaks? The models of a sweep of baselines, on input spoilt on purpose.
 
-    python examples/baselines --data FILE FILE --output runs/baselines       # first: train
+    python examples/baselines --data FILE FILE --output runs/baselines       # train first
     python examples/robustness.py runs/baselines --quick                     # in about a minute: a part of all below
     python examples/robustness.py runs/baselines
 
@@ -51,6 +51,7 @@ WITHOUT = ", no typicality"  # after the name of an arm
 SCORES = ("typicality", "std", "entropy", "conflict")
 QUICK = 500  # samples
 BATCH = 1024
+COLORS = [color for color in plots.COLORS if color != "#000000"]  # black is LDDU
 
 
 class Version(NamedTuple):
@@ -75,7 +76,8 @@ class Task(NamedTuple):
 
     folder: Path
     arm: str
-    quick: bool
+    sizes: Sequence[float]
+    samples: int | None  # at most
 
     @property
     def seed(self) -> int:
@@ -93,28 +95,28 @@ class Result(NamedTuple):
     terms: np.ndarray  # (4, N), mean over kinds and modalities at the size of reference
 
 
-def versions(modalities: Sequence[str], quick: bool) -> Iterator[Version]:
+def versions(modalities: Sequence[str], sizes: Sequence[float] = SIZES) -> Iterator[Version]:
     """All that is done to a test split, first nothing."""
     yield Version("clean")
     for modality in modalities:
         for kind in ("masked", *KINDS, "swapped"):
-            sizes = SIZES if kind in WITH_SIZE and not quick else (REFERENCE,)
-            yield from (Version(kind, size, modality) for size in sizes)
+            each = sizes if kind in WITH_SIZE else (REFERENCE,)
+            yield from (Version(kind, size, modality) for size in each)
 
 
-def finished(folder: Path, arms: Sequence[str], quick: bool) -> list[Task]:
-    """The runs of a sweep whose models were kept, by data set."""
-    tasks = []
+def finished(folder: Path, arms: Sequence[str]) -> dict[tuple[str, str], list[Path]]:
+    """The folders of the runs of a sweep whose models were kept, in the order of seeds, by data set and arm."""
+    runs = {}
     for data in sorted(each for each in folder.glob("*") if each.is_dir()):
         for arm in arms:
+            found = []
             for record in sorted((data / arm).glob("*.json"), key=lambda path: int(path.stem)):
                 run = record.with_suffix("")
                 kept = any((run / name).exists() for name in ("best.ckpt", classical.FILE))
                 if kept and "measures" in json.loads(record.read_text()):
-                    tasks.append(Task(run, arm, quick))
-                    if quick:  # the first seed alone
-                        break
-    return tasks
+                    found.append(run)
+            runs[data.name, arm] = found
+    return runs
 
 
 def test_split(task: Task) -> MultimodalDataset:
@@ -123,9 +125,9 @@ def test_split(task: Task) -> MultimodalDataset:
     if not configs:
         raise UsageError(f"{task.folder.parents[1]}: needs the run of a network, which names data")
     data = sweep.data_of(configs[0].parent).part("test")
-    if task.quick and len(data) > QUICK:
+    if task.samples is not None and len(data) > task.samples:
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
-        data = data.select(order[:QUICK].sort().values)
+        data = data.select(order[: task.samples].sort().values)
     return data
 
 
@@ -139,7 +141,7 @@ def models_of(task: Task, batches: int = 0) -> Iterator[tuple[str, Any]]:
     model = ARMS[task.arm].model.load(task.folder / "best.ckpt")
     remember(model, batches)
     yield task.arm, model
-    if task.arm in LDDU:
+    if task.arm == "lddu":
         model.use_typicality = False
         yield task.arm + WITHOUT, model
 
@@ -176,7 +178,8 @@ def unease(said: Mapping[str, Tensor], modality: int) -> dict[str, Tensor]:
     if "typicality" in said:
         found["typicality"] = said["typicality"][:, modality]
     if "conflict" in said:
-        found["conflict"] = said["conflict"].nanmean(1)
+        alone = (~said["missing"]).sum(1) < 2  # with nothing to contradict
+        found["conflict"] = said["conflict"].mean(1).masked_fill(alone, torch.nan)
     return found
 
 
@@ -194,7 +197,7 @@ def evaluate(task: Task) -> list[Result]:
     names = list(data.dims)
     for arm, model in models_of(task, math.ceil(len(data) / BATCH)):
         rows, total, clean = [], [], {}
-        for version in versions(names, task.quick):
+        for version in versions(names, task.sizes):
             changed = version.of(data)
             said = model.predict(changed, BATCH)
             unknown = None if data.unknown is None else data.unknown.numpy()
@@ -265,7 +268,7 @@ def detections(rows: Mapping[str, list[dict[str, Any]]], ours: str) -> list[str]
             mean(rows[arm], score, kind=kind, size=[REFERENCE], modality=of) for kind in kinds
         ]
         for score, arm in [(score, ours) for score in SCORES] + [("std", ours + WITHOUT)]
-        if any(score in row for row in rows[arm])
+        if any(score in row for row in rows.get(arm, ()))
         for which, of in {**{name: [name] for name in names}, "all": names}.items()
     }
     return table(["score: modality", *KINDS, "mean", "swapped"], lines)
@@ -292,12 +295,12 @@ def curves(rows: Mapping[str, list[dict[str, Any]]]) -> Figure:
     arms = [arm for arm in rows if not arm.endswith(WITHOUT)]
     for panel, measure in zip(figure.subplots(1, 2), ("miF1", "Brier"), strict=True):
         for arm in [each for each in rows if each != "prior"]:  # far from all others
-            index = arms.index(arm.removesuffix(WITHOUT))
+            index, ours = arms.index(arm.removesuffix(WITHOUT)), arm.removesuffix(WITHOUT) in LDDU
             y = [mean(rows[arm], measure, kind=["clean"])]
             y += [mean(rows[arm], measure, kind=WITH_SIZE, size=[size]) for size in sizes]
             style = {"linestyle": ":" if arm.endswith(WITHOUT) else "-"}
-            style |= {"color": plots.COLORS[index % 8], "marker": plots.MARKERS[index % 8]}
-            ours = arm.removesuffix(WITHOUT) in LDDU
+            style["color"] = "black" if ours else COLORS[index % len(COLORS)]
+            style["marker"] = plots.MARKERS[index % len(plots.MARKERS)]
             panel.plot([0, *sizes], y, label=arm, linewidth=2 if ours else 1, markersize=4, **style)
             if arm == "lddu":
                 ideal = mean(rows[arm], measure, kind=["masked"])
@@ -352,13 +355,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         add = parser.add_argument
         add("runs", type=Path, help="--output of the baselines")
         add("--arms", nargs="*", default=list(ARMS), metavar="ARM", choices=list(ARMS))
-        add("--quick", action="store_true", help=f"one size, one seed, at most {QUICK} samples")
+        add("--samples", type=int, help="so many of a test split, drawn at random; default all")
+        add("--quick", action="store_true", help=f"one seed, one size, {QUICK} samples")
         add("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time")
         add("--output", type=Path, help="folder, default that of the runs")
         args = parser.parse_args(arguments)
-        if args.jobs < 1:
-            raise UsageError(f"--jobs must be at least 1, got {args.jobs}")
-        tasks = finished(args.runs, args.arms, args.quick)
+        if args.jobs < 1 or (args.samples is not None and args.samples < 1):
+            given = f"{args.jobs}, {args.samples}"
+            raise UsageError(f"--jobs and --samples must be at least 1, got {given}")
+        sizes = (REFERENCE,) if args.quick else SIZES
+        samples = args.samples or (QUICK if args.quick else None)
+        tasks = [
+            Task(run, arm, sizes, samples)
+            for (_, arm), runs in finished(args.runs, args.arms).items()
+            for run in runs[: 1 if args.quick else None]
+        ]
         if not tasks:
             raise UsageError(f"{args.runs}: no finished run of {', '.join(args.arms)}")
         output = args.output or args.runs
