@@ -25,19 +25,25 @@ class Interval(NamedTuple):
 
 
 def contributions(folder: Path) -> np.ndarray:
-    """What every test sample adds to micro F1 and Brier score, from the known labels of the predictions of a run.
+    """What every test sample adds to micro F1 and Brier score, from the predictions of a run: :func:`sample_terms`."""
+    with np.load(folder / "predictions.npz") as file:
+        unknown = file.get("unknown")
+        return sample_terms(file["probs"], file["labels"], file["threshold"], unknown)
+
+
+def sample_terms(
+    probs: np.ndarray, labels: np.ndarray, threshold: np.ndarray, unknown: np.ndarray | None = None
+) -> np.ndarray:
+    """What every sample adds to micro F1 and Brier score, from its known labels.
 
     Returns:
         (4, N): hits, labels predicted and present, squared errors, known labels.
     """
-    with np.load(folder / "predictions.npz") as file:
-        probs, labels, predicted = file["probs"], file["labels"], file["probs"] > file["threshold"]
-        known = ~file["unknown"] if "unknown" in file else np.ones(labels.shape, bool)
-    present = (labels > 0) & known
-    predicted &= known
+    known = np.ones(labels.shape, bool) if unknown is None else ~unknown
+    present, predicted = (labels > 0) & known, (probs > threshold) & known
     errors = np.where(known, probs - present, 0)
-    terms = (predicted & present, predicted.astype(int) + present, np.square(errors), known)
-    return np.stack([each.sum(1) for each in terms])
+    each = (predicted & present, predicted.astype(int) + present, np.square(errors), known)
+    return np.stack([x.sum(1) for x in each])
 
 
 def groups_of(folder: Path) -> np.ndarray | None:
