@@ -54,6 +54,7 @@ from uncertainty_mm.lightning import (
     MultilabelModule,
     masked_bce,
     masked_mean,
+    mean_over_known,
     run_command_line,
 )
 from uncertainty_mm.places import PlaceClassifier
@@ -233,6 +234,7 @@ class LDDU(MultilabelModule):
         self.tracker = self.part("tracker", tracker, num_train_samples, history)
         self.ordinality = self.part("ordinality", ordinality)
         self.typicality = self.part("typicality", typicality, modality_dims)
+        self._keep(usual_conflict=torch.ones(labels))
 
     # --- The model ---------------------------------------------------------------------------------------------------
 
@@ -301,8 +303,17 @@ class LDDU(MultilabelModule):
             "std_norm": output.std_norm.masked_fill(output.missing.unsqueeze(2), torch.nan),
             "missing": output.missing,
             "typicality": output.typicality,
-            "conflict": output.conflict,
+            "conflict": output.conflict / self.usual_conflict,
         }
+
+    def observed(self, output: Output) -> dict[str, Tensor]:
+        """What calibration needs of a validation."""
+        return {**super().observed(output), "conflict": output.conflict}
+
+    def calibrate(self, seen: Mapping[str, Tensor]) -> None:
+        """Also learns how far modalities usually contradict each other: 1 in what is written, as in theory."""
+        super().calibrate(seen)
+        self.usual_conflict.copy_(seen["conflict"].mean(0).clamp_min(1e-6))
 
     # --- Losses ------------------------------------------------------------------------------------------------------
 
@@ -398,13 +409,6 @@ class LDDU(MultilabelModule):
     def on_train_epoch_end(self) -> None:
         """Merges the histories of all processes."""
         self.tracker.synchronize()
-
-
-def mean_over_known(x: Tensor, unknown: Tensor | None) -> Tensor:
-    """Mean over the labels, the last axis, that are known; 0 where none is."""
-    if unknown is None:
-        return x.mean(-1)
-    return x.masked_fill(unknown, 0).sum(-1) / (~unknown).sum(-1).clamp_min(1)
 
 
 def main(model: type[LDDU] = LDDU, arguments: list[str] | None = None) -> None:

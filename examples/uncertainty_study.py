@@ -26,8 +26,8 @@ from uncertainty_mm._files import replacing
 from uncertainty_mm.data import MultimodalDataset, SyntheticMMER
 from uncertainty_mm.data.transforms import corrupted
 from uncertainty_mm.examples import sweep
-from uncertainty_mm.examples.lddu_full import LDDU, mean_over_known
-from uncertainty_mm.lightning import UsageError
+from uncertainty_mm.examples.lddu_full import LDDU
+from uncertainty_mm.lightning import UsageError, mean_over_known
 from uncertainty_mm.lightning.cli import one_line_errors
 from uncertainty_mm.metrics.functional import (
     auroc,

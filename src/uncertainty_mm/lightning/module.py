@@ -89,9 +89,7 @@ class MultilabelModule(Component, L.LightningModule):
         self._keep(threshold=torch.full((size,), 0.5), raw_threshold=torch.full((size,), 0.5))
         self.by_modality = True
         self.results: dict[str, Any] = {}
-        self._seen = {
-            key: CatMetric(nan_strategy="disable") for key in ("logits", "labels", "unknown")
-        }
+        self._seen: dict[str, CatMetric] = {}
 
     def part(self, name: str, options: Mapping[str, Any], *sizes: Any) -> Any:
         """A part of the model from its sizes and options; values are left to the :class:`FiniteGuard`."""
@@ -162,40 +160,43 @@ class MultilabelModule(Component, L.LightningModule):
     def validation_step(self, batch: MultimodalBatch, batch_idx: int) -> None:
         """Collects the logits of a batch."""
         output = self(batch.features, batch.padding_mask)
-        self._collect(self.experts(output), batch)
+        unknown = torch.zeros_like(batch.labels) if batch.unknown is None else batch.unknown
+        seen = {**self.observed(output), "labels": batch.labels, "unknown": unknown}
+        for key, value in seen.items():
+            self._seen.setdefault(key, CatMetric(nan_strategy="disable"))
+            self._seen[key].to(value.device).update(value.float())
         loss = masked_bce(output.logits, batch.labels.float(), batch.unknown)
         self.log("val/cls", loss, prog_bar=True, batch_size=len(output.logits), sync_dist=True)
 
-    def _collect(self, logits: Tensor, batch: MultimodalBatch) -> None:
-        unknown = torch.zeros_like(batch.labels) if batch.unknown is None else batch.unknown
-        for key, value in (("logits", logits), ("labels", batch.labels), ("unknown", unknown)):
-            self._seen[key].to(value.device).update(value.float())
+    def observed(self, output: Any) -> dict[str, Tensor]:
+        """What a validation collects for :meth:`calibrate`, each (B, ...)."""
+        return {"logits": self.experts(output)}
 
-    def _collected(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits of the experts, labels and unknown of all processes, which are then forgotten."""
-        logits, labels, unknown = (metric.compute() for metric in self._seen.values())
-        for metric in self._seen.values():
-            metric.reset()
-        return logits, labels, unknown > 0.5
+    def calibrate(self, seen: Mapping[str, Tensor]) -> None:
+        """Fits what belongs to a validation split: the pool, the calibration, the thresholds.
+
+        Args:
+            seen: What was :meth:`observed`, with `labels` and `unknown`, of all samples.
+        """
+        labels, unknown = seen["labels"], seen["unknown"] > 0.5
+        logits = self.pool.fit(seen["logits"], labels, unknown)(seen["logits"])
+        self.calibration.fit(logits, labels, unknown)
+        per_label = self.hparams["thresholds"] == "label"
+        for name, probs in (
+            ("threshold", self.calibration(logits).sigmoid()),
+            ("raw_threshold", logits.sigmoid()),
+        ):
+            getattr(self, name).copy_(best_threshold(probs, labels, unknown, per_label=per_label))
 
     def on_validation_epoch_end(self) -> None:
-        """Calibrates the logits and fits the thresholds, during a fit; then measures."""
-        experts, labels, unknown = self._collected()
-        fitting = self.trainer.state.fn == "fit"
-        if fitting:
-            self.pool.fit(experts, labels, unknown)
-        logits = self.pool(experts)
-        if fitting:
-            self.calibration.fit(logits, labels, unknown)
-            per_label = self.hparams["thresholds"] == "label"
-            for name, probs in (
-                ("threshold", self.calibration(logits).sigmoid()),
-                ("raw_threshold", logits.sigmoid()),
-            ):
-                getattr(self, name).copy_(
-                    best_threshold(probs, labels, unknown, per_label=per_label)
-                )
-        calibrated = self.calibration(logits)
+        """Calibrates, during a fit; then measures."""
+        seen = {key: metric.compute() for key, metric in self._seen.items()}  # of all processes
+        for metric in self._seen.values():
+            metric.reset()
+        if self.trainer.state.fn == "fit":
+            self.calibrate(seen)
+        labels, unknown = seen["labels"], seen["unknown"] > 0.5
+        calibrated = self.calibration(self.pool(seen["logits"]))
         row = evaluate(calibrated.sigmoid(), labels, self.threshold, unknown)
         self.results = {"validation": row}
         # It picks the checkpoint: a mean over all labels, which says more than counts of those on the right side.
@@ -341,6 +342,13 @@ def masked_mean(x: Tensor, unknown: Tensor | None) -> Tensor:
     if unknown is None:
         return x.mean()
     return x.masked_fill(unknown, 0).sum() / (~unknown).sum().clamp_min(1)
+
+
+def mean_over_known(x: Tensor, unknown: Tensor | None) -> Tensor:
+    """Mean over the labels, the last axis, that are known; 0 where none is."""
+    if unknown is None:
+        return x.mean(-1)
+    return x.masked_fill(unknown, 0).sum(-1) / (~unknown).sum(-1).clamp_min(1)
 
 
 def subsets(names: Sequence[str]) -> list[tuple[str, ...]]:
