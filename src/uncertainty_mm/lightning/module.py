@@ -103,7 +103,7 @@ class MultilabelModule(Component, L.LightningModule):
         logits: Tensor = output.logits
         return logits.unsqueeze(1)
 
-    def pooled(self, output: Any) -> Tensor:
+    def final_logits(self, output: Any) -> Tensor:
         """The final logits (B, Q), not yet calibrated."""
         logits: Tensor = self.pool(self.experts(output))
         return logits
@@ -217,7 +217,7 @@ class MultilabelModule(Component, L.LightningModule):
                 name: mask if name in kept else torch.ones_like(mask)
                 for name, mask in batch.padding_mask.items()
             }
-            logits = self.pooled(self(batch.features, padding))
+            logits = self.final_logits(self(batch.features, padding))
             answer["subset." + "+".join(kept)] = self.calibration(logits).sigmoid()
         unknown = torch.zeros_like(answer["probs"]) if batch.unknown is None else batch.unknown
         answer |= {"labels": batch.labels, "unknown": unknown.bool()}
@@ -248,7 +248,7 @@ class MultilabelModule(Component, L.LightningModule):
     def predict_step(self, batch: MultimodalBatch, batch_idx: int) -> dict[str, Tensor]:
         """Probabilities, calibrated and not, and what explains them."""
         output = self(batch.features, batch.padding_mask)
-        logits = self.pooled(output)
+        logits = self.final_logits(output)
         probs = self.calibration(logits).sigmoid()
         return {
             "probs": probs,
