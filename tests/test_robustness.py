@@ -138,6 +138,17 @@ def test_what_the_command_writes(runs, tmp_path):
     assert lines == ["arm", *arms[:2], arms[3]]
 
 
+@pytest.mark.parametrize("arm", ["br-logistic", "late", "lddu"])
+def test_encoders_that_recognise_their_input_change_no_number(runs, arm, monkeypatch):
+    task = robustness.Task(runs / "toy" / arm / "0", arm, robustness.SIZES[:1], 25)
+    found = robustness.evaluate(task)
+    monkeypatch.setattr(robustness, "remember", lambda model, batches: None)
+    for one, other in zip(found, robustness.evaluate(task), strict=True):
+        np.testing.assert_equal(one.rows, other.rows)  # nan is equal to nan
+        assert np.array_equal(one.terms, other.terms)
+        assert one.terms.shape == (4, 25)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
