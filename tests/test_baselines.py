@@ -201,7 +201,7 @@ def test_pooled_features_are_mean_and_deviation_of_valid_steps():
     model = network("mlp")
     for name, each in data.statistics().items():
         model.encoder[name].standardize(each.mean, each.std)
-    found, rows = model.pooled(data), []
+    found, rows = model.pooled_features(data), []
     for i in range(7):
         parts = []
         for m, d in DIMS.items():
@@ -216,7 +216,7 @@ def test_pooled_features_are_mean_and_deviation_of_valid_steps():
     model.standardize(data)
     scale = expected.std(0, correction=0).clamp_min(1e-3)
     standard = (expected - expected.mean(0)) / scale
-    torch.testing.assert_close(model.pooled(data), standard, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(model.pooled_features(data), standard, rtol=1e-3, atol=1e-3)
 
 
 def test_classical_methods_are_those_of_scikit_learn():

@@ -450,7 +450,7 @@ FUNCTION_NAMES = [
 # Submodules that `import uncertainty_mm` leaves alone: for evaluation, some with more than torch.
 SUBMODULES = [
     *("data", "data.convert", "data.transforms", "distributed", "encoder"),
-    *("lightning", "metrics", "metrics.functional", "plots"),
+    *("lightning", "metrics", "metrics.functional", "places", "plots"),
 ]
 
 

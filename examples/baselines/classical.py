@@ -105,7 +105,9 @@ def fit(name: str, configs: Path, options: Sequence[str], folder: Path) -> dict[
     for modality, each in data.statistics().items():
         network.encoder[modality].standardize(each.mean, each.std)
     network.standardize(train)
-    x, x_validation, x_test = (network.pooled(part).numpy() for part in (train, validation, test))
+    x, x_validation, x_test = (
+        network.pooled_features(part).numpy() for part in (train, validation, test)
+    )
     y = known_labels(train)
     share = np.nan_to_num(np.nanmean(y, 0), nan=0.5)
     varies = (share > 0) & (share < 1)  # the others cannot be learned

@@ -90,12 +90,12 @@ class PooledMLP(Baseline):
         """Standardises the pooled features too, with the statistics of the training split."""
         self.center.zero_()
         self.scale.fill_(1)
-        x = self.pooled(data)
+        x = self.pooled_features(data)
         self.center.copy_(x.mean(0))
         self.scale.copy_(x.std(0, correction=0).clamp_min(1e-3))
 
     @torch.no_grad()
-    def pooled(self, data: MultimodalDataset) -> Tensor:
+    def pooled_features(self, data: MultimodalDataset) -> Tensor:
         """The pooled features of a split, (N, 2 (D_1 + ... + D_M)), as the hidden layer reads them."""
         rows = []
         for batch in data.loader(256):
