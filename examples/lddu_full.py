@@ -180,6 +180,8 @@ class LDDU(MultilabelModule):
             raise ValueError(
                 f"Expected `predictions` to name some, each once, but got {predictions}"
             )
+        if scl_rows is not None and scl_rows < 1:
+            raise ValueError(f"Expected `scl_rows` to be None or at least 1, but got {scl_rows}")
         self.gate, self.errors_of, self.predictions = gate, targets, tuple(predictions)
         self.use_typicality = use_typicality
         self.scl_samples = None if scl_rows is None else max(1, scl_rows // (modalities * labels))

@@ -133,6 +133,13 @@ CASES = {  # what is wrong: the command, and what is said
         "size that follows from the data": (train("--model.label_names=[x]"), "label_names"),
         "unknown choice": (train("--model.gate=open"), "model.gate.*open"),
         "unknown choice of a part": (train("--model.fusion.combine=mean"), "combine.*mean"),
+        "unknown prediction": (train("--model.predictions=[last]"), "model.predictions.*last"),
+        "no prediction": (train("--model.predictions=[]"), r"`predictions` to name some.*\[\]"),
+        "a prediction twice": (
+            train("--model.predictions=[first,first]"),
+            "`predictions` to name some, each once, but got",
+        ),
+        "no row": (train("--model.scl_rows=0"), "`scl_rows` to be None or at least 1, but got 0"),
         "word for a number": (train("--model.encoder.num_layers=many"), "num_layers.*many"),
         "fraction of layers": (train("--model.encoder.num_layers=1.5"), r"num_layers.*1\.5"),
         "negative rate": (train("--model.lr=-1"), "`lr` to be above 0, but got -1"),

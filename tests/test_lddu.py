@@ -1,4 +1,7 @@
-"""The model of the example by itself: what is missing or unknown has no influence, every choice is one, the losses."""
+"""The model of the example by itself: what is missing or unknown has no influence, every choice is one, the losses,
+
+the pool of predictions, and what is unlike the training data.
+"""
 
 import copy
 import sys
@@ -25,6 +28,7 @@ SIZES = {
     "contrastive": {"queue_size": 32, "gather": False},
     "fusion": {"dropout": 0.0},
     "ordinality": {"gather": False},
+    "places": {"num_reads": 3, "hidden_dim": 8, "dropout": 0.0},
 }
 
 
@@ -146,6 +150,7 @@ def all_choices():
     for part, made in LDDU.parts.items():
         found |= {f"{part}__{name}": words for name, words in choices(made).items()}
     del found["contrastive__reduction"]  # `sum` and `none` are for who sums or weighs anchors
+    del found["typicality__covariance"]  # it acts in evaluation only
     pairs = (("SR",), ("SR", "DR"), ("DS",))
     return found | {"ordinality__pairs": pairs, "fusion__detach_std": (True, False)}
 
@@ -184,15 +189,134 @@ def test_single_branches_are_those_of_the_fusion(build):
     torch.testing.assert_close(read(model.eval(), batch).fused.mean_weight, expected)
 
 
-def test_residual_prediction_adds_the_first_one(build):
-    model, batch = build(final="residual").eval(), small_batch()
+# --- The pool ---------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_else_learns_from_the_prediction_by_place(build):
+    """With and without it the other losses and their gradients are the same to the bit; its own reach it alone."""
+    batch = small_batch()
+    model, other = build(), build(predictions=["fused", "first"])
+    shared = other.state_dict().keys() - {"pool.weight"}
+    other.load_state_dict({name: model.state_dict()[name] for name in shared}, strict=False)
+    for _ in range(2):  # with a history
+        losses, theirs = (each.losses(read(each, batch), batch) for each in (model, other))
+        assert losses.keys() - theirs.keys() == {"places"}
+        assert all(
+            torch.equal(losses[name], loss) for name, loss in theirs.items() if name != "total"
+        )
+        model.zero_grad()
+        other.zero_grad()
+        losses["total"].backward()
+        theirs["total"].backward()
+        mine = {name: x.grad for name, x in model.named_parameters()}
+        for name, parameter in other.named_parameters():
+            assert torch.equal(mine.pop(name), parameter.grad), name
+        assert mine
+        assert all(name.startswith("places.") and grad.any() for name, grad in mine.items())
+
+
+def test_pool_weighs_the_predictions_by_name(build):
+    batch = small_batch()
+    model = build(predictions=["places", "fused"]).eval()
     output = read(model, batch)
-    torch.testing.assert_close(output.logits, output.dir_logits + output.fused.logits)
-    loss = model.losses(output, batch)["cls"]
-    expected = F.binary_cross_entropy_with_logits(output.logits, batch.labels.float())
-    torch.testing.assert_close(loss, expected)
-    fused = read(build().eval(), batch)
-    assert torch.equal(fused.logits, fused.fused.logits)
+    model.pool.weight.copy_(torch.tensor([0.25, 0.75]))
+    expected = 0.25 * output.place_logits + 0.75 * output.logits
+    torch.testing.assert_close(model.pooled(output), expected)
+    fitted = model.predict_step(batch, 0)
+    torch.testing.assert_close(fitted["uncalibrated"], expected.sigmoid())
+    for name, logits in (("fused", output.fused.logits), ("first", output.dir_logits)):
+        alone = build(predictions=[name]).eval()
+        alone.load_state_dict({**alone.state_dict(), **shared_state(model, alone)})
+        assert alone.places is None
+        assert torch.equal(alone.pooled(read(alone, batch)), logits)
+
+
+def shared_state(model, other):
+    names = other.state_dict().keys() - {"pool.weight"}
+    return {name: model.state_dict()[name] for name in names}
+
+
+@pytest.mark.parametrize("wrong", [(), ("fused", "fused"), ("fused", "last")])
+def test_predictions_are_named_each_once(build, wrong):
+    with pytest.raises(ValueError, match=r"^Expected `predictions` to name some, each once, .*\)$"):
+        build(predictions=wrong)
+
+
+# --- What is unlike the training data ---------------------------------------------------------------------------------
+
+
+def factors(monkeypatch, model, *columns):
+    """From now on the factor of the modalities is that."""
+    factor = torch.tensor(columns).expand(6, 2)
+    monkeypatch.setattr(model.typicality, "forward", lambda *_: factor)
+
+
+def predictions(output):
+    return output.logits, output.dir_logits, output.place_logits
+
+
+def test_typicality_acts_in_evaluation_only(build, monkeypatch):
+    model, batch = build(), small_batch()
+    expected = read(model, batch)
+    evaluated = read(model.eval(), batch)
+    factors(monkeypatch, model, 3.0, 5.0)
+    trained = read(model.train(), batch)
+    for one, two in zip(tree_leaves(trained), tree_leaves(expected), strict=True):
+        assert torch.equal(one, two)
+    assert torch.equal(trained.typicality, torch.ones(6, 2))
+    assert not trained.conflict.any()
+    spoilt = read(model.eval(), batch)
+    assert torch.equal(spoilt.typicality, torch.tensor([3.0, 5.0]).expand(6, 2))
+    for one, two in zip(predictions(spoilt), predictions(evaluated), strict=True):
+        assert not torch.isclose(one, two).all(1).any()
+    grown = evaluated.latent.std * torch.tensor([3.0, 5.0]).sqrt().view(2, 1, 1)
+    torch.testing.assert_close(spoilt.latent.std, grown)
+    assert torch.equal(spoilt.conflict, evaluated.conflict)  # of what the model itself says
+    assert torch.equal(spoilt.modality_logits, evaluated.modality_logits)
+
+
+def test_unfitted_or_unused_typicality_changes_nothing(build, monkeypatch):
+    batch = small_batch()
+    model, other = build().eval(), build(use_typicality=False).eval()
+    expected = read(model, batch)
+    factors(monkeypatch, other, 3.0, 5.0)
+    unused = read(other, batch)
+    factors(monkeypatch, model, 1.0, 1.0)
+    one = read(model, batch)
+    for output in (unused, one):
+        for left, right in zip(tree_leaves(output), tree_leaves(expected), strict=True):
+            assert torch.equal(left, right)
+    assert torch.equal(expected.typicality, torch.ones(6, 2))
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_large_factor_tends_to_the_missing_modality(build, monkeypatch, half):
+    """With infinity all three predictions are those without the modality, to the bit."""
+    model, batch = build().eval(), small_batch()
+    if half:
+        model = model.bfloat16()
+        batch = batch._replace(features={name: x.bfloat16() for name, x in batch.features.items()})
+    missing = predictions(read(model, without(batch, "b")))
+    distances = []
+    for size in (1.0, 100.0, 1e4, torch.inf):
+        factors(monkeypatch, model, 1.0, size)
+        found = predictions(read(model, batch))
+        distances.append([(x - y).abs().max().item() for x, y in zip(found, missing, strict=True)])
+    first, second, third, last = (torch.tensor(each) for each in distances)
+    assert last.tolist() == [0, 0, 0]
+    assert (third < 0.02).all()
+    if not half:
+        assert (first > second).all()
+        assert (second > third).all()
+
+
+def test_conflict_needs_two_modalities(build):
+    model, batch = build().eval(), small_batch()
+    conflict = model.details(read(model, batch))["conflict"]
+    assert conflict.shape == (6, 4)
+    assert (conflict > 0).all(1).tolist() == [True] * 5 + [False]
+    assert not conflict[5].any()
+    assert not read(model, without(batch, "a", "b")).conflict.any()
 
 
 # --- Losses -----------------------------------------------------------------------------------------------------------
@@ -217,6 +341,21 @@ def test_soft_labels_are_what_the_classifiers_are_trained_towards(build):
         seen = ~output.missing.unsqueeze(2)
         torch.testing.assert_close(results[share]["modality"], (entropy * seen).mean())
     assert results[0.0]["scl"] == results[1.0]["scl"] > 0
+
+
+@pytest.mark.parametrize(("rows", "samples"), [(None, 6), (48, 6), (39, 4), (8, 1), (1, 1)])
+def test_contrastive_loss_is_that_of_the_first_samples(build, rows, samples):
+    """Of 8 distributions each, and at least of one sample."""
+    unknown = torch.zeros(6, 4).bool()
+    unknown[0, 1] = True
+    batch = small_batch(unknown=unknown)
+    model, whole = build(scl_rows=rows), build(scl_rows=None)
+    few = tree_map(lambda x: x[:samples] if isinstance(x, torch.Tensor) else x, batch)
+    for _ in range(2):  # the second against the queue
+        loss = model.losses(read(model, batch), batch)["scl"]
+        torch.testing.assert_close(loss, whole.losses(read(whole, few), few)["scl"])
+        queues = (each.contrastive.queue.classes for each in (model, whole))
+        assert torch.equal(*queues)
 
 
 def test_gaussians_are_pulled_towards_the_prior(build):

@@ -13,7 +13,7 @@ from torch import nn
 from endurance import same
 from examples_support import QUIET, need_extras, toy
 from support import TORCH_2_6
-from uncertainty_mm import PlattScaling
+from uncertainty_mm import LogitPool, PlattScaling
 from uncertainty_mm._component import states
 from uncertainty_mm.calibration import best_threshold
 from uncertainty_mm.data import MultimodalBatch
@@ -215,7 +215,11 @@ def test_calibration_and_thresholds_travel_with_the_checkpoint(lddu, trained):
     assert not model.training
     part = trained.data.part("validation")
     with torch.no_grad():
-        logits = model.final_logits(model(part.features, part.padding_mask))
+        output = model(part.features, part.padding_mask)
+        experts, logits = model.experts(output), model.final_logits(output)
+    weight = LogitPool(3, 3).fit(experts, part.labels).weight
+    torch.testing.assert_close(model.pool.weight, weight, rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(weight, torch.full((3,), 1 / 3), atol=1e-2)
     fitted = PlattScaling(3).fit(logits, part.labels)
     for name in ("scale", "shift"):
         found, wanted = getattr(model.calibration, name), getattr(fitted, name)
