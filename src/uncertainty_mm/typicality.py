@@ -23,7 +23,7 @@ from uncertainty_mm._checks import (
     checks_values,
     missing_modalities,
 )
-from uncertainty_mm._component import Component
+from uncertainty_mm._component import Component, FittedComponent
 from uncertainty_mm.functional import at_least_float32
 
 if TYPE_CHECKING:
@@ -328,7 +328,7 @@ class _Whitening(NamedTuple):
         return self.length(self.standardized(x))
 
 
-class _Modality(Component):
+class _Modality(FittedComponent):
     """The two Gaussians of a modality, of its steps and of the summaries of its sequences."""
 
     step_shift: Tensor
@@ -364,15 +364,6 @@ class _Modality(Component):
         for name, value in zip(self._states, (*step, *sequence, quantile), strict=True):
             state = getattr(self, name)
             state.copy_(value.to(state.dtype))  # before the copy: not every device has float64
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Component:
-        """Moves the state, but leaves its dtype: rounded to half precision, a root of an inverse is another one."""
-
-        def moved(state: Tensor) -> Tensor:
-            result = fn(state)
-            return result if result.dtype == state.dtype else state.to(result.device)
-
-        return super()._apply(moved, recurse)
 
     def forward(self, name: str, x: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
         """Distances (B,), and where there is no step."""
