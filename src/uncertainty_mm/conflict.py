@@ -172,15 +172,15 @@ class Conflict(FittedComponent):
     def _judged(self, rows: Mapping[str, Tensor], missing: Tensor | None) -> tuple[Tensor, Tensor]:
         """Logarithms of ratios (B, M), and where there is one, (B, M) or (1, M)."""
         x, missing = self._joined(rows, missing, self.validate_args)
-        if x.device != self.shift.device:
+        if x.device != self.shift.device and not self._is_replica:
             raise ValueError(
                 f"Expected `rows` to be on {self.shift.device}, where the module is, but got {x.device}"
             )
         kind = x.device.type
         with torch.autocast(kind if kind != "meta" else "cpu", enabled=False):
-            gaussian = _Joint(*(getattr(self, name).to(x.dtype) for name in self._states[:-1]))
+            gaussian = _Joint(*(getattr(self, name).to(x) for name in self._states[:-1]))
             ratios = gaussian.log_ratios(x, missing, list(self.modality_dims.values()))
-            return self.slope.to(x.dtype) * ratios, _with_company(missing).expand(ratios.shape)
+            return self.slope.to(x) * ratios, _with_company(missing).expand(ratios.shape)
 
     def _joined(
         self, rows: Mapping[str, Tensor], missing: Tensor | None, validate_args: bool | None
@@ -312,18 +312,20 @@ class _Joint(NamedTuple):
 
 def _root(covariance: Tensor) -> Tensor:
     """Lower Cholesky factor, without the check for which an accelerator would wait."""
-    return torch.linalg.cholesky_ex(covariance).L
+    root: Tensor = torch.linalg.cholesky_ex(covariance).L
+    return root
 
 
 def _square(root: Tensor, x: Tensor) -> Tensor:
     """Squared lengths (N,) of rows (N, P) after division by a root (P, P), or by one for each (N, P, P)."""
-    if root.dim() == 2:
-        return torch.linalg.solve_triangular(root, x.mT, upper=False).square().sum(0)
-    return torch.linalg.solve_triangular(root, x.unsqueeze(2), upper=False).square().sum((1, 2))
+    columns = x.mT if root.dim() == 2 else x.unsqueeze(2)
+    divided: Tensor = torch.linalg.solve_triangular(root, columns, upper=False)
+    return divided.square().sum(0) if root.dim() == 2 else divided.square().sum((1, 2))
 
 
 def _log_det(root: Tensor) -> Tensor:
-    return 2 * root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    """That of the matrix of which this is the root."""
+    return root.diagonal(dim1=-2, dim2=-1).log().sum(-1).mul(2)
 
 
 def _by_column(missing: Tensor, dims: list[int]) -> Tensor:

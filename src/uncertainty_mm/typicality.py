@@ -174,6 +174,44 @@ class Typicality(Component):
         """
         return self._measured(features, padding_mask)[0]
 
+    def summaries(
+        self, features: Mapping[str, Tensor], padding_mask: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """The summaries of which the distances are taken, such as :class:`~uncertainty_mm.Conflict` compares.
+
+        Args:
+            features: As for :meth:`forward`.
+            padding_mask: As for :meth:`forward`.
+
+        Returns:
+            Tensors (B, 2 D_m + 3) in at least float32 by name of the modalities that are in `features`. Those of a
+            sequence without a step that counts are finite, and mean nothing.
+
+        Raises:
+            ValueError: If shapes, devices or names disagree, or an unpadded feature is not finite.
+            TypeError: If a dtype is wrong.
+        """
+        check_features(features, padding_mask, self.modality_dims)
+        kind = next(iter(features.values())).device.type
+        with torch.autocast(kind if kind != "meta" else "cpu", enabled=False):
+            return {
+                name: part.summary(name, *self._checked(name, features, padding_mask))[0]
+                for name, part in zip(self.modality_dims, self._parts(), strict=True)
+                if name in features
+            }
+
+    def _checked(
+        self, name: str, features: Mapping[str, Tensor], padding_mask: Mapping[str, Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        """A sequence and its padding."""
+        x = features[name]
+        mask = None if padding_mask is None else padding_mask.get(name)
+        if mask is None:
+            mask = x.new_zeros(x.shape[:2], dtype=torch.bool)
+        if checks_values(x, self.validate_args):
+            check_finite(f"features[{name!r}]", x, mask.unsqueeze(2))
+        return x, mask
+
     def _parts(self) -> Iterator[_Modality]:
         yield from self.modality.values()  # type: ignore[misc]
 
@@ -193,14 +231,8 @@ class Typicality(Component):
                         (missing.new_zeros(len(missing), dtype=dtype), missing[:, index])
                     )
                     continue
-                x = features[name]
-                dtype = torch.promote_types(dtype, x.dtype)
-                mask = None if padding_mask is None else padding_mask.get(name)
-                if mask is None:
-                    mask = x.new_zeros(x.shape[:2], dtype=torch.bool)
-                if checks_values(x, self.validate_args):
-                    check_finite(f"features[{name!r}]", x, mask.unsqueeze(2))
-                columns.append(part(name, x, mask))
+                dtype = torch.promote_types(dtype, features[name].dtype)
+                columns.append(part(name, *self._checked(name, features, padding_mask)))
         distances, missings = zip(*columns, strict=True)
         return torch.stack([x.to(dtype) for x in distances], 1), torch.stack(missings, 1)
 
@@ -367,17 +399,23 @@ class _Modality(FittedComponent):
 
     def forward(self, name: str, x: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
         """Distances (B,), and where there is no step."""
+        summary, missing = self.summary(name, x, padding)
+        sequence = _Whitening(*self._there(x, self._states[3:-1]))
+        return sequence.distance(summary).masked_fill(missing, 0), missing
+
+    def summary(self, name: str, x: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
+        """Summaries (B, 2D + 3), and where there is no step."""
         if x.device != self.shift.device and not self._is_replica:
             raise ValueError(
                 f"Expected `features[{name!r}]` to be on {self.shift.device}, where the module is, "
                 f"but got {x.device}"
             )
         valid = _valid(x, padding)
-        state = [getattr(self, each).to(x.device) for each in self._states[:-1]]
-        step, sequence = _Whitening(*state[:3]), _Whitening(*state[3:])
-        missing = ~valid.any(1)
-        distances = sequence.distance(_summary(x, valid, step))
-        return distances.masked_fill(missing, 0), missing
+        step = _Whitening(*self._there(x, self._states[:3]))
+        return _summary(x, valid, step), ~valid.any(1)
+
+    def _there(self, x: Tensor, names: tuple[str, ...]) -> list[Tensor]:
+        return [getattr(self, each).to(x.device) for each in names]
 
 
 def _valid(x: Tensor, padding: Tensor) -> Tensor:
