@@ -147,7 +147,8 @@ class Conflict(FittedComponent):
             TypeError: If a dtype is wrong.
         """
         ratios, judged = self._judged(rows, missing)
-        prior = self.prior / (1 - self.prior) / judged.sum(1, keepdim=True).clamp_min(1)
+        number = judged.sum(1, keepdim=True).clamp_min(1).to(ratios)
+        prior = self.prior / (1 - self.prior) / number
         logits = (ratios + prior.log()).masked_fill(~judged, -torch.inf)
         whole = logits.new_zeros(len(logits), 1)
         return torch.cat([whole, logits], 1).softmax(1)[:, 1:]
