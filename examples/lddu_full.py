@@ -20,13 +20,14 @@ seen, its standard deviation how sure that is. Three ideas shape these Gaussians
 The defaults are what was measured to work; `--config paper` has the paper's values and equations as far as they go, and
 names the rest. Ours, where the paper is silent: standardised features, the size of a sequence as an input of its own,
 normalisation before the sublayers, labels that scale and shift their Z, dropout, clipped gradients, early stopping,
-calibration, and a prediction from every modality alone, so that its own errors can be held against its standard
-deviation.
+calibration, a prediction from every modality alone, so that its own errors can be held against its standard deviation,
+a prediction that reads the steps at their places, a pool of the three predictions, and variances that grow where a
+sequence is unlike the training data.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -41,18 +42,22 @@ from uncertainty_mm import (
     EmotionQueryAttention,
     FusedPrediction,
     GaussianDecoupler,
+    LogitPool,
     SoftRankOrdinalityLoss,
+    Typicality,
     UncertaintyGatedFusion,
 )
 from uncertainty_mm.data import MultimodalBatch
 from uncertainty_mm.encoder import SequenceEncoder
-from uncertainty_mm.functional import expected_distance, prediction_distance
+from uncertainty_mm.functional import expected_distance, prediction_distance, reduced_chi2
 from uncertainty_mm.lightning import (
     MultilabelModule,
     masked_bce,
     masked_mean,
+    mean_over_known,
     run_command_line,
 )
+from uncertainty_mm.places import PlaceClassifier
 
 Options = Mapping[str, Any]
 
@@ -61,11 +66,18 @@ class Output(NamedTuple):
     """What the model says of a batch."""
 
     dir_logits: Tensor  # (B, Q) first prediction, y_dir of Eq. 3
-    latent: DiagonalGaussian  # (B, M, Q, K)
+    place_logits: Tensor | None  # (B, Q) prediction from the steps at their places
+    latent: DiagonalGaussian  # (B, M, Q, K), wider in evaluation where a modality is not typical
     modality_logits: Tensor  # (B, M, Q) prediction from each modality alone
     fused: FusedPrediction  # y_fnl of Eq. 8
-    logits: Tensor  # (B, Q) final prediction: that of `fused`, or its sum with the first
     missing: Tensor  # (B, M)
+    typicality: Tensor  # (B, M) factor of the variance, 1 for what is like the training data
+    conflict: Tensor  # (B, Q) how far the modalities contradict each other
+
+    @property
+    def logits(self) -> Tensor:
+        """Logits of Eq. 8, (B, Q)."""
+        return self.fused.logits
 
     @property
     def std_norm(self) -> Tensor:
@@ -91,19 +103,26 @@ class LDDU(MultilabelModule):
         fusion: Options of the gated fusion.
         ordinality: Options of the ordinality loss.
         tracker: Options of the history.
+        places: Options of the prediction that reads the encoded steps at their places.
+        typicality: Options of the factor by which variances grow.
         gate: Uncertainty of Eq. 8: the distance that the first prediction expects (`"expected"`), its distance from
             the labels (`"oracle"`, Eq. 8 as printed, in training only), that of the released code, or a constant;
             `"mean"` and `"std"` leave one branch alone.
-        final: Final prediction: Eq. 8 alone (`"fused"`), or its logits added to those of the first (`"residual"`).
+        predictions: Which predictions the pool weighs, on the validation split: Eq. 8 (`"fused"`), Eq. 3 (`"first"`),
+            and that by place, from which no other part learns (`"places"`). The paper: the first of these alone.
         targets: Whose errors the standard deviations are held against: the joint prediction's (`"sample"`, the paper),
             or each modality's own, ranked among the samples (`"modality"`), among samples and modalities (`"pooled"`),
             or `"both"`.
         scl_weight: Weight beta of Eq. 16, contrastive loss (the paper: 0.8).
+        scl_rows: At most so many distributions of a batch, those of its first samples, are in the contrastive loss,
+            whose cost grows with their square; None is all.
         ocl_weight: Weight lambda of Eq. 16, ordinality loss (the paper: 0.1).
         dir_weight: Weight gamma of Eq. 16, first prediction.
         modality_weight: Weight of the predictions from each modality alone.
         kl_weight: Weight of the divergence of the Gaussians from the prior.
         dropout: Dropout of the first classifier.
+        use_typicality: In evaluation, widen the Gaussians of a modality that is unlike the training data, and shrink
+            what else it says.
         training: Options of :class:`~uncertainty_mm.lightning.MultilabelModule`.
     """
 
@@ -115,10 +134,16 @@ class LDDU(MultilabelModule):
         "fusion": UncertaintyGatedFusion,
         "ordinality": SoftRankOrdinalityLoss,
         "tracker": CorrectnessTracker,
+        "places": PlaceClassifier,
+        "typicality": Typicality,
     }
     defaults: ClassVar = {"contrastive": {"gather": True}, "ordinality": {"gather": True}}
     fixed: ClassVar = {"tracker": ("num_labels",)}  # follows from `targets`
-    axes: ClassVar = {"std_norm": ("modality", "label"), "missing": ("modality",)}
+    axes: ClassVar = {
+        "std_norm": ("modality", "label"),
+        "missing": ("modality",),
+        "typicality": ("modality",),
+    }
 
     def __init__(
         self,
@@ -134,22 +159,33 @@ class LDDU(MultilabelModule):
         fusion: Options = {},  # noqa: B006
         ordinality: Options = {},  # noqa: B006
         tracker: Options = {},  # noqa: B006
+        places: Options = {},  # noqa: B006
+        typicality: Options = {},  # noqa: B006
         gate: Literal["expected", "constant", "oracle", "released", "mean", "std"] = "expected",
-        final: Literal["fused", "residual"] = "fused",
+        predictions: Sequence[Literal["fused", "first", "places"]] = ("fused", "first", "places"),
         targets: Literal["both", "modality", "pooled", "sample"] = "both",
         scl_weight: float = 0.1,
+        scl_rows: int | None = 512,
         ocl_weight: float = 0.3,
         dir_weight: float = 0.1,
         modality_weight: float = 1.0,
         kl_weight: float = 3e-5,
         dropout: float = 0.1,
+        use_typicality: bool = True,
         **training: Any,
     ) -> None:
         super().__init__(label_names, **training)
         modalities, labels = len(modality_dims), len(label_names)
-        self.gate, self.final, self.errors_of = gate, final, targets
+        if not predictions or len({*predictions} & {"fused", "first", "places"}) < len(predictions):
+            raise ValueError(
+                f"Expected `predictions` to name some, each once, but got {predictions}"
+            )
+        self.gate, self.errors_of, self.predictions = gate, targets, tuple(predictions)
+        self.use_typicality = use_typicality
+        self.scl_samples = None if scl_rows is None else max(1, scl_rows // (modalities * labels))
         self.weights = {
             "cls": 1.0,
+            "places": 1.0,  # alone with its parameters, it needs no other
             "ocl": ocl_weight,
             "scl": scl_weight,
             "dir": dir_weight,
@@ -179,6 +215,10 @@ class LDDU(MultilabelModule):
             nn.Dropout(dropout),
             nn.Linear(z_dim, labels),
         )
+        # The same from the steps at their places, which an answer to a query cannot tell
+        sizes = (dims, max_steps, labels)
+        self.places = self.part("places", places, *sizes) if "places" in predictions else None
+        self.pool = LogitPool(len(self.predictions), labels, validate_args=False)
         # Section 3.3.2: every answer as a Gaussian
         self.decoupler = self.part("decoupler", decoupler, modalities, z_dim)
         latent_dim = self.decoupler.latent_dim
@@ -193,6 +233,8 @@ class LDDU(MultilabelModule):
         history = None if targets == "sample" else modalities
         self.tracker = self.part("tracker", tracker, num_train_samples, history)
         self.ordinality = self.part("ordinality", ordinality)
+        self.typicality = self.part("typicality", typicality, modality_dims)
+        self._keep(usual_conflict=torch.ones(labels))
 
     # --- The model ---------------------------------------------------------------------------------------------------
 
@@ -212,14 +254,31 @@ class LDDU(MultilabelModule):
         z = self.attention(encoded, padding_mask)  # Eq. 1-2: (B, M, Q, z_dim)
         scale, shift = self.asked_by(self.attention.label_embedding.weight).chunk(2, dim=1)
         z = ((1 + scale) * z + shift).masked_fill(missing[:, :, None, None], 0)
-        dir_logits = self.info_classifier(z.flatten(1))  # Eq. 3
         latent = self.decoupler(z, missing)
         modality_logits = torch.einsum("bmqk,mk->bmq", latent.mean, self.modality_readout)
         modality_logits = modality_logits + self.modality_bias
+        # What is unlike the training data counts less in all three predictions
+        factor, conflict = torch.ones_like(missing, dtype=z.dtype), z.new_zeros(len(z), z.shape[2])
+        if not self.training:
+            conflict = reduced_chi2(latent.mean, latent.std, missing)
+            if self.use_typicality:
+                factor = self.typicality(features, padding_mask)
+                latent = latent.inflated(factor)
+        dir_logits = self.info_classifier((z / factor[:, :, None, None]).flatten(1))  # Eq. 3
+        place_logits = None
+        if self.places is not None:  # it learns from the encoders, and they not from it
+            fixed = {name: x.detach() for name, x in encoded.items()}
+            place_logits = self.places(fixed, padding_mask, factor)
         uncertainty = self.uncertainty(dir_logits.detach().float().sigmoid(), labels, unknown)
         fused = self.fusion(latent, uncertainty, missing)  # Eq. 8
-        logits = fused.logits + dir_logits if self.final == "residual" else fused.logits
-        return Output(dir_logits, latent, modality_logits, fused, logits, missing)
+        return Output(
+            dir_logits, place_logits, latent, modality_logits, fused, missing, factor, conflict
+        )
+
+    def experts(self, output: Output) -> Tensor:
+        """Logits of the predictions that are pooled, (B, E, Q)."""
+        logits = {"fused": output.logits, "first": output.dir_logits, "places": output.place_logits}
+        return torch.stack([logits[name].float() for name in self.predictions], dim=1)
 
     def uncertainty(
         self, dir_probs: Tensor, labels: Tensor | None, unknown: Tensor | None
@@ -243,7 +302,18 @@ class LDDU(MultilabelModule):
             "gate": output.fused.mean_weight,
             "std_norm": output.std_norm.masked_fill(output.missing.unsqueeze(2), torch.nan),
             "missing": output.missing,
+            "typicality": output.typicality,
+            "conflict": output.conflict / self.usual_conflict,
         }
+
+    def observed(self, output: Output) -> dict[str, Tensor]:
+        """What calibration needs of a validation."""
+        return {**super().observed(output), "conflict": output.conflict}
+
+    def calibrate(self, seen: Mapping[str, Tensor]) -> None:
+        """Also learns how far modalities usually contradict each other: 1 in what is written, as in theory."""
+        super().calibrate(seen)
+        self.usual_conflict.copy_(seen["conflict"].mean(0).clamp_min(1e-6))
 
     # --- Losses ------------------------------------------------------------------------------------------------------
 
@@ -258,12 +328,21 @@ class LDDU(MultilabelModule):
             "cls": masked_bce(output.logits, target, unknown),  # Eq. 9
             "dir": masked_bce(output.dir_logits, target, unknown),  # Eq. 3
             "modality": masked_mean(by_modality.mean(1), unknown),
-            "scl": self.contrastive(output.latent, batch.labels, output.missing, unknown=unknown),
+            "scl": self.contrastive_loss(output, batch),
             "ocl": self.ordinality_loss(output, batch),
             "kl": output.latent.kl_to_standard_normal().mean(),
         }
+        if output.place_logits is not None:
+            losses["places"] = masked_bce(output.place_logits, target, unknown)
         total = torch.stack([self.weights[name] * loss for name, loss in losses.items()]).sum()
         return {**losses, "total": total}  # Eq. 16
+
+    def contrastive_loss(self, output: Output, batch: MultimodalBatch) -> Tensor:
+        """Eq. 4-7, of the first samples of a batch, in whatever order they come."""
+        some = slice(self.scl_samples)
+        latent, missing = DiagonalGaussian(*(x[some] for x in output.latent)), output.missing[some]
+        unknown = None if batch.unknown is None else batch.unknown[some]
+        return self.contrastive(latent, batch.labels[some], missing, unknown=unknown)
 
     def ordinality_loss(self, output: Output, batch: MultimodalBatch) -> Tensor:
         """Eq. 10-15: the standard deviations in the order of the errors; the tracker learns of the outcome.
@@ -313,10 +392,12 @@ class LDDU(MultilabelModule):
     # --- Training ----------------------------------------------------------------------------------------------------
 
     def on_fit_start(self) -> None:
-        """Standardises the features with the statistics of the training split, which travel with the model."""
+        """Learns what training features are like: statistics to standardise by, and what is typical."""
         super().on_fit_start()
-        for name, each in self.trainer.datamodule.statistics().items():
+        data = self.trainer.datamodule
+        for name, each in data.statistics().items():
             self.encoder[name].standardize(each.mean, each.std)
+        self.typicality.fit(data.part("train"))
 
     def training_step(self, batch: MultimodalBatch, batch_idx: int) -> Tensor:
         """Eq. 16 of a batch."""
@@ -328,13 +409,6 @@ class LDDU(MultilabelModule):
     def on_train_epoch_end(self) -> None:
         """Merges the histories of all processes."""
         self.tracker.synchronize()
-
-
-def mean_over_known(x: Tensor, unknown: Tensor | None) -> Tensor:
-    """Mean over the labels, the last axis, that are known; 0 where none is."""
-    if unknown is None:
-        return x.mean(-1)
-    return x.masked_fill(unknown, 0).sum(-1) / (~unknown).sum(-1).clamp_min(1)
 
 
 def main(model: type[LDDU] = LDDU, arguments: list[str] | None = None) -> None:

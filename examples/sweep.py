@@ -6,6 +6,7 @@ An arm is a file of options, bundled in `configs` or your own. What follows `--`
 `lddu_full.py`; where an arm says otherwise, the arm holds. A run has a process and a folder of its own, as any run of
 `lddu_full.py` has; beside the folder it prints into a `.log`, and its measures appear in a `.json`. A run that is
 finished is not repeated, one that was killed goes on from its last checkpoint, and one that fails costs only itself.
+With `--quick` all runs are cut to minutes, to steer by: fewer training samples, three epochs, the first seed.
 All measures are in `runs.json` and `runs.csv`, mean and standard deviation over the seeds in `table.md`.
 
 `lddu_ablation.py`, `uncertainty_study.py` and `baselines` are such sweeps.
@@ -25,6 +26,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import cache
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,6 +48,9 @@ from uncertainty_mm.lightning.cli import Parser, one_line_errors, write_text
 
 CONFIGS = Path(__file__).with_name("configs")
 COLUMNS = ("Acc", "P", "R", "miF1", "mAP", "Brier", "ECE", "rho")
+QUICK = ("--data.max_train_samples", "2000", "--trainer.max_epochs", "3")
+QUICK_TITLE = "quick form: at most 2,000 training samples, 3 epochs, one seed"
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 QUIET = ("--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false")
 
 
@@ -89,7 +94,8 @@ def train(run: Run) -> dict[str, Any]:
         if not last.exists():
             shutil.rmtree(run.folder, ignore_errors=True)
         where = ["--ckpt_path", last] if last.exists() else ["--output", run.folder]
-        run_command_line(run.arm.model, run.arm.configs, [*run.options, *map(str, where)])
+        options = [*run.options, "--brief", "true", *map(str, where)]
+        run_command_line(run.arm.model, run.arm.configs, options)
     return json.loads(results.read_text())
 
 
@@ -137,13 +143,27 @@ def in_a_process(work: Work, run: Run) -> None:
     Raises:
         RuntimeError: If it does not end well.
     """
-    process = get_context("spawn").Process(target=alone, args=(work, run))
+    process = processes(work.__module__).Process(target=alone, args=(work, run))
     process.start()
     process.join()
     if process.exitcode:
         log = run.beside(".log")
         last = log.read_text().strip().rpartition("\n")[2] if log.exists() else ""
         raise RuntimeError(f"exit code {process.exitcode}, {last!r}, see {log}")
+
+
+@cache
+def processes(module: str) -> Any:
+    """Makes processes that count with one thread; on Linux forked from one that has imported `module` and all else.
+
+    That server does nothing but import and fork, so nothing of one run is in another.
+    """
+    os.environ |= dict.fromkeys(THREADS, "1")  # before the libraries that read it are loaded
+    if not sys.platform.startswith("linux"):
+        return get_context("spawn")
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["uncertainty_mm.examples.sweep", module])
+    return context
 
 
 def alone(work: Work, run: Run) -> None:
@@ -194,20 +214,23 @@ def run_all(
     for file in args.data:
         if not file.exists():
             raise UsageError(f"--data: no such file, {file}")
-    base = [*QUIET, *base, *args.options]
+    base, seeds = [*QUIET, *base, *args.options], args.seeds
+    if args.quick:
+        seeds = seeds[:1]
+        arms = {name: arm._replace(options=[*arm.options, *QUICK]) for name, arm in arms.items()}
     runs = [
         make_run(file, name, arms[name], seed, base, args.output)
-        for seed in args.seeds  # a stopped sweep has all arms of the first seeds
+        for seed in seeds  # a stopped sweep has all arms of the first seeds
         for file in args.data
         for name in args.arms
     ]
     if not runs or len({run.folder for run in runs}) < len(runs):
         raise UsageError("--data, --arms, --seeds: at least one of each is needed, no two alike")
-    if args.jobs < 1 or min(args.seeds) < 0:
+    if args.jobs < 1 or min(seeds) < 0:
         given = f"{args.jobs}, {args.seeds}"
         raise UsageError(f"--jobs must be at least 1 and --seeds at least 0, got {given}")
-    for run in runs[: len(args.data) * len(args.arms)]:
-        check_options(run)
+    for run in [run for run in runs if (run.file, run.seed) == (runs[0].file, runs[0].seed)]:
+        check_options(run)  # those of other files and seeds are the same
     args.output.mkdir(parents=True, exist_ok=True)
     rows: dict[int, Row] = {}
     with ThreadPoolExecutor(args.jobs) as pool, tqdm(total=len(runs), unit="run") as bar:
@@ -223,6 +246,8 @@ def run_all(
         finally:
             pool.shutdown(cancel_futures=True)  # of an interrupted sweep
     done = [rows[index] for index in sorted(rows)]
+    if args.quick:
+        done = [{**row, "quick": True} for row in done]
     write_text(args.output / "runs.json", json.dumps(done, indent=1) + "\n")
     with replacing(args.output / "runs.csv") as partial, open(partial, "w", newline="") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(key for row in done for key in row)))
@@ -279,10 +304,12 @@ def cell(values: Sequence[float | None]) -> str:
 
 
 def by_data(rows: Sequence[Row], tables: Callable[[str, list[Row]], list[str]]) -> str:
-    """Markdown: what `tables` makes of the rows of every data set."""
+    """Markdown: what `tables` makes of the rows of every data set, under a title."""
     lines = []
     for name in dict.fromkeys(row["data"] for row in rows):
-        lines += [f"{name}:", "", *tables(name, [row for row in rows if row["data"] == name]), ""]
+        here = [row for row in rows if row["data"] == name]
+        title = f"{name}, {QUICK_TITLE}:" if here[0].get("quick") else f"{name}:"
+        lines += [title, "", *tables(name, here), ""]
     return "\n".join(lines)
 
 
@@ -305,10 +332,18 @@ def parser(description: str, output: str, arms: Sequence[str] = ()) -> Parser:
     known = {"choices": list(arms)} if arms else {}
     add("--arms", nargs="*", default=list(arms), metavar="ARM", help="what is varied", **known)
     add("--seeds", type=int, nargs="*", default=[0, 1, 2, 3, 4])
-    add("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time")
+    add("--jobs", type=int, default=cores(), help="runs at a time, each with one thread")
+    add("--quick", action="store_true", help=f"{QUICK_TITLE}; choose an --output of its own")
     add("--output", type=Path, default=Path(output))
     add("options", nargs="*", help="after --: options of lddu_full.py for all runs")
     return result
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def work(run: Run) -> dict[str, Any]:

@@ -26,8 +26,8 @@ from uncertainty_mm._files import replacing
 from uncertainty_mm.data import MultimodalDataset, SyntheticMMER
 from uncertainty_mm.data.transforms import corrupted
 from uncertainty_mm.examples import sweep
-from uncertainty_mm.examples.lddu_full import LDDU, mean_over_known
-from uncertainty_mm.lightning import UsageError
+from uncertainty_mm.examples.lddu_full import LDDU
+from uncertainty_mm.lightning import UsageError, mean_over_known
 from uncertainty_mm.lightning.cli import one_line_errors
 from uncertainty_mm.metrics.functional import (
     auroc,
@@ -157,7 +157,7 @@ def work(run: sweep.Run) -> dict[str, Any]:
 
 def tables(name: str, rows: list[sweep.Row]) -> list[str]:
     """Three tables of a data set: of predictions, of uncertainties, and of corrupted modalities."""
-    rest = [key for key in rows[0] if key not in ("data", "arm", "seed", *PREDICTION)]
+    rest = [key for key in rows[0] if key not in ("data", "arm", "seed", "quick", *PREDICTION)]
     by_modality = [key for key in rest if key.startswith(BY_MODALITY)]
     others = [key for key in rest if key not in by_modality]
     parts = [sweep.table(rows, columns) for columns in (PREDICTION, others, by_modality)]

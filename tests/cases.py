@@ -20,7 +20,7 @@ import uncertainty_mm as umm
 from uncertainty_mm import functional
 from uncertainty_mm.beliefs import BeliefRule
 from uncertainty_mm.data import MultimodalBatch
-from uncertainty_mm.encoder import SequenceEncoder
+from uncertainty_mm.encoder import PlaceReads, SequenceEncoder
 from uncertainty_mm.metrics import functional as measures
 from uncertainty_mm.rules import Rule
 
@@ -225,6 +225,15 @@ def plain_encoder(module, x, padding):
     return encoded
 
 
+def plain_reads(module, x, padding):
+    """One sequence after the other, without what is padding."""
+    readings = []
+    for steps, left_out in zip(x, padding, strict=True):
+        weight = module.weight[:, : len(steps)][:, ~left_out]
+        readings.append(torch.einsum("rs,sd->rd", weight, steps[~left_out]).flatten())
+    return torch.stack(readings)
+
+
 def plain_decoupler(module, z, missing):
     means, stds = [], []
     for m in range(module.num_modalities):
@@ -397,7 +406,7 @@ def plain_chi2(_, latent, missing):
 
 def plain_rank(scores, temperature, mask):
     kept = (~mask).double()
-    gaps = (scores.unsqueeze(1) - scores) / temperature
+    gaps = (scores.unsqueeze(1) - scores) / (2 * temperature)
     # A clamp would pass no gradient at 0 in torch 2.14.
     near = 0.5 * torch.where(gaps < 0, gaps, -gaps).exp()
     beats = torch.where(gaps < 0, near, 1 - near) * kept
@@ -642,6 +651,12 @@ MODULES = {
         plain_encoder,
         "max_steps=4",
     ),
+    "PlaceReads": Case(
+        lambda sizes, **kwargs: PlaceReads(WIDTH, min(sizes.steps, 200), 3, **kwargs),
+        draw_sequence,
+        plain_reads,
+        "max_steps=4, num_reads=3",
+    ),
     "EmotionQueryAttention": Case(
         lambda sizes, **kwargs: umm.EmotionQueryAttention(
             sizes.dims, sizes.labels, label_dim=7, proj_dim=8, out_dim=WIDTH, **kwargs
@@ -745,6 +760,15 @@ MODULES = {
         lambda sizes: (torch.randn(sizes.batch, sizes.labels),),
         lambda module, logits: module.scale * logits + module.shift,
         "num_labels=3",
+    ),
+    "LogitPool": Case(
+        lambda sizes, **kwargs: umm.LogitPool(sizes.modalities, sizes.labels, **kwargs).fit(
+            torch.randn(20, sizes.modalities, sizes.labels),
+            torch.randint(2, (20, sizes.labels)),
+        ),
+        lambda sizes: (torch.randn(sizes.batch, sizes.modalities, sizes.labels),),
+        lambda module, logits: torch.einsum("e,beq->bq", module.weight, logits),
+        "num_experts=2, num_labels=3",
     ),
     "TemperatureScaling": Case(
         lambda sizes, **kwargs: fitted(

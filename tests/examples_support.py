@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
@@ -75,7 +76,8 @@ def breaks(run):
     if run.seed == 1:
         print("about to go down", flush=True)
         os._exit(9)
-    return finishes(run)
+    threads = [torch.get_num_threads(), os.environ["OMP_NUM_THREADS"]]
+    return finishes(run) | {"threads": threads}
 
 
 @contextmanager

@@ -54,7 +54,8 @@ def write_data(path, sizes=(160, 60, 80), seed=0):
         arrays[f"features.{name}"] = (10 + x).astype(np.float32)
         arrays[f"lengths.{name}"] = rng.integers(0 if index else 1, STEPS[name] + 1, count)
     names = np.array(["a", "b", "never", "always"])
-    np.savez(path, labels=labels, label_names=names, split=split, **arrays)
+    groups = np.arange(count) // 20
+    np.savez(path, labels=labels, label_names=names, split=split, groups=groups, **arrays)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -326,6 +327,73 @@ def test_equal_methods_do_not_differ():
     assert str(bootstrap.Interval(-0.02, -0.03, 0.01)) == "-0.0200 [-0.0300, +0.0100]"
 
 
+def test_groups_are_drawn_whole():
+    rng = np.random.default_rng(0)
+    ours, theirs = rng.random((2, 3, 4, 60))
+    single = bootstrap.paired_bootstrap(ours, theirs, draws=200)
+    names = 5 * np.arange(60)  # each sample its own group
+    assert bootstrap.paired_bootstrap(ours, theirs, draws=200, groups=names) == single
+    for name, (difference, *bounds) in bootstrap.paired_bootstrap(
+        ours, theirs, draws=200, groups=np.full(60, 7)
+    ).items():  # the same draw every time
+        assert difference == pytest.approx(single[name].difference, abs=1e-12)
+        assert bounds == pytest.approx([difference] * 2, abs=1e-12)
+
+    def naive(places):
+        """Mean over seeds of the difference of both scores, of the samples at `places`."""
+        found = np.zeros(2)
+        for sign, terms in ((1, ours), (-1, theirs)):
+            for hits, sizes, errors, known in terms[..., places].sum(-1):
+                found += sign * np.array([2 * hits / sizes, errors / known]) / len(terms)
+        return found
+
+    groups = rng.integers(0, 9, 60)
+    found = bootstrap.paired_bootstrap(ours, theirs, draws=200, groups=groups)
+    names, draws = np.unique(groups), np.random.default_rng(0)
+    drawn = []
+    for chosen in draws.integers(len(names), size=(200, len(names))):
+        rows = [np.flatnonzero(groups == names[each]) for each in chosen]
+        drawn.append(naive(np.concatenate(rows)))
+    bounds = np.percentile(drawn, (2.5, 97.5), axis=0).T
+    for interval, (low, high), difference in zip(
+        found.values(), bounds, naive(np.arange(60)), strict=True
+    ):
+        assert interval == pytest.approx((difference, low, high), abs=1e-9)
+
+
+def test_interval_over_groups_is_wider_where_samples_of_a_group_are_alike():
+    """40 users of 10 equal samples each tell as much as 40 samples, not as 400."""
+    rng = np.random.default_rng(0)
+    users = rng.gamma(1.0, 0.1, (2, 1, 4, 40))
+    users[:, 0, 3] = 1
+    ours, theirs = users.repeat(10, axis=3)
+    found = bootstrap.paired_bootstrap(ours, theirs, groups=np.arange(40).repeat(10))
+    expected = bootstrap.paired_bootstrap(*users)
+    for name, interval in found.items():
+        assert interval == pytest.approx(expected[name], abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("f1", "brier", "word"),
+    [
+        ((-0.004, 0.002), (-0.001, 0.001), "level"),
+        ((-0.006, 0.002), (-0.001, 0.001), "behind"),
+        ((-0.004, 0.002), (-0.001, 0.002), "behind"),
+        ((0.001, 0.002), (-0.001, 0.001), "ahead"),
+        ((-0.004, 0.002), (-0.003, -0.001), "ahead"),
+        ((0.001, 0.002), (-0.001, 0.002), "behind"),
+        ((-0.009, -0.008), (-0.003, -0.001), "behind"),
+        ((0.0, 0.0), (0.0, 0.0), "level"),
+    ],
+)
+def test_verdicts(f1, brier, word):
+    found = {
+        name: bootstrap.Interval(sum(bounds) / 2, *bounds)
+        for name, bounds in (("miF1", f1), ("Brier", brier))
+    }
+    assert bootstrap.verdict(found) == word
+
+
 @pytest.mark.parametrize("share", [0.0, 0.3])
 def test_contributions_make_up_the_measures(tmp_path, share):
     rng = np.random.default_rng(0)
@@ -372,7 +440,7 @@ def test_what_a_comparison_writes(tmp_path, monkeypatch):
     row = rows["mlp"]
     assert f"| mlp | 1 | {row['Acc']:.3f} | " in text
     assert f" | {row['ECE']:.3f} | {row['parameters']:,} |\n" in text
-    _, compared = text.split("lddu minus the other")
+    _, compared = text.split("lddu minus the other, 95 % interval clustered by group (4 groups), ")
     lines = [line for line in compared.split("\n") if line.startswith("| ")][1:]
     assert [line.split(" | ")[0][2:] for line in lines] == arms[:-1]
     ahead = rows["lddu"]["miF1"] - rows["prior"]["miF1"]
@@ -413,5 +481,10 @@ def test_report_has_the_spread_and_pairs_the_seeds(tmp_path):
     last = text.strip().split("\n")[-1]
     assert last.startswith("| prior | 1 | +0.")  # seed 0 alone is in both
     assert last.count("*") == 2
+    assert last.endswith(" | ahead |")
+    assert "clustered" not in text
+    for path in (tmp_path / "toy").glob("*/*/predictions.npz"):
+        np.savez(path, **np.load(path), groups=np.arange(40) // 10)
+    assert "interval clustered by group (4 groups), *" in comparison.report(rows, tmp_path)
     alone = comparison.report([row for row in rows if row["arm"] == "prior"], tmp_path)
     assert "lddu" not in alone

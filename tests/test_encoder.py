@@ -1,4 +1,4 @@
-"""SequenceEncoder, against loops over the sequences one by one (tests/cases.py) and its parts."""
+"""SequenceEncoder and PlaceReads, against loops over the sequences one by one (tests/cases.py) and their parts."""
 
 import copy
 
@@ -9,7 +9,7 @@ from torch import nn
 from cases import plain_encoder
 from support import HALF, QUIET_EXPORT, close, poisoned, record_validate_args, refuses
 from uncertainty_mm import encoder as room
-from uncertainty_mm.encoder import PackedSteps, SequenceEncoder
+from uncertainty_mm.encoder import PackedSteps, PlaceReads, SequenceEncoder
 
 DIM, LONGEST = 3, 9
 SIZES = ("apart", "within")
@@ -207,8 +207,9 @@ def test_size_does_not_overflow_in_half_precision(dtype):
 
 
 @pytest.mark.long
-def test_compiles_whole_for_any_batch():
-    encoder = standardized()
+@pytest.mark.parametrize("make", [standardized, lambda: PlaceReads(DIM, LONGEST)])
+def test_compiles_whole_for_any_batch(make):
+    encoder = make()
     torch.compiler.reset()
     compiled = torch.compile(encoder, fullgraph=True, backend="aot_eager", dynamic=True)
     with torch._dynamo.config.patch(error_on_recompile=True):
@@ -219,14 +220,47 @@ def test_compiles_whole_for_any_batch():
 
 
 @pytest.mark.filterwarnings(*QUIET_EXPORT)
-def test_exports_for_any_batch_and_number_of_steps():
-    encoder = standardized().eval()
+@pytest.mark.parametrize("make", [standardized, lambda: PlaceReads(DIM, LONGEST)])
+def test_exports_for_any_batch_and_number_of_steps(make):
+    encoder = make().eval()
     batch, steps = torch.export.Dim("batch"), torch.export.Dim("steps", max=LONGEST)
     shapes = ({0: batch, 1: steps}, {0: batch, 1: steps})
     program = torch.export.export(encoder, draw(), dynamic_shapes=shapes).module()
     for sizes in ((2, 5), (6, LONGEST)):
         x, padding = draw(*sizes)
         torch.testing.assert_close(program(x, padding), encoder(x, padding))
+
+
+# ---------------------------------------------------------------------------------------- by place
+
+
+def test_reading_picks_out_the_step_of_its_place():
+    reads = PlaceReads(DIM, LONGEST, num_reads=LONGEST)
+    nn.init.eye_(reads.weight)
+    x, padding = draw()
+    expected = torch.zeros(6, LONGEST, DIM)
+    expected[:, :7] = x.masked_fill(padding.unsqueeze(2), 0)
+    assert torch.equal(reads(x, padding), expected.flatten(1))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e30])
+def test_reading_ignores_padding(value):
+    reads, (x, padding) = PlaceReads(DIM, LONGEST), draw()
+    padding[2] = True
+    filled = poisoned(x, padding, value).requires_grad_()
+    results = value_and_gradients(reads, filled, padding)
+    all_near(results, value_and_gradients(reads, x, padding), rtol=0, atol=0)
+    assert results[0].any(1).tolist() == [True, True, False, True, True, True]
+    assert not filled.grad[padding].any()
+    # of missing sequences alone nothing is learned
+    alone = value_and_gradients(reads, filled, torch.ones_like(padding))
+    assert not any(x.any() for x in alone)
+
+
+def test_readings_are_as_large_as_the_steps_at_first():
+    reads = PlaceReads(DIM, 500, num_reads=400)
+    out = reads(torch.randn(20, 500, DIM), torch.zeros(20, 500).bool())
+    assert abs(out.std() - 1) < 0.05
 
 
 # ---------------------------------------------------------------------------------------- bad input
@@ -262,6 +296,19 @@ def test_constructor_refuses(options, error, message):
     refuses(nn.Identity(), lambda: SequenceEncoder(**options), error, message)
 
 
+@pytest.mark.parametrize("name", ["in_dim", "max_steps", "num_reads"])
+def test_constructor_of_reads_refuses(name):
+    sizes = {"in_dim": DIM, "max_steps": LONGEST, "num_reads": 2}
+    for value, error in ((0, ValueError), (2.0, TypeError)):
+        message = f"`{name}` to be " + NUMBER.format(value)
+        refuses(nn.Identity(), lambda v=value: PlaceReads(**sizes | {name: v}), error, message)
+
+
+def test_constructor_of_reads_refuses_other_flags():
+    message = "`validate_args` to be True, False or None, but got 1"
+    refuses(nn.Identity(), lambda: PlaceReads(DIM, 1, validate_args=1), TypeError, message)
+
+
 X, PADDING = torch.zeros(2, 4, DIM), torch.zeros(2, 4).bool()
 SHAPE = r"to have shape \({}\), but got \({}\)"
 FLOATING = r"to have a floating dtype \(float16 to float64\), but got torch.int64"
@@ -288,8 +335,8 @@ FLOATING = r"to have a floating dtype \(float16 to float64\), but got torch.int6
     ids=str,
 )
 def test_forward_refuses(x, padding, error, message):
-    encoder = build()
-    refuses(encoder, lambda: encoder(x, padding), error, message)
+    for module in (build(), PlaceReads(DIM, LONGEST)):
+        refuses(module, lambda m=module: m(x, padding), error, message)
 
 
 @pytest.mark.parametrize(
@@ -310,6 +357,7 @@ def test_standardize_refuses(mean, std, error, message):
 
 
 def test_values_are_looked_at_as_told(monkeypatch):
-    passed = record_validate_args(monkeypatch)
-    build(validate_args=False)(X, PADDING)
-    assert False in passed
+    for make in (build, lambda **kwargs: PlaceReads(DIM, LONGEST, **kwargs)):
+        passed = record_validate_args(monkeypatch)
+        make(validate_args=False)(X, PADDING)
+        assert False in passed

@@ -462,11 +462,23 @@ def test_soft_labels_of_a_file(lddu, tmp_path, largest):
         ({"num_workers": -1}, "`num_workers` to be at least 0, but got -1"),
         ({"drop_modality": 1.0}, r"`drop_modality` to be in \[0, 1\), but got 1.0"),
         ({"corrupt_modality": -0.1}, r"`corrupt_modality` to be in \[0, 1\), but got -0.1"),
+        ({"max_train_samples": 0}, "`max_train_samples` to be a positive integer or None"),
     ],
 )
 def test_options_of_the_data_are_checked(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         rooms.MultimodalDataModule(toy(tmp_path / "data.npz"), **options)
+
+
+def test_training_split_is_thinned_evenly(tmp_path):
+    path = toy(tmp_path / "data.npz")
+    whole = rooms.MultimodalDataModule(path)
+    for limit, positions in ((30, range(30)), (31, range(30)), (4, (0, 7, 15, 22)), (1, (0,))):
+        data = rooms.MultimodalDataModule(path, max_train_samples=limit)
+        ids = [whole.part("train").ids[each] for each in positions]
+        assert data.part("train").ids == ids
+        assert data.num_train_samples == len(ids)
+        assert data.part("test").ids == whole.part("test").ids
 
 
 def test_file_without_splits_is_predicted_whole_and_not_trained_on(lddu, tmp_path):
@@ -547,6 +559,10 @@ def test_any_model_is_trained_tested_and_predicts(data, tmp_path):
     )
     trainer.test(model, data, verbose=False)
     assert list(model.results["modalities"]) == ["a + b", "a", "b", "none"]
+    tested, model.by_modality = model.results, False
+    trainer.test(model, data, verbose=False)
+    assert tested == {**model.results, "modalities": tested["modalities"]}
+    assert "modalities" not in model.results
     writer = rooms.PredictionWriter(tmp_path / "p.npz")
     trainer_with(writer).predict(Pooled.load(tmp_path / "last.ckpt"), data)
     with np.load(tmp_path / "p.npz") as file:

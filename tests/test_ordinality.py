@@ -36,7 +36,7 @@ def standardize(scores):
 
 
 def laplace(x):
-    return 1 - math.exp(-x) / 2 if x > 0 else math.exp(x) / 2
+    return 1 - math.exp(-x / 2) / 2 if x > 0 else math.exp(x / 2) / 2
 
 
 def soft_rank_share(scores, temperature):

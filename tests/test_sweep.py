@@ -22,6 +22,7 @@ need_extras()
 from uncertainty_mm.examples import sweep  # noqa: E402
 
 pytestmark = QUIET
+ROW = {"data": "data", "arm": "x", "seed": 4, "value": 40}
 
 
 @pytest.fixture
@@ -92,6 +93,7 @@ def test_process_that_breaks_down_costs_one_run(monkeypatch, tmp_path, capsys):
     args = arguments(tmp_path, seeds=(0, 1), jobs=2)
     rows, failed = sweep.run_all(breaks, {"x": sweep.Arm()}, args)
     assert ([row["value"] for row in rows], failed) == ([0], 1)
+    assert rows[0]["threads"] == [1, "1"]
     assert "exit code 9, 'about to go down', see " in "".join(capsys.readouterr())
     assert (tmp_path / "out" / "data" / "x" / "0.log").read_text() == "seed 0\n"
 
@@ -103,6 +105,10 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(here, tmp_path):
     (row,), _ = sweep.run_all(sweep.work, {"x": sweep.Arm()}, args)
     folder = tmp_path / "out" / "data" / "x" / "0"
     first = torch.load(folder / "last.ckpt", weights_only=True)
+    # brief, and nothing of it in the options, which a test by modality would share
+    assert "modalities" not in json.loads((folder / "metrics.json").read_text())
+    assert not (folder / "training.png").exists()
+    assert "brief" not in (folder / "config.yaml").read_text()
 
     def kill(after):
         """Makes of the finished run one that was killed in the epoch `after`."""
@@ -127,6 +133,37 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(here, tmp_path):
     data = sweep.data_of(folder)
     assert (data.name, len(data.part("test")), data.seed, data.batch_size) == ("data", 30, 0, 16)
     shutil.rmtree(folder)
+
+
+def test_quick_form_says_so(here, tmp_path):
+    arms = {"x": sweep.Arm(["--trainer.max_epochs", "12"])}
+    args = arguments(tmp_path, "--trainer.max_epochs", "30", seeds=(4, 1))
+    args.quick = True
+    rows, failed = sweep.run_all(finishes, arms, args)
+    assert (rows, failed) == ([{**ROW, "quick": True}], 0)
+    options = json.loads((tmp_path / "out" / "data" / "x" / "4.json").read_text())["options"]
+    read = dict(zip(options[::2], options[1::2], strict=True))  # the last one holds
+    assert (read["--trainer.max_epochs"], read["--data.max_train_samples"]) == ("3", "2000")
+    title, *_ = sweep.by_data(rows, lambda name, here: []).split("\n")
+    assert title == "data, quick form: at most 2,000 training samples, 3 epochs, one seed:"
+    args.quick = False  # another sweep, which does not take the quick runs for its own
+    assert sweep.run_all(finishes, arms, args) == ([{**ROW, "seed": 1, "value": 10}], 1)
+
+
+def test_options_are_checked_once_for_each_arm(monkeypatch, tmp_path):
+    checked = []
+    monkeypatch.setattr(sweep, "in_a_process", sweep.carry_out)
+    monkeypatch.setattr(sweep, "check_options", lambda run: checked.append(run.name))
+    args = arguments(tmp_path, arms=("x", "y"))
+    args.data.append(tmp_path / "more.npz")
+    args.data[1].touch()
+    sweep.run_all(finishes, {"x": sweep.Arm(), "y": sweep.Arm()}, args)
+    assert checked == ["x", "y"]
+
+
+def test_as_many_runs_at_a_time_as_there_are_cores(monkeypatch):
+    monkeypatch.setattr(sweep.os, "sched_getaffinity", lambda process: {1, 3, 5}, raising=False)
+    assert sweep.parser("", "runs").parse_args([]).jobs == 3
 
 
 def test_tables_have_mean_and_standard_deviation_over_seeds():

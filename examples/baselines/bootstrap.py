@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+
+# A method is not behind another where its micro F1 is less by at most, and its Brier score more by at most:
+MARGINS = {"miF1": 0.005, "Brier": 0.001}
 
 
 class Interval(NamedTuple):
@@ -21,41 +25,67 @@ class Interval(NamedTuple):
 
 
 def contributions(folder: Path) -> np.ndarray:
-    """What every test sample adds to micro F1 and Brier score, from the known labels of the predictions of a run.
+    """What every test sample adds to micro F1 and Brier score, from the predictions of a run: :func:`sample_terms`."""
+    with np.load(folder / "predictions.npz") as file:
+        unknown = file.get("unknown")
+        return sample_terms(file["probs"], file["labels"], file["threshold"], unknown)
+
+
+def sample_terms(
+    probs: np.ndarray, labels: np.ndarray, threshold: np.ndarray, unknown: np.ndarray | None = None
+) -> np.ndarray:
+    """What every sample adds to micro F1 and Brier score, from its known labels.
 
     Returns:
         (4, N): hits, labels predicted and present, squared errors, known labels.
     """
-    with np.load(folder / "predictions.npz") as file:
-        probs, labels, predicted = file["probs"], file["labels"], file["probs"] > file["threshold"]
-        known = ~file["unknown"] if "unknown" in file else np.ones(labels.shape, bool)
-    present = (labels > 0) & known
-    predicted &= known
+    known = np.ones(labels.shape, bool) if unknown is None else ~unknown
+    present, predicted = (labels > 0) & known, (probs > threshold) & known
     errors = np.where(known, probs - present, 0)
-    terms = (predicted & present, predicted.astype(int) + present, np.square(errors), known)
-    return np.stack([each.sum(1) for each in terms])
+    each = (predicted & present, predicted.astype(int) + present, np.square(errors), known)
+    return np.stack([x.sum(1) for x in each])
+
+
+def groups_of(folder: Path) -> np.ndarray | None:
+    """Who every test sample is of, (N,), where the data of a run say so."""
+    with np.load(folder / "predictions.npz") as file:
+        return file.get("groups")
+
+
+def by_group(terms: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """Sums of contributions (..., N) over the samples of each of G groups, (..., G)."""
+    return np.stack([terms[..., groups == each].sum(-1) for each in np.unique(groups)], axis=-1)
 
 
 def scores(weights: np.ndarray, terms: np.ndarray) -> np.ndarray:
     """Micro F1 and Brier score, mean over seeds, of samples counted by weights (draws, N): (2, draws)."""
     hits, sizes, errors, known = np.einsum("dn,skn->ksd", weights, terms, optimize=True)
-    return np.stack([(2 * hits / np.maximum(sizes, 1)).mean(0), (errors / known).mean(0)])
+    ratios = 2 * hits / np.maximum(sizes, 1), errors / np.maximum(known, 1)
+    return np.stack([ratio.mean(0) for ratio in ratios])
 
 
 def paired_bootstrap(
-    ours: np.ndarray, theirs: np.ndarray, draws: int = 10_000, seed: int = 0
+    ours: np.ndarray,
+    theirs: np.ndarray,
+    draws: int = 10_000,
+    seed: int = 0,
+    groups: np.ndarray | None = None,
 ) -> dict[str, Interval]:
     """Difference of two methods, and its 95 % percentile interval over samples drawn with replacement.
 
     Both methods are evaluated on the same draws (Efron, Tibshirani 1993). The interval tells how much the test set
-    decides; the models are given.
+    decides; the models are given. Samples of one user are alike, and tell less than as many users would: with `groups`,
+    whole groups are drawn (the cluster bootstrap). Where these are few, a dozen or less, the interval is too narrow.
 
     Args:
         ours: :func:`contributions` of the same N samples by seed, (S, 4, N).
         theirs: The same of the other method.
-        draws: How often N samples are drawn.
+        draws: How often N samples, or as many groups as there are, are drawn.
         seed: Of the draws.
+        groups: (N,), equal for the samples that are drawn together; None draws each by itself.
     """
+    if groups is not None:  # the scores are ratios of sums: a group is what its samples add up to
+        ours, theirs = by_group(ours, groups), by_group(theirs, groups)
     samples, rng = ours.shape[2], np.random.default_rng(seed)
 
     def difference(weights: np.ndarray) -> np.ndarray:
@@ -73,3 +103,15 @@ def paired_bootstrap(
         name: Interval(*map(float, values))
         for name, *values in zip(("miF1", "Brier"), observed, low, high, strict=True)
     }
+
+
+def verdict(found: Mapping[str, Interval]) -> str:
+    """What the intervals of :func:`paired_bootstrap` say of our method, in a word.
+
+    `"behind"` where one of them reaches beyond its margin (:data:`MARGINS`) to our disadvantage, `"ahead"` where none
+    does and one excludes 0 in our favour, else `"level"`.
+    """
+    f1, brier = found["miF1"], found["Brier"]
+    if -f1.low > MARGINS["miF1"] or brier.high > MARGINS["Brier"]:
+        return "behind"
+    return "ahead" if f1.low > 0 or brier.high < 0 else "level"

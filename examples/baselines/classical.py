@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import joblib
 import numpy as np
 import torch
 from sklearn.base import ClassifierMixin, clone
@@ -14,6 +17,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.multioutput import ClassifierChain
 from torch import Tensor
 
+from uncertainty_mm._files import replacing
 from uncertainty_mm.calibration import best_threshold
 from uncertainty_mm.data import MultimodalDataset
 from uncertainty_mm.examples.baselines.networks import PooledMLP
@@ -21,14 +25,20 @@ from uncertainty_mm.lightning import PredictionWriter
 from uncertainty_mm.lightning.cli import ModelCLI, quiet
 from uncertainty_mm.metrics.functional import evaluate, predictive_entropy
 
-Predict = Callable[[np.ndarray], np.ndarray]  # features (N, F) -> probabilities (N, Q)
+FILE = "model.joblib"
+# Features (N, F) -> probabilities (N, Q); made of functions of this module, so that it can be saved.
+Predict = Callable[[np.ndarray], np.ndarray]
 
-# All take features (N, F) and labels (N, Q), NaN where a label is not known.
+# All methods take features (N, F) and labels (N, Q), NaN where a label is not known.
 
 
 def prior(model: None, x: np.ndarray, y: np.ndarray) -> Predict:
     """How frequent each label is."""
-    return lambda new: np.tile(np.nanmean(y, 0), (len(new), 1))
+    return partial(_the_same, np.nanmean(y, 0))
+
+
+def _the_same(probs: np.ndarray, new: np.ndarray) -> np.ndarray:
+    return np.tile(probs, (len(new), 1))
 
 
 def binary_relevance(model: ClassifierMixin, x: np.ndarray, y: np.ndarray) -> Predict:
@@ -37,7 +47,11 @@ def binary_relevance(model: ClassifierMixin, x: np.ndarray, y: np.ndarray) -> Pr
     fitted = [
         clone(model).fit(x[here], column[here]) for column, here in zip(y.T, known, strict=True)
     ]
-    return lambda new: np.column_stack([each.predict_proba(new)[:, 1] for each in fitted])
+    return partial(_each_label, fitted)
+
+
+def _each_label(fitted: Sequence[ClassifierMixin], new: np.ndarray) -> np.ndarray:
+    return np.column_stack([each.predict_proba(new)[:, 1] for each in fitted])
 
 
 def classifier_chain(model: ClassifierMixin, x: np.ndarray, y: np.ndarray) -> Predict:
@@ -52,7 +66,11 @@ def label_powerset(model: ClassifierMixin, x: np.ndarray, y: np.ndarray) -> Pred
     whole = ~np.isnan(y).any(1)
     sets, index = np.unique(y[whole], axis=0, return_inverse=True)
     fitted = clone(model).fit(x[whole], index.reshape(-1))
-    return lambda new: fitted.predict_proba(new) @ sets
+    return partial(_members, fitted, sets)
+
+
+def _members(fitted: ClassifierMixin, sets: np.ndarray, new: np.ndarray) -> np.ndarray:
+    return fitted.predict_proba(new) @ sets
 
 
 def logistic(seed: int) -> list[ClassifierMixin]:
@@ -89,6 +107,52 @@ def known_labels(data: MultimodalDataset) -> np.ndarray:
     )
 
 
+class Fitted(NamedTuple):
+    """A method after its fit, which answers as the networks do."""
+
+    network: PooledMLP  # pools the features and calibrates
+    share: np.ndarray  # (Q,) of the training samples that have a label
+    varies: np.ndarray  # (Q,) bool, the labels that can be learned; the others have their share
+    method: Predict | None
+
+    @property
+    def threshold(self) -> Tensor:
+        """For calibrated probabilities, (1,) or (Q,)."""
+        return self.network.threshold
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Of pooled features (N, F), before calibration, (N, Q)."""
+        probs = np.tile(self.share, (len(x), 1))
+        if self.method:
+            probs[:, self.varies] = self.method(x.numpy())
+        return torch.from_numpy(probs).clamp(1e-6, 1 - 1e-6).logit().float()
+
+    def calibrate(self, x: Tensor, validation: MultimodalDataset) -> float:
+        """Fits calibration and thresholds to pooled features of the validation split; returns the miF1 there."""
+        found, known = self.logits(x), (validation.labels, validation.unknown)
+        probs = self.network.calibration.fit(found, *known)(found).sigmoid()
+        per_label = self.network.hparams["thresholds"] == "label"
+        self.threshold.copy_(best_threshold(probs, *known, per_label=per_label))
+        return evaluate(probs, validation.labels, self.threshold, validation.unknown)["miF1"] or 0.0
+
+    def predict(self, data: MultimodalDataset, batch_size: int = 256) -> dict[str, Tensor]:
+        """Probabilities, calibrated and not, and their entropy."""
+        found = self.logits(self.network.pooled(data, batch_size))
+        probs = self.network.calibration(found).sigmoid()
+        answers = {"probs": probs, "uncalibrated": found.sigmoid()}
+        return answers | {"uncertainty": predictive_entropy(probs)}
+
+    def save(self, folder: Path) -> None:
+        """Writes the method into the folder of a run."""
+        with replacing(folder / FILE) as partial_file:
+            joblib.dump(self, partial_file, compress=3)
+
+    @staticmethod
+    def load(folder: Path) -> Fitted:
+        """What :meth:`save` wrote. Models of scikit-learn are pickles, which can run code: only read your own."""
+        return joblib.load(folder / FILE)
+
+
 def fit(name: str, configs: Path, options: Sequence[str], folder: Path) -> dict[str, float | None]:
     """Fits a method; of several models the one with the best validation miF1 counts.
 
@@ -96,7 +160,7 @@ def fit(name: str, configs: Path, options: Sequence[str], folder: Path) -> dict[
     calibration and the thresholds of all networks.
 
     Returns:
-        What it reaches on the test split; its predictions are in `folder`.
+        What it reaches on the test split; its predictions are in `folder`, and so is the method itself.
     """
     quiet()
     cli = ModelCLI(PooledMLP, configs, [*options, "--trainer.fast_dev_run", "true"])
@@ -105,32 +169,21 @@ def fit(name: str, configs: Path, options: Sequence[str], folder: Path) -> dict[
     for modality, each in data.statistics().items():
         network.encoder[modality].standardize(each.mean, each.std)
     network.standardize(train)
-    x, x_validation, x_test = (network.pooled(part).numpy() for part in (train, validation, test))
+    x, x_validation = network.pooled(train).numpy(), network.pooled(validation)
     y = known_labels(train)
     share = np.nan_to_num(np.nanmean(y, 0), nan=0.5)
-    varies = (share > 0) & (share < 1)  # the others cannot be learned
+    varies = (share > 0) & (share < 1)
     method, models = METHODS[name]
     best = -1.0
     for model in models(seed):
         predict = method(model, x, y[:, varies]) if varies.any() else None
-
-        def logits(new: np.ndarray, predict: Predict | None = predict) -> Tensor:
-            probs = np.tile(share, (len(new), 1))
-            if predict:
-                probs[:, varies] = predict(new)
-            return torch.from_numpy(probs).clamp(1e-6, 1 - 1e-6).logit().float()
-
-        found, known = logits(x_validation), (validation.labels, validation.unknown)
-        probs = network.calibration.fit(found, *known)(found).sigmoid()
-        per_label = network.hparams["thresholds"] == "label"
-        threshold = best_threshold(probs, *known, per_label=per_label)
-        score = evaluate(probs, validation.labels, threshold, validation.unknown)["miF1"] or 0.0
+        fitted = Fitted(copy.deepcopy(network), share, varies, predict)
+        score = fitted.calibrate(x_validation, validation)
         print(f"{model}: validation miF1 {score}")
         if score > best:
-            best, chosen, found = score, threshold, logits(x_test)
-            probs = network.calibration(found).sigmoid()
-            answers = {"probs": probs, "uncalibrated": found.sigmoid()}
-            answers["uncertainty"] = predictive_entropy(probs)
+            best, chosen = score, fitted
     folder.mkdir(parents=True, exist_ok=True)
-    PredictionWriter(folder / "predictions.npz").write(answers, test, chosen)
-    return evaluate(answers["probs"], test.labels, chosen, test.unknown)
+    chosen.save(folder)
+    answers = chosen.predict(test)
+    PredictionWriter(folder / "predictions.npz").write(answers, test, chosen.threshold)
+    return evaluate(answers["probs"], test.labels, chosen.threshold, test.unknown)

@@ -95,10 +95,10 @@ class PooledMLP(Baseline):
         self.scale.copy_(x.std(0, correction=0).clamp_min(1e-3))
 
     @torch.no_grad()
-    def pooled(self, data: MultimodalDataset) -> Tensor:
+    def pooled(self, data: MultimodalDataset, batch_size: int = 256) -> Tensor:
         """The pooled features of a split, (N, 2 (D_1 + ... + D_M)), as the hidden layer reads them."""
         rows = []
-        for batch in data.loader(256):
+        for batch in data.loader(batch_size):
             features, padding = batch.to(self.device)[:2]
             pooled = [pool(features[name], padding[name]) for name, pool in self.encoder.items()]
             rows.append(self.joined(pooled))

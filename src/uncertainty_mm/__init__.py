@@ -10,6 +10,7 @@ from uncertainty_mm.calibration import (
     BetaCalibration,
     HistogramBinning,
     IsotonicCalibration,
+    LogitPool,
     PlattScaling,
     TemperatureScaling,
 )
@@ -51,6 +52,7 @@ __all__ = [
     "GaussianFusion",
     "HistogramBinning",
     "IsotonicCalibration",
+    "LogitPool",
     "PlattScaling",
     "SoftRankOrdinalityLoss",
     "TemperatureScaling",

@@ -1,4 +1,7 @@
-"""Sequences of one modality, read by a masked Transformer (section 3.2): :class:`SequenceEncoder`."""
+"""Sequences of one modality, read by a masked Transformer (section 3.2) or by place.
+
+:class:`SequenceEncoder` and :class:`PlaceReads`.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +17,14 @@ from uncertainty_mm._checks import (
     check_dropout,
     check_finite,
     check_positive_int,
+    check_positive_ints,
     check_tensor,
     check_validate_args,
     checks_values,
 )
 from uncertainty_mm._component import Component
 
-__all__ = ["EncoderLayer", "PackedSteps", "SequenceEncoder"]
+__all__ = ["EncoderLayer", "PackedSteps", "PlaceReads", "SequenceEncoder"]
 
 
 class PackedSteps:
@@ -245,15 +249,7 @@ class SequenceEncoder(Component):
             ValueError: If shapes or devices disagree, a sequence is too long, or a step that counts is not finite.
             TypeError: If a dtype is wrong.
         """
-        sizes = {"in_dim": self.in_dim}
-        check_tensor("x", x, "floating", "B S in_dim", sizes)
-        check_tensor("padding", padding, "bool", "B S", sizes, x.device)
-        if x.shape[1] > self.max_steps:
-            raise ValueError(
-                f"Expected `x` to have at most `max_steps` = {self.max_steps} steps, but got {x.shape[1]}"
-            )
-        if checks_values(x, self.validate_args):
-            check_finite("x", x, padding.unsqueeze(2))
+        _check_sequence(self, x, padding)
         steps = PackedSteps(padding)
         # A missing sequence attends to itself, which is harmless: nobody reads it.
         mask = ~padding | padding.all(dim=1, keepdim=True)
@@ -278,3 +274,99 @@ class SequenceEncoder(Component):
             x = layer(x, steps, mask.unsqueeze(1).unsqueeze(1))
         encoded = steps.unpack(self.norm(x))
         return encoded if steps.left_out is None else encoded.masked_fill(padding.unsqueeze(2), 0)
+
+
+def _check_sequence(module: SequenceEncoder | PlaceReads, x: Tensor, padding: Tensor) -> None:
+    """Checks a batch of sequences (B, S, in_dim), S at most `max_steps`, and their padding."""
+    sizes = {"in_dim": module.in_dim}
+    check_tensor("x", x, "floating", "B S in_dim", sizes)
+    check_tensor("padding", padding, "bool", "B S", sizes, x.device)
+    if x.shape[1] > module.max_steps:
+        raise ValueError(
+            f"Expected `x` to have at most `max_steps` = {module.max_steps} steps, but got {x.shape[1]}"
+        )
+    if checks_values(x, module.validate_args):
+        check_finite("x", x, padding.unsqueeze(2))
+
+
+class PlaceReads(Component):
+    r"""Reads a sequence by the place of a step, which attention by content cannot see.
+
+    .. math::
+        \operatorname{out}_{br} = \sum_s P_{rs}\, x_{bs}
+
+    over the steps :math:`s` that are not padding. For sequences whose steps are places, as the patches of an image or
+    fixed times of a day. Each of the :math:`R` readings is one learned number a step, the same for all features: a
+    linear layer on the flattened sequence takes `in_dim` times as many for one number of output.
+
+    Source: ours.
+
+    Args:
+        in_dim: Size of a step.
+        max_steps: Steps of the longest sequence.
+        num_reads: Number of readings :math:`R`.
+        validate_args: Whether to look at values: None on the CPU only, False never, True everywhere.
+
+    Attributes:
+        weight: Parameter (num_reads, max_steps), :math:`P`; normal at first, of variance 1 / max_steps.
+
+    Raises:
+        ValueError: If an argument is out of range.
+        TypeError: If an argument has the wrong type.
+
+    Example:
+        >>> reads = PlaceReads(in_dim=12, max_steps=49, num_reads=8)
+        >>> padding = torch.arange(49) >= torch.tensor([[30], [49]])  # True: leave out
+        >>> reads(torch.randn(2, 49, 12), padding).shape
+        torch.Size([2, 96])
+    """
+
+    in_dim: int
+    max_steps: int
+    num_reads: int
+    validate_args: bool | None
+
+    def __init__(
+        self,
+        in_dim: int,
+        max_steps: int,
+        num_reads: int = 8,
+        *,
+        validate_args: bool | None = None,
+    ) -> None:
+        super().__init__()
+        check_positive_ints(in_dim=in_dim, max_steps=max_steps, num_reads=num_reads)
+        check_validate_args(validate_args)
+        self._set(in_dim=in_dim, max_steps=max_steps, num_reads=num_reads)
+        self._set(validate_args=validate_args)
+        self.weight = nn.Parameter(torch.empty(num_reads, max_steps))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Gives the parameter its initial distribution."""
+        nn.init.normal_(self.weight, std=self.max_steps**-0.5)
+
+    def extra_repr(self) -> str:
+        """The settings, for `repr`."""
+        names = "in_dim", "max_steps", "num_reads"
+        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
+
+    def forward(self, x: Tensor, padding: Tensor) -> Tensor:
+        """Reads a batch of sequences.
+
+        Args:
+            x: Tensor (B, S, in_dim), S at most `max_steps`.
+            padding: Bool tensor (B, S), True where a step is to be left out. What stands there has no influence.
+
+        Returns:
+            Tensor (B, num_reads * in_dim), the readings one after the other; 0 where all steps are padding.
+
+        Raises:
+            ValueError: If shapes or devices disagree, a sequence is too long, or a step that counts is not finite.
+            TypeError: If a dtype is wrong.
+        """
+        _check_sequence(self, x, padding)
+        x = x.masked_fill(padding.unsqueeze(2), 0)  # 0 times NaN is NaN
+        steps = torch.arange(x.shape[1], device=x.device)
+        # a slice would be exported for one number of steps alone
+        return (self.weight.index_select(1, steps) @ x).flatten(1)

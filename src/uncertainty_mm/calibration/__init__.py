@@ -7,6 +7,7 @@ from uncertainty_mm.calibration.beta import BetaCalibration
 from uncertainty_mm.calibration.histogram import HistogramBinning
 from uncertainty_mm.calibration.isotonic import IsotonicCalibration
 from uncertainty_mm.calibration.platt import PlattScaling
+from uncertainty_mm.calibration.pool import LogitPool
 from uncertainty_mm.calibration.temperature import TemperatureScaling
 from uncertainty_mm.calibration.threshold import best_threshold
 
@@ -14,6 +15,7 @@ __all__ = [
     "BetaCalibration",
     "HistogramBinning",
     "IsotonicCalibration",
+    "LogitPool",
     "PlattScaling",
     "TemperatureScaling",
     "best_threshold",

@@ -24,32 +24,42 @@ class _Fitted(Protocol):
     _is_replica: bool
 
 
-def checked_input(module: _Fitted, name: Kind, values: Tensor, state: Tensor) -> Tensor:
-    """Logits or probabilities (B, Q), on the device of the state, in at least float32."""
+def checked_input(
+    module: _Fitted, name: Kind, values: Tensor, state: Tensor, dims: str = "B Q"
+) -> Tensor:
+    """Logits or probabilities, on the device of the state, in at least float32."""
     device = None if module._is_replica else state.device
-    check_tensor(name, values, "floating", "B Q", _sizes(module), device)
+    check_tensor(name, values, "floating", dims, _sizes(module), device)
     if checks_values(values, module.validate_args):
         _check_values(name, values, None)
     return at_least_float32(values)
 
 
 def fitting_data(
-    module: _Fitted, name: Kind, values: Tensor, labels: Tensor, unknown: Tensor | None
+    module: _Fitted,
+    name: Kind,
+    values: Tensor,
+    labels: Tensor,
+    unknown: Tensor | None,
+    dims: str = "B Q",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Logits or probabilities, labels, and 1 where both are known, 0 elsewhere: (B, Q) each, in float64 on the CPU.
 
-    What is not known is 0 in all three, since 0 times NaN is NaN.
+    What is not known is 0 in all three, since 0 times NaN is NaN. Values (B, E, Q) of several experts become (E, B, Q);
+    known is then what all of them know.
     """
     sizes = _sizes(module)
-    check_tensor(name, values, "floating", "B Q", sizes)
+    check_tensor(name, values, "floating", dims, sizes)
     check_tensor("labels", labels, "number", "B Q", sizes, values.device)
     check_unknown(unknown, "B Q", sizes, values.device)
     if sizes["B"] == 0:
         raise ValueError(f"Expected `{name}` to hold at least one sample, but got none")
+    values = values.transpose(0, -2)  # experts first, where there are any, to meet labels (B, Q)
     if module.validate_args is not False:
         _check_values(name, values, unknown)
         check_labels("labels", labels, unknown)
     known = values.cpu().isfinite()
+    known = known.all(0) if known.dim() > 2 else known
     if unknown is not None:
         known = known & ~unknown.cpu()
     if not known.any():
@@ -59,8 +69,8 @@ def fitting_data(
 
 
 def _sizes(module: _Fitted) -> dict[str, int]:
-    num_labels = getattr(module, "num_labels", None)
-    return {} if num_labels is None else {"Q": num_labels}
+    settings = {"Q": "num_labels", "E": "num_experts"}
+    return {dim: getattr(module, name) for dim, name in settings.items() if hasattr(module, name)}
 
 
 def _check_values(name: Kind, values: Tensor, unknown: Tensor | None) -> None:

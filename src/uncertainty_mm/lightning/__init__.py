@@ -14,7 +14,12 @@ from uncertainty_mm.lightning.checkpoints import (
 )
 from uncertainty_mm.lightning.cli import run_command_line
 from uncertainty_mm.lightning.data import MultimodalDataModule
-from uncertainty_mm.lightning.module import MultilabelModule, masked_bce, masked_mean
+from uncertainty_mm.lightning.module import (
+    MultilabelModule,
+    masked_bce,
+    masked_mean,
+    mean_over_known,
+)
 from uncertainty_mm.lightning.predictions import PredictionWriter
 
 __all__ = [
@@ -30,6 +35,7 @@ __all__ = [
     "WholeCheckpointIO",
     "masked_bce",
     "masked_mean",
+    "mean_over_known",
     "read_checkpoint",
     "run_command_line",
 ]

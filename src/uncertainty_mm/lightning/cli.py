@@ -51,6 +51,7 @@ _OF_ONE_CALL = (
     "config",
     "ckpt_path",
     "output",
+    "brief",
     "weights_only",
 )  # options that config.yaml leaves out
 # what a resumed run must have as before, besides the model, to go on to the same bit
@@ -59,6 +60,7 @@ _OF_A_TRAINING = (
     "data.batch_size",
     "data.drop_modality",
     "data.corrupt_modality",
+    "data.max_train_samples",
     "trainer.precision",
     "trainer.accumulate_grad_batches",
     "trainer.gradient_clip_val",
@@ -224,8 +226,7 @@ class ModelCLI(LightningCLI):
         parser.add_lightning_class_args(Patience, "early_stopping")
         parser.set_defaults(
             {
-                "early_stopping.monitor": "val/miF1",
-                "early_stopping.mode": "max",
+                "early_stopping.monitor": "val/nll",
                 "early_stopping.patience": 6,
             }
         )
@@ -238,6 +239,12 @@ class ModelCLI(LightningCLI):
         )
         if parser is self.parser:  # without a subcommand
             parser.add_argument("--ckpt_path", type=str | None, help="resume from this checkpoint")
+            parser.add_argument(
+                "--brief",
+                type=bool,
+                default=False,
+                help="leave out the test by modality and the figure of the training",
+            )
 
     def _set_seed(self) -> None:
         with _as_usage_errors():
@@ -299,8 +306,7 @@ class ModelCLI(LightningCLI):
                 MovableCheckpoint(
                     resumed,
                     "best",
-                    monitor="val/miF1",
-                    mode="max",
+                    monitor="val/nll",
                     enable_version_counter=False,
                 ),
                 MovableCheckpoint(
@@ -446,6 +452,7 @@ class ModelCLI(LightningCLI):
             "threshold": [round(value, 2) for value in best.threshold.tolist()],
             **best.results,
         }
+        best.by_modality = not options.brief
         tester.test(best, data, verbose=False)
         results |= best.results
         if data.bayes and not options.trainer.fast_dev_run:  # what no model can surpass
@@ -470,11 +477,13 @@ class ModelCLI(LightningCLI):
         return results
 
     def _write_results(self, results: dict[str, Any], best: MultilabelModule) -> None:
-        """The predictions of the test split, and a figure of the training."""
+        """The predictions of the test split, and a figure of the training unless the run is brief."""
         assert self.folder is not None
         test = self.datamodule.part("test")
         answers = {key: x for key, x in best.answers.items() if key not in ("labels", "unknown")}
         PredictionWriter(self.folder / "predictions.npz").write(answers, test, best.threshold)
+        if self.options.brief:
+            return
         figure = Figure(figsize=(11, 3.8), layout="constrained")
         losses, scores, reliability = figure.subplots(1, 3)
         plots.training_curves(self._callback(History).rows, ax=[losses, scores])

@@ -38,6 +38,7 @@ class MultimodalDataModule(L.LightningDataModule):
         num_workers: Processes that load batches.
         drop_modality: Share of the training samples that lose a random half of their modalities.
         corrupt_modality: Share of the training sequences that get noise of up to 5 times their spread.
+        max_train_samples: The training split is thinned evenly to at most so many samples; None takes all.
         seed: Seed of the order of samples, of what is dropped and corrupted, and of synthetic data.
 
     Attributes:
@@ -58,6 +59,7 @@ class MultimodalDataModule(L.LightningDataModule):
         num_workers: int = 0,
         drop_modality: float = 0.0,
         corrupt_modality: float = 0.0,
+        max_train_samples: int | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -67,6 +69,10 @@ class MultimodalDataModule(L.LightningDataModule):
             )
         if num_workers < 0:
             raise ValueError(f"Expected `num_workers` to be at least 0, but got {num_workers}")
+        if max_train_samples is not None and max_train_samples < 1:
+            raise ValueError(
+                f"Expected `max_train_samples` to be a positive integer or None, but got {max_train_samples}"
+            )
         for name, share in (
             ("drop_modality", drop_modality),
             ("corrupt_modality", corrupt_modality),
@@ -96,6 +102,9 @@ class MultimodalDataModule(L.LightningDataModule):
                 )
         self.modality_dims, self.label_names = first.dims, first.label_names
         self.max_steps = {m: max(part.steps[m] for part in self.parts.values()) for m in first.dims}
+        count, limit = len(self.parts.get("train", ())), max_train_samples
+        if limit is not None and limit < count:  # every part of a sorted file has its share
+            self.parts["train"] = self.parts["train"].select(torch.arange(limit) * count // limit)
         self.num_train_samples = max(1, len(self.parts.get("train", ())))
 
     def _synthetic(self, sizes: Sequence[int] = (3000, 500, 1000)) -> dict[str, MultimodalDataset]:

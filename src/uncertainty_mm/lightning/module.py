@@ -17,7 +17,7 @@ from torchmetrics import CatMetric
 
 from uncertainty_mm._checks import check_finite
 from uncertainty_mm._component import Component, states
-from uncertainty_mm.calibration import PlattScaling, best_threshold
+from uncertainty_mm.calibration import LogitPool, PlattScaling, best_threshold
 from uncertainty_mm.data import MultimodalBatch, MultimodalDataset
 from uncertainty_mm.lightning.checkpoints import UsageError, read_checkpoint
 from uncertainty_mm.metrics.functional import evaluate, predictive_entropy
@@ -27,9 +27,10 @@ class MultilabelModule(Component, L.LightningModule):
     """Training, calibration and evaluation of a multi-label model; a subclass brings the model.
 
     A subclass defines `forward(features, padding_mask)`, which returns an object with `logits` (B, Q), and
-    `training_step`; :meth:`details` may add what explains a prediction. In every validation of a fit the logits are
-    calibrated and thresholds fitted, before the score `val/miF1` that picks the checkpoint; both are state, saved with
-    the model. Hyper-parameters are plain values, so a checkpoint loads without running code from it.
+    `training_step`; :meth:`details` may add what explains a prediction. In every validation of a fit several
+    predictions of one model (:meth:`experts`) are pooled, the logits calibrated and thresholds fitted, before their
+    cross-entropy `val/nll` picks the checkpoint; all of that is state, saved with the model. Hyper-parameters are plain
+    values, so a checkpoint loads without running code from it.
 
     Args:
         label_names: Names of the Q labels.
@@ -45,9 +46,11 @@ class MultilabelModule(Component, L.LightningModule):
         defaults: Class attribute: options of parts that differ from the defaults of their classes, by part.
         fixed: Class attribute: options of parts that the model itself sets, by part.
         axes: Class attribute: axes of what :meth:`details` returns, for :class:`PredictionWriter`.
-        calibration: The :class:`~uncertainty_mm.PlattScaling` of the logits.
+        pool: The :class:`~uncertainty_mm.LogitPool` of the experts.
+        calibration: The :class:`~uncertainty_mm.PlattScaling` of the pooled logits.
         threshold: Tensor (1,) or (Q,), for calibrated probabilities.
         raw_threshold: The same for probabilities that are not calibrated.
+        by_modality: Whether a test also measures what is predicted from subsets of the modalities.
         results: What the latest validation or test measured: rows of the tables.
     """
 
@@ -80,13 +83,13 @@ class MultilabelModule(Component, L.LightningModule):
         ):
             if not ok:
                 raise ValueError(f"Expected `{name}` to be {rule}, but got {value}")
+        self.pool = LogitPool(1, len(label_names))
         self.calibration = PlattScaling(len(label_names))
         size = 1 if thresholds == "single" else len(label_names)
         self._keep(threshold=torch.full((size,), 0.5), raw_threshold=torch.full((size,), 0.5))
+        self.by_modality = True
         self.results: dict[str, Any] = {}
-        self._seen = {
-            key: CatMetric(nan_strategy="disable") for key in ("logits", "labels", "unknown")
-        }
+        self._seen: dict[str, CatMetric] = {}
 
     def part(self, name: str, options: Mapping[str, Any], *sizes: Any) -> Any:
         """A part of the model from its sizes and options; values are left to the :class:`FiniteGuard`."""
@@ -94,6 +97,16 @@ class MultilabelModule(Component, L.LightningModule):
         defaults = {"validate_args": False, **self.defaults.get(name, {})}
         given = {key: x for key, x in defaults.items() if key in known} | dict(options)
         return self.parts[name](*sizes, **given)
+
+    def experts(self, output: Any) -> Tensor:
+        """Logits (B, E, Q) of the predictions that are pooled; a subclass with more than one replaces `pool`."""
+        logits: Tensor = output.logits
+        return logits.unsqueeze(1)
+
+    def final_logits(self, output: Any) -> Tensor:
+        """The final logits (B, Q), not yet calibrated."""
+        logits: Tensor = self.pool(self.experts(output))
+        return logits
 
     def details(self, output: Any) -> dict[str, Tensor]:
         """What explains a prediction, by name: (B, Q), (B, M) or (B, M, Q)."""
@@ -146,44 +159,54 @@ class MultilabelModule(Component, L.LightningModule):
 
     def validation_step(self, batch: MultimodalBatch, batch_idx: int) -> None:
         """Collects the logits of a batch."""
-        logits = self(batch.features, batch.padding_mask).logits
-        self._collect(logits, batch)
-        loss = masked_bce(logits, batch.labels.float(), batch.unknown)
-        self.log("val/cls", loss, prog_bar=True, batch_size=len(logits), sync_dist=True)
-
-    def _collect(self, logits: Tensor, batch: MultimodalBatch) -> None:
-        unknown = torch.zeros_like(logits) if batch.unknown is None else batch.unknown
-        for key, value in (("logits", logits), ("labels", batch.labels), ("unknown", unknown)):
+        output = self(batch.features, batch.padding_mask)
+        unknown = torch.zeros_like(batch.labels) if batch.unknown is None else batch.unknown
+        seen = {**self.observed(output), "labels": batch.labels, "unknown": unknown}
+        for key, value in seen.items():
+            self._seen.setdefault(key, CatMetric(nan_strategy="disable"))
             self._seen[key].to(value.device).update(value.float())
+        loss = masked_bce(output.logits, batch.labels.float(), batch.unknown)
+        self.log("val/cls", loss, prog_bar=True, batch_size=len(output.logits), sync_dist=True)
 
-    def _collected(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits, labels and unknown of all processes, which are then forgotten."""
-        logits, labels, unknown = (metric.compute() for metric in self._seen.values())
-        for metric in self._seen.values():
-            metric.reset()
-        return logits, labels, unknown > 0.5
+    def observed(self, output: Any) -> dict[str, Tensor]:
+        """What a validation collects for :meth:`calibrate`, each (B, ...)."""
+        return {"logits": self.experts(output)}
+
+    def calibrate(self, seen: Mapping[str, Tensor]) -> None:
+        """Fits what belongs to a validation split: the pool, the calibration, the thresholds.
+
+        Args:
+            seen: What was :meth:`observed`, with `labels` and `unknown`, of all samples.
+        """
+        labels, unknown = seen["labels"], seen["unknown"] > 0.5
+        logits = self.pool.fit(seen["logits"], labels, unknown)(seen["logits"])
+        self.calibration.fit(logits, labels, unknown)
+        per_label = self.hparams["thresholds"] == "label"
+        for name, probs in (
+            ("threshold", self.calibration(logits).sigmoid()),
+            ("raw_threshold", logits.sigmoid()),
+        ):
+            getattr(self, name).copy_(best_threshold(probs, labels, unknown, per_label=per_label))
 
     def on_validation_epoch_end(self) -> None:
-        """Calibrates the logits and fits the thresholds, during a fit; then measures."""
-        logits, labels, unknown = self._collected()
+        """Calibrates, during a fit; then measures."""
+        seen = {key: metric.compute() for key, metric in self._seen.items()}  # of all processes
+        for metric in self._seen.values():
+            metric.reset()
         if self.trainer.state.fn == "fit":
-            self.calibration.fit(logits, labels, unknown)
-            per_label = self.hparams["thresholds"] == "label"
-            for name, probs in (
-                ("threshold", self.calibration(logits).sigmoid()),
-                ("raw_threshold", logits.sigmoid()),
-            ):
-                getattr(self, name).copy_(
-                    best_threshold(probs, labels, unknown, per_label=per_label)
-                )
-        row = evaluate(self.calibration(logits).sigmoid(), labels, self.threshold, unknown)
+            self.calibrate(seen)
+        labels, unknown = seen["labels"], seen["unknown"] > 0.5
+        calibrated = self.calibration(self.pool(seen["logits"]))
+        row = evaluate(calibrated.sigmoid(), labels, self.threshold, unknown)
         self.results = {"validation": row}
+        # It picks the checkpoint: a mean over all labels, which says more than counts of those on the right side.
+        self.log("val/nll", masked_bce(calibrated, labels.float(), unknown), prog_bar=True)
         self.log("val/miF1", row["miF1"] or 0.0, prog_bar=True)
 
     def on_test_start(self) -> None:
         """Chooses the subsets of modalities to test with: all of them, or the telling ones where they are many."""
         names = list(self.hparams["modality_dims"])
-        self._subsets = dict.fromkeys(subsets(names))
+        self._subsets = dict.fromkeys(subsets(names) if self.by_modality else ())
         self._answers: list[dict[str, Tensor]] = []
 
     def test_step(self, batch: MultimodalBatch, batch_idx: int) -> None:
@@ -194,7 +217,7 @@ class MultilabelModule(Component, L.LightningModule):
                 name: mask if name in kept else torch.ones_like(mask)
                 for name, mask in batch.padding_mask.items()
             }
-            logits = self(batch.features, padding).logits
+            logits = self.final_logits(self(batch.features, padding))
             answer["subset." + "+".join(kept)] = self.calibration(logits).sigmoid()
         unknown = torch.zeros_like(answer["probs"]) if batch.unknown is None else batch.unknown
         answer |= {"labels": batch.labels, "unknown": unknown.bool()}
@@ -217,8 +240,7 @@ class MultilabelModule(Component, L.LightningModule):
         self.results = {
             "test": evaluate(answers["probs"], labels, threshold, unknown),
             "uncalibrated": evaluate(answers["uncalibrated"], labels, raw_threshold, unknown),
-            "modalities": rows,
-        }
+        } | ({"modalities": rows} if rows else {})
         self.log_dict(
             {f"test/{name}": x for name, x in self.results["test"].items() if x is not None}
         )
@@ -226,10 +248,11 @@ class MultilabelModule(Component, L.LightningModule):
     def predict_step(self, batch: MultimodalBatch, batch_idx: int) -> dict[str, Tensor]:
         """Probabilities, calibrated and not, and what explains them."""
         output = self(batch.features, batch.padding_mask)
-        probs = self.calibration(output.logits).sigmoid()
+        logits = self.final_logits(output)
+        probs = self.calibration(logits).sigmoid()
         return {
             "probs": probs,
-            "uncalibrated": output.logits.sigmoid(),
+            "uncalibrated": logits.sigmoid(),
             "uncertainty": predictive_entropy(probs).to(probs.dtype),
             **self.details(output),
         }
@@ -319,6 +342,13 @@ def masked_mean(x: Tensor, unknown: Tensor | None) -> Tensor:
     if unknown is None:
         return x.mean()
     return x.masked_fill(unknown, 0).sum() / (~unknown).sum().clamp_min(1)
+
+
+def mean_over_known(x: Tensor, unknown: Tensor | None) -> Tensor:
+    """Mean over the labels, the last axis, that are known; 0 where none is."""
+    if unknown is None:
+        return x.mean(-1)
+    return x.masked_fill(unknown, 0).sum(-1) / (~unknown).sum(-1).clamp_min(1)
 
 
 def subsets(names: Sequence[str]) -> list[tuple[str, ...]]:

@@ -20,9 +20,45 @@ from uncertainty_mm._files import replacing
 from uncertainty_mm.data import MultimodalDataset
 from uncertainty_mm.lightning.checkpoints import UsageError
 
+UNUSUAL = 3.0  # times the conflict of validation
+
+
+def reasons(
+    outputs: Mapping[str, Tensor], modalities: Sequence[str], label_names: Sequence[str]
+) -> list[str]:
+    """Says of every sample in words why a model is less sure of it; "" where nothing is out of the ordinary.
+
+    Args:
+        outputs: What a model says, of which it reads `missing` (N, M) bool, `typicality` (N, M), the factor by which
+            variances grow, and `conflict` (N, Q), 1 for what is usual; each may be absent.
+        modalities: Names of the M modalities.
+        label_names: Names of the Q labels.
+
+    Example:
+        >>> outputs = {"missing": torch.tensor([[True, False]]), "typicality": torch.tensor([[1.0, 2.5]])}
+        >>> reasons(outputs, ["audio", "face"], ["happy"])
+        ['audio missing; face unlike the training data, left out mostly']
+    """
+    some = next(iter(outputs.values()))
+    nothing = torch.zeros(len(some), len(modalities))
+    missing, factor = outputs.get("missing", nothing).bool(), outputs.get("typicality", nothing)
+    conflict = outputs.get("conflict", torch.zeros(len(some), len(label_names)))
+    said: list[list[str]] = [[] for _ in range(len(some))]
+    for words, rows, names in (
+        ("{} missing", missing, modalities),
+        ("{} unlike the training data, counts less", (factor > 1) & (factor < 2), modalities),
+        ("{} unlike the training data, left out mostly", factor >= 2, modalities),
+        ("modalities contradict each other about {}", conflict > UNUSUAL, label_names),
+    ):
+        for sample, index in rows.nonzero().tolist():
+            said[sample].append(words.format(names[index]))
+    return ["; ".join(each) for each in said]
+
 
 class PredictionWriter(BasePredictionWriter):
     """Writes what `predict_step` returns as .csv, one row a sample, or as .npz, one array an output.
+
+    A last column says in words why a model that knows of its typicality and conflict is less sure (:func:`reasons`).
 
     Args:
         path: The file to write, replaced in one piece.
@@ -66,6 +102,8 @@ class PredictionWriter(BasePredictionWriter):
         self, path: Path, outputs: Mapping[str, Tensor], data: MultimodalDataset, threshold: Tensor
     ) -> None:
         arrays = {key: value.numpy() for key, value in outputs.items()}
+        if "typicality" in outputs:
+            arrays["reason"] = np.array(reasons(outputs, list(data.dims), data.label_names))
         arrays |= {
             "threshold": threshold.numpy(),
             "label_names": np.array(data.label_names),
@@ -77,6 +115,8 @@ class PredictionWriter(BasePredictionWriter):
             arrays["unknown"] = data.unknown.numpy()
         if data.ids is not None:
             arrays["ids"] = np.array(data.ids)
+        if data.groups is not None:
+            arrays["groups"] = data.groups.numpy()
         np.savez_compressed(path, **arrays)  # type: ignore[arg-type]
 
     def _rows(
@@ -90,6 +130,9 @@ class PredictionWriter(BasePredictionWriter):
             "predicted": probs > threshold,
         } | outputs
         names = {"label": data.label_names, "modality": list(data.dims)}
+        words = (
+            reasons(outputs, names["modality"], names["label"]) if "typicality" in outputs else None
+        )
         header, columns = ["sample"], []
         for key, value in outputs.items():
             axes = self.axes.get(key, ("label",))
@@ -97,7 +140,8 @@ class PredictionWriter(BasePredictionWriter):
             columns.append(value.flatten(1) if value.dim() > 1 else value.unsqueeze(1))
         with open(path, "w", newline="") as file:
             writer = csv.writer(file)
-            writer.writerow(header)
+            writer.writerow(header if words is None else [*header, "reason"])
             for sample, row in enumerate(torch.cat([x.double() for x in columns], dim=1).tolist()):
                 name = sample if data.ids is None else data.ids[sample]
-                writer.writerow([name, *("" if math.isnan(x) else f"{x:.6g}" for x in row)])
+                numbers = ("" if math.isnan(x) else f"{x:.6g}" for x in row)
+                writer.writerow([name, *numbers, *([] if words is None else [words[sample]])])
