@@ -264,7 +264,8 @@ class LDDU(MultilabelModule):
             if self.use_typicality:
                 factor = self.typicality(features, padding_mask)
                 latent = latent.inflated(factor)
-        dir_logits = self.info_classifier((z / factor[:, :, None, None]).flatten(1))  # Eq. 3
+        shrunk = z / factor[:, :, None, None].to(z.dtype)
+        dir_logits = self.info_classifier(shrunk.flatten(1))  # Eq. 3
         place_logits = None
         if self.places is not None:  # it learns from the encoders, and they not from it
             fixed = {name: x.detach() for name, x in encoded.items()}

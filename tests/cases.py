@@ -22,6 +22,7 @@ from uncertainty_mm.beliefs import BeliefRule
 from uncertainty_mm.data import MultimodalBatch
 from uncertainty_mm.encoder import PlaceReads, SequenceEncoder
 from uncertainty_mm.metrics import functional as measures
+from uncertainty_mm.places import PlaceClassifier
 from uncertainty_mm.rules import Rule
 
 LATENT, WIDTH, BANK = 5, 6, 7
@@ -148,6 +149,10 @@ def draw_sequence(sizes):
     return torch.randn(sizes.batch, steps, WIDTH), torch.rand(sizes.batch, steps) < 0.3
 
 
+def draw_places(sizes):
+    return *draw_features(sizes), 0.5 + torch.rand(sizes.batch, sizes.modalities)
+
+
 def draw_missing(sizes):
     missing = torch.zeros(sizes.batch, sizes.modalities, dtype=torch.bool)
     missing[1::4, 0] = missing[2::4, -1] = True
@@ -232,6 +237,14 @@ def plain_reads(module, x, padding):
         weight = module.weight[:, : len(steps)][:, ~left_out]
         readings.append(torch.einsum("rs,sd->rd", weight, steps[~left_out]).flatten())
     return torch.stack(readings)
+
+
+def plain_places(module, features, padding_mask, factor):
+    said = [
+        plain_reads(read, features[name], padding_mask[name]) / factor[:, [index]]
+        for index, (name, read) in enumerate(module.reads.items())
+    ]
+    return module.classify(torch.cat(said, 1))
 
 
 def plain_decoupler(module, z, missing):
@@ -655,6 +668,22 @@ MODULES = {
         lambda sizes, **kwargs: PlaceReads(WIDTH, min(sizes.steps, 200), 3, **kwargs),
         draw_sequence,
         plain_reads,
+        "max_steps=4, num_reads=3",
+    ),
+    "PlaceClassifier": Case(
+        lambda sizes, **kwargs: steady(
+            PlaceClassifier(
+                sizes.dims,
+                dict.fromkeys(sizes.dims, sizes.steps),
+                sizes.labels,
+                num_reads=3,
+                hidden_dim=8,
+                dropout=0,
+                **kwargs,
+            )
+        ),
+        draw_places,
+        plain_places,
         "max_steps=4, num_reads=3",
     ),
     "EmotionQueryAttention": Case(

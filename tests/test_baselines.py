@@ -196,7 +196,7 @@ def test_difference_loss_is_the_size_of_the_products():
     assert misa.difference_loss([turned], [turned], all_there) == 4.0
 
 
-def test_pooled_features_are_mean_and_deviation_of_valid_steps():
+def test_pooled_are_mean_and_deviation_of_valid_steps():
     features, padding, labels, _ = inputs()[:4]
     data = MultimodalDataset(features, padding, labels, list("abcd"))
     model = network("mlp")

@@ -65,6 +65,11 @@ def results_of(folder):
 # --- A run and its folder ---------------------------------------------------------------------------------------------
 
 
+def best_row(rows):
+    """Of the epoch whose checkpoint is kept."""
+    return min(rows, key=lambda row: float(row["val/nll"]))
+
+
 def test_run_folder(finished):
     assert {path.name for path in finished.out.iterdir()} == {
         *("best.ckpt", "last.ckpt", "metrics.json", "metrics.csv", "training.png"),
@@ -82,9 +87,10 @@ def test_run_folder(finished):
     with open(finished.out / "metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["epoch"] for row in rows] == ["0", "1", "2"]
-    losses = {"cls", "dir", "modality", "scl", "ocl", "kl", "total"}
-    assert set(rows[0]) == {"epoch", "val/cls", "val/miF1", *(f"loss/{name}" for name in losses)}
-    best = max(float(row["val/miF1"]) for row in rows)
+    losses = {"cls", "dir", "modality", "scl", "ocl", "kl", "places", "total"}
+    measured = {"val/cls", "val/miF1", "val/nll"}
+    assert set(rows[0]) == {"epoch", *measured, *(f"loss/{name}" for name in losses)}
+    best = float(best_row(rows)["val/miF1"])
     assert results["validation"]["miF1"] == pytest.approx(best, abs=1e-4)
 
 
@@ -369,8 +375,10 @@ def test_predict_csv_and_npz_agree(run, finished, tmp_path):
             read[f"predicted.{label}"] = p[index, q] > outputs["threshold"][q]
             read[f"uncalibrated.{label}"] = outputs["uncalibrated"][index, q]
             read[f"gate.{label}"] = outputs["gate"][index, q]
+            read[f"conflict.{label}"] = outputs["conflict"][index, q]
         for m, name in enumerate(modalities):
             read[f"missing.{name}"] = outputs["missing"][index, m]
+            read[f"typicality.{name}"] = outputs["typicality"][index, m]
             for q, label in enumerate(labels):
                 std = read[f"std_norm.{name}.{label}"] = outputs["std_norm"][index, m, q]
                 assert np.isnan(std) == outputs["missing"][index, m]
@@ -574,7 +582,7 @@ def test_two_processes_train_and_share_their_history(tmp_path):
     assert state["tracker.history"][1].tolist() == [[2, 0 if gone else 2] for gone in missing]
     assert state["contrastive.queue.classes"].ge(0).all()
     # The 33 samples, of which one process had a batch more, were counted once: both say of them what one says.
-    logged = max(float(row["val/miF1"]) for row in rows_of(tmp_path / "out" / "metrics.csv"))
+    logged = float(best_row(rows_of(tmp_path / "out" / "metrics.csv"))["val/miF1"])
     assert results_of(tmp_path / "out")["validation"]["miF1"] == pytest.approx(logged, abs=1e-4)
     assert len(list(tmp_path.glob("out*"))) == 1
     refused = subprocess.run(command, capture_output=True, text=True, timeout=240)

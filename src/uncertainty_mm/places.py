@@ -9,10 +9,13 @@ from torch import Tensor, nn
 
 from uncertainty_mm._checks import (
     check_dropout,
+    check_features,
+    check_finite,
     check_modality_dims,
     check_positive_ints,
     check_tensor,
     check_validate_args,
+    checks_values,
 )
 from uncertainty_mm._component import Component
 from uncertainty_mm.encoder import PlaceReads
@@ -44,14 +47,16 @@ class PlaceClassifier(Component):
 
     Example:
         >>> classifier = PlaceClassifier({"upper": 12, "lower": 12}, {"upper": 9, "lower": 9}, num_labels=6)
-        >>> sequences = {"upper": torch.randn(2, 9, 12), "lower": torch.randn(2, 9, 12)}
-        >>> padding_mask = {name: torch.zeros(2, 9).bool() for name in sequences}  # True: leave out
-        >>> classifier(sequences, padding_mask).shape
+        >>> features = {"upper": torch.randn(2, 9, 12), "lower": torch.randn(2, 9, 12)}
+        >>> padding_mask = {"upper": torch.zeros(2, 9).bool()}  # True: leave out
+        >>> classifier(features, padding_mask).shape
         torch.Size([2, 6])
     """
 
     modality_dims: dict[str, int]
+    max_steps: dict[str, int]
     num_labels: int
+    validate_args: bool | None
 
     def __init__(
         self,
@@ -66,17 +71,23 @@ class PlaceClassifier(Component):
     ) -> None:
         super().__init__()
         check_modality_dims(modality_dims)
+        if not isinstance(max_steps, Mapping):
+            raise TypeError(
+                f"Expected `max_steps` to be a mapping from names to sizes, but got {max_steps!r}"
+            )
         if set(max_steps) != set(modality_dims):
             raise ValueError(
                 f"Expected `max_steps` to name {list(modality_dims)}, but got {list(max_steps)}"
             )
+        check_positive_ints(**{f"max_steps[{name!r}]": steps for name, steps in max_steps.items()})
         check_positive_ints(num_labels=num_labels, num_reads=num_reads, hidden_dim=hidden_dim)
         check_dropout(dropout)
         check_validate_args(validate_args)
-        self._set(modality_dims=dict(modality_dims), num_labels=num_labels)
+        self._set(modality_dims=dict(modality_dims), max_steps=dict(max_steps))
+        self._set(num_labels=num_labels, validate_args=validate_args)
         self.reads = nn.ModuleDict(
             {
-                name: PlaceReads(dim, max_steps[name], num_reads, validate_args=validate_args)
+                name: PlaceReads(dim, max_steps[name], num_reads, validate_args=False)
                 for name, dim in modality_dims.items()
             }
         )
@@ -89,34 +100,48 @@ class PlaceClassifier(Component):
 
     def forward(
         self,
-        sequences: Mapping[str, Tensor],
-        padding_mask: Mapping[str, Tensor],
+        features: Mapping[str, Tensor],
+        padding_mask: Mapping[str, Tensor] | None = None,
         factor: Tensor | None = None,
     ) -> Tensor:
         """Predicts a batch.
 
         Args:
-            sequences: (B, S_m, D_m) by modality.
-            padding_mask: Bool (B, S_m) by modality, True where a step is to be left out. What stands there has no
-                influence.
+            features: Sequences (B, S_m, D_m) by modality, S_m at most `max_steps`. A modality may be absent.
+            padding_mask: Bool (B, S_m) by modality, True where a step is to be left out; a modality without a mask is
+                used whole. What stands at padded steps, NaN included, has no influence.
             factor: (B, M), above 0, such as that of :class:`~uncertainty_mm.Typicality`: what a modality says is
-                divided by it.
+                divided by it. 1 changes no bit; with infinity the modality is as if it were missing.
 
         Returns:
             Logits (B, Q).
 
         Raises:
-            ValueError: If a modality is missing from the mappings, shapes or devices disagree, a sequence is too long,
-                or a step that counts is not finite.
+            ValueError: If shapes, devices or names disagree, a sequence is too long, a step that counts is not finite,
+                or a factor is not above 0.
             TypeError: If a dtype is wrong.
         """
-        for argument, given in (("sequences", sequences), ("padding_mask", padding_mask)):
-            if absent := [name for name in self.modality_dims if name not in given]:
-                raise ValueError(f"Expected `{argument}` to hold {absent}, but got {list(given)}")
-        said = [read(sequences[name], padding_mask[name]) for name, read in self.reads.items()]
+        check_features(features, padding_mask, self.modality_dims)
+        some = next(iter(features.values()))
+        said = []
+        for name, read in self.reads.items():
+            x = features.get(name, some.new_zeros(len(some), 0, self.modality_dims[name]))
+            mask = None if padding_mask is None else padding_mask.get(name)
+            if mask is None or name not in features:
+                mask = x.new_zeros(x.shape[:2], dtype=torch.bool)
+            if x.shape[1] > self.max_steps[name]:
+                raise ValueError(
+                    f"Expected `features[{name!r}]` to have at most {self.max_steps[name]} steps, but got {x.shape[1]}"
+                )
+            if checks_values(x, self.validate_args):
+                check_finite(f"features[{name!r}]", x, mask.unsqueeze(2))
+            said.append(read(x, mask))
         if factor is not None:
-            sizes = {"B": len(said[0]), "M": len(said)}
-            check_tensor("factor", factor, "floating", "B M", sizes, said[0].device)
+            sizes = {"B": len(some), "M": len(said)}
+            check_tensor("factor", factor, "floating", "B M", sizes, some.device)
+            if checks_values(factor, self.validate_args) and not (factor > 0).all():
+                wrong = factor[~(factor > 0)][0].item()
+                raise ValueError(f"Expected `factor` to be above 0, but got {wrong}")
             said = [x / factor[:, index, None].to(x.dtype) for index, x in enumerate(said)]
         logits: Tensor = self.classify(torch.cat(said, dim=1))
         return logits
