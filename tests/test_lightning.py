@@ -215,7 +215,7 @@ def test_calibration_and_thresholds_travel_with_the_checkpoint(lddu, trained):
     assert not model.training
     part = trained.data.part("validation")
     with torch.no_grad():
-        logits = model.pooled(model(part.features, part.padding_mask))
+        logits = model.final_logits(model(part.features, part.padding_mask))
     fitted = PlattScaling(3).fit(logits, part.labels)
     for name in ("scale", "shift"):
         found, wanted = getattr(model.calibration, name), getattr(fitted, name)
