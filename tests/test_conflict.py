@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 
 import pytest
 import torch
@@ -32,6 +33,7 @@ def known(correlations, slope=1.0, **settings):
     """A fit that is known: one column a modality."""
     module = Conflict(dict.fromkeys(NAMES[: len(correlations)], 1), **settings)
     module.weight.fill_(1)
+    module.projection.fill_diagonal_(1)
     module.correlation.copy_(torch.tensor(correlations))
     module.slope.fill_(slope)
     return module
@@ -79,10 +81,10 @@ def test_missing_modality_is_integrated_out():
     rows = draw(300)
     module = fitted(rows)
     at = torch.tensor([0, 1, 4, 5])
-    without = known([[1.0, 0.0], [0.0, 1.0]])
     without = Conflict({"voice": 2, "text": 2})
     for name in ("shift", "weight"):
         getattr(without, name).copy_(getattr(module, name)[at])
+    without.projection.copy_(module.projection[at][:, at])
     without.correlation.copy_(module.correlation[at][:, at])
     without.slope.copy_(module.slope)
     expected = without.log_ratios({name: rows[name] for name in ("voice", "text")})
@@ -126,8 +128,7 @@ def test_order_of_modalities_and_unit_of_columns_do_not_matter():
 # --------------------------------------------------------------------------------- what it is for
 
 
-@pytest.mark.parametrize("noise", [0.3, 1.0])
-@pytest.mark.parametrize("prior", [0.1, 0.5])
+@pytest.mark.parametrize(("noise", "prior"), [(0.3, 0.1), (1.0, 0.5)])
 def test_probability_is_the_share_of_the_foreign(noise, prior):
     module, fresh = fitted(draw(2000, noise=noise), prior=prior), draw(4000, noise=noise)
     foreign = torch.rand(4000) < prior
@@ -227,6 +228,42 @@ def test_no_data_raise_or_blow_up(kind, samples):
         assert all(grad.isfinite().all() for grad in grads)
 
 
+def test_leading_directions_are_enough_where_modalities_share_few():
+    topic = torch.randn(400, 2)
+    mixed = {name: topic @ torch.randn(2, 12) for name in NAMES}
+    rows = {name: x + 0.3 * torch.randn_like(x) for name, x in mixed.items()}
+    module = fitted(rows, num_directions=2)
+    assert module.projection.shape == (36, 6)
+    assert module.correlation.shape == (6, 6)
+    blocks = torch.block_diag(*[torch.ones(12, 2)] * 3).bool()
+    assert not module.projection[~blocks].any()
+    z = (rows["face"] - module.shift[12:24]) * module.weight[12:24]
+    seen = z @ module.projection[12:24, 2:4]
+    close(seen.T @ seen / 400, torch.eye(2))
+    found = torch.linalg.lstsq(seen, z).solution  # what the two directions explain is nearly all
+    assert (z - seen @ found).square().sum() < 0.3 * z.square().sum()
+    assert module(rows).sum(1).median() < 0.1
+    assert module(exchanged(rows, "text")).sum(1).median() > 0.9
+
+
+@pytest.mark.parametrize("names", [NAMES[:1], NAMES])
+def test_nothing_in_common_is_not_fitted(names):
+    rows = draw(9)
+    module = fitted(rows) if len(names) > 1 else Conflict({"voice": 2})
+    some = {"voice": rows["voice"]}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        module.fit(some)
+    said = [str(each.message) for each in caught]
+    assert len(said) == (len(names) > 1)
+    assert all("`rows` hold 0 samples with two modalities" in each for each in said)
+    assert torch.equal(module.correlation, torch.eye(2 * len(names)))
+    assert not module(some).any()
+    assert torch.equal(
+        module.log_ratios(rows if len(names) > 1 else some), torch.zeros(9, len(names))
+    )
+
+
 def test_fit_starts_anew_and_reset_forgets():
     rows, other = draw(60), draw(60, noise=2)
     module, expected = fitted(other).fit(rows), fitted(rows)
@@ -240,6 +277,7 @@ def test_fit_starts_anew_and_reset_forgets():
 ROWS = draw(20)
 BAD = [
     Bad("prior", lambda _: Conflict({"a": 1}, prior=1), ValueError, "`prior` .* 1$"),
+    Bad("directions", lambda _: Conflict({"a": 1}, num_directions=0), ValueError, "positive"),
     Bad("prior word", lambda _: Conflict({"a": 1}, prior="x"), TypeError, "`prior` .* 'x'"),
     Bad("sizes", lambda _: Conflict([3]), TypeError, "`modality_dims` .* list"),
     Bad("flag", lambda _: Conflict({"a": 1}, validate_args=1), TypeError, "`validate_args`"),
@@ -257,12 +295,6 @@ BAD = [
         lambda m: m({"face": torch.ones(1, 2, device="meta")}),
         ValueError,
         "`rows` to be on cpu, where the module is, but got meta",
-    ),
-    Bad(
-        "alone",
-        lambda m: m.fit({"face": torch.randn(9, 2)}),
-        ValueError,
-        "`rows` .* two samples with two modalities, but got 0",
     ),
     Bad(
         "fit nan",

@@ -200,6 +200,43 @@ class Typicality(Component):
                 if name in features
             }
 
+    @property
+    def summary_dims(self) -> dict[str, int]:
+        """Number of columns of the summaries of every modality by name, 2 D_m + 3."""
+        return {name: 2 * dim + 3 for name, dim in self.modality_dims.items()}
+
+    @torch.no_grad()
+    def summaries_of(
+        self, data: MultimodalDataset | Iterable[MultimodalBatch]
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """The :meth:`summaries` of a whole data set, read batch by batch: what ``Conflict.fit`` takes.
+
+        Args:
+            data: As for :meth:`fit`, on any device.
+
+        Returns:
+            Tensors (N, 2 D_m + 3) by modality name, and a bool tensor (N, M), True where a modality is missing; on the
+            device of the module.
+
+        Raises:
+            ValueError: As :meth:`fit`.
+            TypeError: As :meth:`fit`.
+        """
+        device = next(self._parts()).shift.device
+        rows: dict[str, list[Tensor]] = {name: [] for name in self.modality_dims}
+        missing = []
+        for batch in _reader(data)():
+            self._check_batch(batch)
+            features, padding_mask = batch.to(device)[:2]
+            gone = missing_modalities(features, padding_mask, self.modality_dims)
+            of_batch = self.summaries(features, padding_mask)
+            for name, dim in self.summary_dims.items():
+                rows[name].append(of_batch.get(name, gone.new_zeros(len(gone), dim).float()))
+            missing.append(gone)
+        if not missing:
+            raise ValueError("Expected `data` to hold at least one sample, but got none")
+        return {name: torch.cat(parts) for name, parts in rows.items()}, torch.cat(missing)
+
     def _checked(
         self, name: str, features: Mapping[str, Tensor], padding_mask: Mapping[str, Tensor] | None
     ) -> tuple[Tensor, Tensor]:
@@ -272,8 +309,8 @@ class Typicality(Component):
         steps = {name: _whitening(each, self.covariance, 0) for name, each in moments.items()}
         held: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in self.modality_dims}
         folds = {
-            name: [_Moments.none(2 * dim + 3) for _ in range(_FOLDS)]
-            for name, dim in self.modality_dims.items()
+            name: [_Moments.none(size) for _ in range(_FOLDS)]
+            for name, size in self.summary_dims.items()
         }
         again = 0
         for batch in read():
