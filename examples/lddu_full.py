@@ -21,8 +21,8 @@ The defaults are what was measured to work; `--config paper` has the paper's val
 names the rest. Ours, where the paper is silent: standardised features, the size of a sequence as an input of its own,
 normalisation before the sublayers, labels that scale and shift their Z, dropout, clipped gradients, early stopping,
 calibration, a prediction from every modality alone, so that its own errors can be held against its standard deviation,
-a prediction that reads the steps at their places, a pool of the three predictions, and variances that grow where a
-sequence is unlike the training data.
+a prediction that reads the steps at their places, a pool of the three predictions, variances that grow where a sequence
+is unlike the training data, and a probability that it is of another sample.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from uncertainty_mm import (
+    Conflict,
     CorrectnessTracker,
     DiagonalGaussian,
     DistributionSupConLoss,
@@ -105,6 +106,7 @@ class LDDU(MultilabelModule):
         tracker: Options of the history.
         places: Options of the prediction that reads the encoded steps at their places.
         typicality: Options of the factor by which variances grow.
+        conflict: Options of the probability that a modality is of another sample.
         gate: Uncertainty of Eq. 8: the distance that the first prediction expects (`"expected"`), its distance from
             the labels (`"oracle"`, Eq. 8 as printed, in training only), that of the released code, or a constant;
             `"mean"` and `"std"` leave one branch alone.
@@ -121,8 +123,7 @@ class LDDU(MultilabelModule):
         modality_weight: Weight of the predictions from each modality alone.
         kl_weight: Weight of the divergence of the Gaussians from the prior.
         dropout: Dropout of the first classifier.
-        use_typicality: In evaluation, widen the Gaussians of a modality that is unlike the training data, and shrink
-            what else it says.
+        use_typicality: In evaluation, widen the Gaussians of a modality unlike the training data, and shrink the rest.
         training: Options of :class:`~uncertainty_mm.lightning.MultilabelModule`.
     """
 
@@ -136,6 +137,7 @@ class LDDU(MultilabelModule):
         "tracker": CorrectnessTracker,
         "places": PlaceClassifier,
         "typicality": Typicality,
+        "conflict": Conflict,
     }
     defaults: ClassVar = {"contrastive": {"gather": True}, "ordinality": {"gather": True}}
     fixed: ClassVar = {"tracker": ("num_labels",)}  # follows from `targets`
@@ -143,6 +145,7 @@ class LDDU(MultilabelModule):
         "std_norm": ("modality", "label"),
         "missing": ("modality",),
         "typicality": ("modality",),
+        "foreign": ("modality",),
     }
 
     def __init__(
@@ -161,6 +164,7 @@ class LDDU(MultilabelModule):
         tracker: Options = {},  # noqa: B006
         places: Options = {},  # noqa: B006
         typicality: Options = {},  # noqa: B006
+        conflict: Options = {},  # noqa: B006
         gate: Literal["expected", "constant", "oracle", "released", "mean", "std"] = "expected",
         predictions: Sequence[Literal["fused", "first", "places"]] = ("fused", "first", "places"),
         targets: Literal["both", "modality", "pooled", "sample"] = "both",
@@ -196,12 +200,9 @@ class LDDU(MultilabelModule):
         }
 
         # Section 3.2: features of every modality -> linear, positions, Transformer layers
-        self.encoder = nn.ModuleDict(
-            {
-                name: self.part("encoder", encoder, dim, max_steps[name])
-                for name, dim in modality_dims.items()
-            }
-        )
+        self.encoder = nn.ModuleDict()
+        for name, dim in modality_dims.items():
+            self.encoder[name] = self.part("encoder", encoder, dim, max_steps[name])
         hidden_dim = next(iter(self.encoder.values())).hidden_dim
         # Eq. 1-2: every label reads every modality
         dims = dict.fromkeys(modality_dims, hidden_dim)
@@ -236,6 +237,7 @@ class LDDU(MultilabelModule):
         self.tracker = self.part("tracker", tracker, num_train_samples, history)
         self.ordinality = self.part("ordinality", ordinality)
         self.typicality = self.part("typicality", typicality, modality_dims)
+        self.conflict = self.part("conflict", conflict, self.typicality.summary_dims)
         self._keep(usual_conflict=torch.ones(labels))
 
     # --- The model ---------------------------------------------------------------------------------------------------
@@ -248,10 +250,7 @@ class LDDU(MultilabelModule):
         unknown: Tensor | None = None,
     ) -> Output:
         """Predicts; the labels are read by the oracle gate alone, in training."""
-        encoded = {
-            name: encoder(features[name], padding_mask[name])
-            for name, encoder in self.encoder.items()
-        }
+        encoded = {n: part(features[n], padding_mask[n]) for n, part in self.encoder.items()}
         missing = self.attention.missing(encoded, padding_mask)
         z = self.attention(encoded, padding_mask)  # Eq. 1-2: (B, M, Q, z_dim)
         scale, shift = self.asked_by(self.attention.label_embedding.weight).chunk(2, dim=1)
@@ -309,6 +308,12 @@ class LDDU(MultilabelModule):
             "conflict": output.conflict / self.usual_conflict,
         }
 
+    def predict_step(self, batch: MultimodalBatch, batch_idx: int) -> dict[str, Tensor]:
+        """Also says how likely each modality is to be of another sample."""
+        answer = super().predict_step(batch, batch_idx)
+        rows = self.typicality.summaries(batch.features, batch.padding_mask)
+        return {**answer, "foreign": self.conflict(rows, answer["missing"])}
+
     def observed(self, output: Output) -> dict[str, Tensor]:
         """What calibration needs of a validation."""
         return {**super().observed(output), "conflict": output.conflict}
@@ -356,9 +361,7 @@ class LDDU(MultilabelModule):
         labels, unknown, indices = batch.labels, batch.unknown, batch.indices
         unseen = self.tracker.counts(indices) == 0  # nothing to compare with yet
         history = self.tracker(indices)
-        nothing = (
-            None if unknown is None else unknown.all(1)
-        )  # is known of the sample: it does not count
+        nothing = None if unknown is None else unknown.all(1)  # is known: it does not count
         if self.errors_of == "sample":
             right = ((output.logits.detach() > 0) == (labels > 0.5)).float()
             self.tracker.update(indices, mean_over_known(right, unknown), mask=nothing)
@@ -376,18 +379,12 @@ class LDDU(MultilabelModule):
         absent = output.missing if nothing is None else output.missing | nothing.unsqueeze(1)
         self.tracker.update(indices, 1 - distance.detach(), mask=absent)
         std_norm = torch.linalg.vector_norm(output.std_norm, dim=2)  # Eq. 12
-        scores = {
-            "std_norm": std_norm,
-            "distance": distance,
-            "correctness": history,
-            "mask": unseen | absent,
-        }
+        scores = {"std_norm": std_norm, "distance": distance}
+        scores |= {"correctness": history, "mask": unseen | absent}
         loss = std_norm.new_zeros(())
         if self.errors_of in ("both", "modality"):  # ranks among the samples, for each modality
-            for modality in range(std_norm.shape[1]):
-                loss = loss + self.ordinality(
-                    **{name: x[:, modality] for name, x in scores.items()}
-                )
+            for m in range(std_norm.shape[1]):
+                loss = loss + self.ordinality(**{name: x[:, m] for name, x in scores.items()})
         if self.errors_of in ("both", "pooled"):  # ranks among samples and modalities
             loss = loss + self.ordinality(**{name: x.flatten() for name, x in scores.items()})
         return loss
@@ -395,12 +392,13 @@ class LDDU(MultilabelModule):
     # --- Training ----------------------------------------------------------------------------------------------------
 
     def on_fit_start(self) -> None:
-        """Learns what training features are like: statistics to standardise by, and what is typical."""
+        """Learns what training features are like: statistics to standardise by, what is typical, and what agrees."""
         super().on_fit_start()
         data = self.trainer.datamodule
         for name, each in data.statistics().items():
             self.encoder[name].standardize(each.mean, each.std)
         self.typicality.fit(data.part("train"))
+        self.conflict.fit(*self.typicality.summaries_of(data.part("train")))
 
     def training_step(self, batch: MultimodalBatch, batch_idx: int) -> Tensor:
         """Eq. 16 of a batch."""

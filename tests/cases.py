@@ -510,6 +510,37 @@ def plain_typicality(module, features, padding_mask):
     return 1 + (distances / quantiles).clamp_min(1).log(), distances
 
 
+def plain_conflict(module, rows, missing):
+    """The densities of the parts that are there, one sample after the other."""
+    joined = torch.cat([rows[name] for name in module.modality_dims], 1)
+    z = (joined - module.shift.double()) * module.weight.double()
+    parts = torch.arange(z.shape[1]).split(list(module.modality_dims.values()))
+
+    def log_density(x, modalities):
+        if not modalities:
+            return 0
+        at = torch.cat([parts[m] for m in modalities])
+        covariance = module.correlation.double()[at][:, at]
+        return torch.distributions.MultivariateNormal(0 * x[at], covariance).log_prob(x[at])
+
+    ratios, probs = [], []
+    for x, gone in zip(z, missing, strict=True):
+        there = [m for m in range(len(parts)) if not gone[m]]
+        odds = {}
+        for m in there if len(there) > 1 else []:
+            rest = [n for n in there if n != m]
+            ratio = log_density(x, [m]) + log_density(x, rest) - log_density(x, there)
+            odds[m] = module.slope.double() * ratio
+        share = module.prior / max(len(odds), 1)
+        total = 1 - module.prior + sum(share * each.exp() for each in odds.values())
+        nothing = 0 * x.sum()
+        ratios += [odds.get(m, nothing) for m in range(len(parts))]
+        probs += [
+            share * odds[m].exp() / total if m in odds else nothing for m in range(len(parts))
+        ]
+    return tuple(torch.stack(each).view(len(z), -1) for each in (probs, ratios))
+
+
 def plain_tracker(module, indices, correct):
     (total, count, forgotten), last = module.history.double().clone(), module.last.clone()
     for i, now in zip(indices, correct, strict=True):
@@ -570,6 +601,26 @@ def fitted_typicality(sizes, **kwargs):
     features = {name: 0.8 * x for name, x in features.items()}
     batch = MultimodalBatch(features, padding_mask, torch.ones(60, 1), torch.arange(60))
     return umm.Typicality(sizes.dims, **kwargs).fit([batch])
+
+
+def draw_rows(sizes):
+    topic = torch.randn(sizes.batch, 3)
+    rows = {
+        name: topic @ torch.linspace(-1, 1, 3 * dim).view(3, dim) + torch.randn(sizes.batch, dim)
+        for name, dim in sizes.dims.items()
+    }
+    return rows, draw_missing(sizes)
+
+
+def fitted_conflict(sizes, **kwargs):
+    rows, missing = draw_rows(replace(sizes, batch=200))
+    if sizes.modalities < 2:
+        return umm.Conflict(sizes.dims, **kwargs)
+    return umm.Conflict(sizes.dims, prior=0.25, **kwargs).fit(rows, missing)
+
+
+def probabilities_and_ratios(conflict, rows, missing):
+    return conflict(rows, missing), conflict.log_ratios(rows, missing)
 
 
 def factor_and_distances(typicality, features, padding_mask):
@@ -815,6 +866,14 @@ MODULES = {
         plain_typicality,
         "level=0.95",
         factor_and_distances,
+        float32=True,
+    ),
+    "Conflict": Case(
+        fitted_conflict,
+        draw_rows,
+        plain_conflict,
+        "prior=0.25",
+        probabilities_and_ratios,
         float32=True,
     ),
     "GaussianFusion (learned)": Case(

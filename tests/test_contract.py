@@ -415,6 +415,7 @@ def test_inference_exports_with_any_batch_size():
 PUBLIC_NAMES = [
     "BeliefFusion",
     "BetaCalibration",
+    "Conflict",
     "ConformalRiskControl",
     "CorrectnessRankingLoss",
     "CorrectnessTracker",

@@ -29,6 +29,7 @@ from cases import MODULES, all_equal, flattened, in_turn, run_steps, weighted
 from pages import DOCS
 from support import TELLS_FUNCTIONS, close
 from uncertainty_mm import (
+    Conflict,
     ConformalRiskControl,
     CorrectnessTracker,
     Typicality,
@@ -118,6 +119,7 @@ def unfitted():
     with contextlib.ExitStack() as stack:
         for kind in (
             *map(calibration.__dict__.get, calibration.__all__[:-1]),
+            Conflict,
             ConformalRiskControl,
             Typicality,
         ):

@@ -14,6 +14,7 @@ from uncertainty_mm.calibration import (
     PlattScaling,
     TemperatureScaling,
 )
+from uncertainty_mm.conflict import Conflict
 from uncertainty_mm.conformal import ConformalRiskControl
 from uncertainty_mm.contrastive import DistributionSupConLoss
 from uncertainty_mm.correctness import CorrectnessTracker
@@ -36,6 +37,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BeliefFusion",
     "BetaCalibration",
+    "Conflict",
     "ConformalRiskControl",
     "CorrectnessRankingLoss",
     "CorrectnessTracker",

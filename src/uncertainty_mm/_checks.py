@@ -294,6 +294,21 @@ def check_modality_dims(value: object) -> None:
         check_positive_int(f"modality_dims[{name!r}]", dim)
 
 
+def check_known_names(argument: str, value: object, modality_dims: Mapping[str, int]) -> None:
+    """Raises unless the argument is a mapping of nothing but modalities."""
+    if not isinstance(value, Mapping):
+        raise TypeError(
+            f"Expected `{argument}` to be a mapping from modality names to tensors, "
+            f"but got {type(value).__name__}"
+        )
+    unknown = sorted(str(name) for name in value if name not in modality_dims)
+    if unknown:
+        raise ValueError(
+            f"Expected `{argument}` to hold only the modalities {list(modality_dims)}, "
+            f"but got {unknown}"
+        )
+
+
 def check_features(
     features: Mapping[str, Tensor],
     padding_mask: Mapping[str, Tensor] | None,
@@ -302,17 +317,7 @@ def check_features(
     """Checks sequences (B, S, D) and masks (B, S) by modality: names, shapes, dtypes and devices."""
     arguments = {"features": features, "padding_mask": {} if padding_mask is None else padding_mask}
     for argument, mapping in arguments.items():
-        if not isinstance(mapping, Mapping):
-            raise TypeError(
-                f"Expected `{argument}` to be a mapping from modality names to tensors, "
-                f"but got {type(mapping).__name__}"
-            )
-        unknown = sorted(str(name) for name in mapping if name not in modality_dims)
-        if unknown:
-            raise ValueError(
-                f"Expected `{argument}` to hold only the modalities {list(modality_dims)}, "
-                f"but got {unknown}"
-            )
+        check_known_names(argument, mapping, modality_dims)
     if not features:
         raise ValueError(
             "Expected `features` to hold at least one modality, but got none: "

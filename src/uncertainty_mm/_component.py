@@ -114,6 +114,17 @@ class Component(FixedSettings, nn.Module):
                     current.copy_(value)
 
 
+class FittedComponent(Component):
+    """A component whose state keeps its dtype: rounded to half precision, a root of an inverse is another one."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Component:
+        def moved(state: Tensor) -> Tensor:
+            result = fn(state)
+            return result if result.dtype == state.dtype else state.to(result.device)
+
+        return super()._apply(moved, recurse)
+
+
 def _mismatch(key: str, value: object, own: Tensor) -> str | None:
     """Why a value cannot be loaded as a state: classes and counts that were made floating are not what they were."""
     if not isinstance(value, Tensor) or value.shape != own.shape:

@@ -23,7 +23,7 @@ from uncertainty_mm._checks import (
     checks_values,
     missing_modalities,
 )
-from uncertainty_mm._component import Component
+from uncertainty_mm._component import Component, FittedComponent
 from uncertainty_mm.functional import at_least_float32
 
 if TYPE_CHECKING:
@@ -174,6 +174,81 @@ class Typicality(Component):
         """
         return self._measured(features, padding_mask)[0]
 
+    def summaries(
+        self, features: Mapping[str, Tensor], padding_mask: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """The summaries of which the distances are taken, such as :class:`~uncertainty_mm.Conflict` compares.
+
+        Args:
+            features: As for :meth:`forward`.
+            padding_mask: As for :meth:`forward`.
+
+        Returns:
+            Tensors (B, 2 D_m + 3) in at least float32 by name of the modalities that are in `features`. Those of a
+            sequence without a step that counts are finite, and mean nothing.
+
+        Raises:
+            ValueError: If shapes, devices or names disagree, or an unpadded feature is not finite.
+            TypeError: If a dtype is wrong.
+        """
+        check_features(features, padding_mask, self.modality_dims)
+        kind = next(iter(features.values())).device.type
+        with torch.autocast(kind if kind != "meta" else "cpu", enabled=False):
+            return {
+                name: part.summary(name, *self._checked(name, features, padding_mask))[0]
+                for name, part in zip(self.modality_dims, self._parts(), strict=True)
+                if name in features
+            }
+
+    @property
+    def summary_dims(self) -> dict[str, int]:
+        """Number of columns of the summaries of every modality by name, 2 D_m + 3."""
+        return {name: 2 * dim + 3 for name, dim in self.modality_dims.items()}
+
+    @torch.no_grad()
+    def summaries_of(
+        self, data: MultimodalDataset | Iterable[MultimodalBatch]
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """The :meth:`summaries` of a whole data set, read batch by batch: what ``Conflict.fit`` takes.
+
+        Args:
+            data: As for :meth:`fit`, on any device.
+
+        Returns:
+            Tensors (N, 2 D_m + 3) by modality name, and a bool tensor (N, M), True where a modality is missing; on the
+            device of the module.
+
+        Raises:
+            ValueError: As :meth:`fit`.
+            TypeError: As :meth:`fit`.
+        """
+        device = next(self._parts()).shift.device
+        rows: dict[str, list[Tensor]] = {name: [] for name in self.modality_dims}
+        missing = []
+        for batch in _reader(data)():
+            self._check_batch(batch)
+            features, padding_mask = batch.to(device)[:2]
+            gone = missing_modalities(features, padding_mask, self.modality_dims)
+            of_batch = self.summaries(features, padding_mask)
+            for name, dim in self.summary_dims.items():
+                rows[name].append(of_batch.get(name, gone.new_zeros(len(gone), dim).float()))
+            missing.append(gone)
+        if not missing:
+            raise ValueError("Expected `data` to hold at least one sample, but got none")
+        return {name: torch.cat(parts) for name, parts in rows.items()}, torch.cat(missing)
+
+    def _checked(
+        self, name: str, features: Mapping[str, Tensor], padding_mask: Mapping[str, Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        """A sequence and its padding."""
+        x = features[name]
+        mask = None if padding_mask is None else padding_mask.get(name)
+        if mask is None:
+            mask = x.new_zeros(x.shape[:2], dtype=torch.bool)
+        if checks_values(x, self.validate_args):
+            check_finite(f"features[{name!r}]", x, mask.unsqueeze(2))
+        return x, mask
+
     def _parts(self) -> Iterator[_Modality]:
         yield from self.modality.values()  # type: ignore[misc]
 
@@ -193,14 +268,8 @@ class Typicality(Component):
                         (missing.new_zeros(len(missing), dtype=dtype), missing[:, index])
                     )
                     continue
-                x = features[name]
-                dtype = torch.promote_types(dtype, x.dtype)
-                mask = None if padding_mask is None else padding_mask.get(name)
-                if mask is None:
-                    mask = x.new_zeros(x.shape[:2], dtype=torch.bool)
-                if checks_values(x, self.validate_args):
-                    check_finite(f"features[{name!r}]", x, mask.unsqueeze(2))
-                columns.append(part(name, x, mask))
+                dtype = torch.promote_types(dtype, features[name].dtype)
+                columns.append(part(name, *self._checked(name, features, padding_mask)))
         distances, missings = zip(*columns, strict=True)
         return torch.stack([x.to(dtype) for x in distances], 1), torch.stack(missings, 1)
 
@@ -240,8 +309,8 @@ class Typicality(Component):
         steps = {name: _whitening(each, self.covariance, 0) for name, each in moments.items()}
         held: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in self.modality_dims}
         folds = {
-            name: [_Moments.none(2 * dim + 3) for _ in range(_FOLDS)]
-            for name, dim in self.modality_dims.items()
+            name: [_Moments.none(size) for _ in range(_FOLDS)]
+            for name, size in self.summary_dims.items()
         }
         again = 0
         for batch in read():
@@ -328,7 +397,7 @@ class _Whitening(NamedTuple):
         return self.length(self.standardized(x))
 
 
-class _Modality(Component):
+class _Modality(FittedComponent):
     """The two Gaussians of a modality, of its steps and of the summaries of its sequences."""
 
     step_shift: Tensor
@@ -365,28 +434,25 @@ class _Modality(Component):
             state = getattr(self, name)
             state.copy_(value.to(state.dtype))  # before the copy: not every device has float64
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Component:
-        """Moves the state, but leaves its dtype: rounded to half precision, a root of an inverse is another one."""
-
-        def moved(state: Tensor) -> Tensor:
-            result = fn(state)
-            return result if result.dtype == state.dtype else state.to(result.device)
-
-        return super()._apply(moved, recurse)
-
     def forward(self, name: str, x: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
         """Distances (B,), and where there is no step."""
+        summary, missing = self.summary(name, x, padding)
+        sequence = _Whitening(*self._there(x, self._states[3:-1]))
+        return sequence.distance(summary).masked_fill(missing, 0), missing
+
+    def summary(self, name: str, x: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
+        """Summaries (B, 2D + 3), and where there is no step."""
         if x.device != self.shift.device and not self._is_replica:
             raise ValueError(
                 f"Expected `features[{name!r}]` to be on {self.shift.device}, where the module is, "
                 f"but got {x.device}"
             )
         valid = _valid(x, padding)
-        state = [getattr(self, each).to(x.device) for each in self._states[:-1]]
-        step, sequence = _Whitening(*state[:3]), _Whitening(*state[3:])
-        missing = ~valid.any(1)
-        distances = sequence.distance(_summary(x, valid, step))
-        return distances.masked_fill(missing, 0), missing
+        step = _Whitening(*self._there(x, self._states[:3]))
+        return _summary(x, valid, step), ~valid.any(1)
+
+    def _there(self, x: Tensor, names: tuple[str, ...]) -> list[Tensor]:
+        return [getattr(self, each).to(x.device) for each in names]
 
 
 def _valid(x: Tensor, padding: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from uncertainty_mm.data import MultimodalDataset
 from uncertainty_mm.lightning.checkpoints import UsageError
 
 UNUSUAL = 3.0  # times the conflict of validation
+FOREIGN = 0.9  # probability above which a modality is said to be of another sample
 
 
 def reasons(
@@ -30,7 +31,8 @@ def reasons(
 
     Args:
         outputs: What a model says, of which it reads `missing` (N, M) bool, `typicality` (N, M), the factor by which
-            variances grow, and `conflict` (N, Q), 1 for what is usual; each may be absent.
+            variances grow, `foreign` (N, M), the probability to be of another sample, and `conflict` (N, Q), 1 for what
+            is usual; each may be absent.
         modalities: Names of the M modalities.
         label_names: Names of the Q labels.
 
@@ -42,12 +44,15 @@ def reasons(
     some = next(iter(outputs.values()))
     nothing = torch.zeros(len(some), len(modalities))
     missing, factor = outputs.get("missing", nothing).bool(), outputs.get("typicality", nothing)
+    foreign = outputs.get("foreign", nothing)
+    largest = foreign.argmax(1, keepdim=True) == torch.arange(len(modalities))
     conflict = outputs.get("conflict", torch.zeros(len(some), len(label_names)))
     said: list[list[str]] = [[] for _ in range(len(some))]
     for words, rows, names in (
         ("{} missing", missing, modalities),
         ("{} unlike the training data, counts less", (factor > 1) & (factor < 2), modalities),
         ("{} unlike the training data, left out mostly", factor >= 2, modalities),
+        ("{} seems to be of another sample", largest & (foreign > FOREIGN), modalities),
         ("modalities contradict each other about {}", conflict > UNUSUAL, label_names),
     ):
         for sample, index in rows.nonzero().tolist():

@@ -1,0 +1,454 @@
+"""Whether the modalities of a sample belong together, and which one does not: :class:`Conflict`."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from numbers import Real
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from uncertainty_mm._checks import (
+    check_finite,
+    check_known_names,
+    check_missing,
+    check_modality_dims,
+    check_number,
+    check_positive_int,
+    check_tensor,
+    check_validate_args,
+    checks_values,
+)
+from uncertainty_mm._component import FittedComponent
+from uncertainty_mm.functional import at_least_float32
+from uncertainty_mm.typicality import _FOLDS, _shrunk, _Whitening
+
+__all__ = ["Conflict"]
+
+# What the least eigenvalue of the correlations may be, from which the fit chooses; the first still inverts in float32.
+_LEAST_EIGENVALUES = (1e-4, 0.03, 0.3)
+# Directions of a modality with less than this share of its largest variance are taken for rounding, and left out.
+_LEAST_VARIANCE = 1e-6
+_STEEPEST = 10.0  # slope of the logits, which is about 1 for Gaussian rows
+
+
+class Conflict(FittedComponent):
+    r"""The probability that a modality is of another sample than the rest, told by how well the rest predicts it.
+
+    Modalities of one sample share what they speak of: a happy face comes with a happy voice, a dark room with a dark
+    picture of it. A sequence of another sample is as typical as its own, so nothing that looks at one modality can see
+    it. This component describes all modalities at once, each by a vector :math:`r_m` of numbers, as one Gaussian
+    :math:`p`. If modality :math:`m` were of another sample, the density would be :math:`p(r_m)\,p(r_{-m})` instead of
+    :math:`p(r)`, with :math:`r_{-m}` the others that are there. The logarithm of the ratio of the two, the most
+    powerful test there is, is the pointwise mutual information of :math:`r_m` and :math:`r_{-m}` with its sign turned:
+
+    .. math::
+        s_m = \log p(r_m) - \log p(r_m \mid r_{-m}), \qquad
+        \pi_m = \frac{\frac{\varrho}{M} e^{a s_m}}{1 - \varrho + \frac{\varrho}{M} \sum_n e^{a s_n}}
+
+    :math:`\pi_m` is the probability that :math:`m` is the foreign one if a share :math:`\varrho` (`prior`) of all
+    samples have one, any of the :math:`M` that are there as likely as the other. The slope :math:`a` makes up for rows
+    that are no Gaussian: it is fitted, by maximum likelihood, to training samples that were left out when the Gaussian
+    was, as they are and with one modality exchanged. No label is used, and no example of a conflict is needed.
+
+    The sum over the modalities is the probability that anything is foreign, the largest names it. **Of two modalities
+    neither can be named**: they contradict each other, :math:`s_1 = s_2`.
+
+    What to give as rows is free: the predictions of each modality alone say whether they agree in what the labels are;
+    :meth:`Typicality.summaries <uncertainty_mm.Typicality.summaries>` have what else the sequences of a sample share,
+    such as the room, the person, or the length of a pause. Both together see most.
+
+    Of every modality, the `num_directions` directions of the largest variance are compared, each in units of its
+    standard deviation, so that the cost does not grow with the square of the columns. Columns that never varied in
+    :meth:`fit` say nothing, and are left out.
+
+    Source: Neyman and Pearson 1933, doi 10.1098/rsta.1933.0009 (the ratio); Church and Hanks 1990 (pointwise mutual
+    information); Chen et al. 2010, doi 10.1109/TSP.2010.2053029 (shrinkage); their use for modalities is ours.
+
+    Args:
+        modality_dims: Number :math:`P_m` of columns of every modality by name, in the order of the modality axis.
+        num_directions: At most so many principal directions of the standardised rows of each modality count.
+        prior: Share :math:`\varrho` in (0, 1) of the samples that have a foreign modality.
+        validate_args: Look at values (NaN, infinity) in a forward pass: None on the CPU only (elsewhere it costs a
+            wait), False never, True everywhere. Where values are not looked at, NaN gives NaN.
+
+    Attributes:
+        shift: Mean (P,) of the columns of all modalities, one after the other.
+        weight: One over their standard deviation, (P,); 0 for a column that never varied.
+        projection: The directions of all modalities, (P, K), those of each in its own rows and columns.
+        correlation: Shrunk correlations (K, K) of what they see.
+        slope: :math:`a`. All five are float32 whatever the module is cast to, and are saved with the model; no
+            optimizer touches them, and no averaging of weights.
+
+    Raises:
+        ValueError: If an argument is out of range, or a name cannot name a submodule.
+        TypeError: If an argument has the wrong type.
+
+    Example:
+        >>> topic = torch.randn(500, 4)  # what a sample is about
+        >>> names = ["text", "audio", "face"]
+        >>> rows = {name: topic + 0.3 * torch.randn(500, 4) for name in names}
+        >>> conflict = Conflict(dict.fromkeys(names, 4)).fit(rows)
+        >>> conflict(rows).sum(1).median() < 0.05
+        tensor(True)
+        >>> swapped = conflict(rows | {"audio": rows["audio"].roll(1, 0)})
+        >>> swapped.sum(1).median() > 0.95
+        tensor(True)
+        >>> names[swapped.sum(0).argmax()]
+        'audio'
+    """
+
+    modality_dims: dict[str, int]
+    num_directions: int
+    prior: float
+    validate_args: bool | None
+    shift: Tensor
+    weight: Tensor
+    projection: Tensor
+    correlation: Tensor
+    slope: Tensor
+
+    def __init__(
+        self,
+        modality_dims: Mapping[str, int],
+        *,
+        num_directions: int = 16,
+        prior: float = 0.5,
+        validate_args: bool | None = None,
+    ) -> None:
+        super().__init__()
+        check_modality_dims(modality_dims)
+        check_positive_int("num_directions", num_directions)
+        check_number("prior", prior, "in (0, 1)", isinstance(prior, Real) and 0 < prior < 1)
+        check_validate_args(validate_args)
+        self._set(modality_dims=dict(modality_dims), num_directions=num_directions, prior=prior)
+        self._set(validate_args=validate_args)
+        size, rank = sum(modality_dims.values()), sum(self._ranks())
+        self._keep(
+            shift=torch.empty(size),
+            weight=torch.empty(size),
+            projection=torch.empty(size, rank),
+            correlation=torch.empty(rank, rank),
+            slope=torch.empty(()),
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Forgets the fit: all that is known of a sample is then the prior."""
+        for name in self._states:
+            getattr(self, name).zero_()
+        self.correlation.fill_diagonal_(1)
+
+    def extra_repr(self) -> str:
+        """The settings, for `repr`."""
+        return f"{self.modality_dims}, num_directions={self.num_directions}, prior={self.prior:g}"
+
+    def _ranks(self) -> list[int]:
+        """Directions of each modality."""
+        return [min(dim, self.num_directions) for dim in self.modality_dims.values()]
+
+    def forward(self, rows: Mapping[str, Tensor], missing: Tensor | None = None) -> Tensor:
+        """The probability of every modality to be the one of another sample.
+
+        Args:
+            rows: Floating tensors (B, P_m) by modality name, as given to :meth:`fit`. A modality may be absent.
+            missing: Bool tensor (B, M), True where a modality is missing. What stands there has no influence.
+
+        Returns:
+            Tensor (B, M) in [0, 1] in at least float32; the sum over the modalities is at most 1. 0 where a modality is
+            missing or alone.
+
+        Raises:
+            ValueError: If shapes, devices or names disagree, or a row is not finite.
+            TypeError: If a dtype is wrong.
+        """
+        ratios, judged = self._judged(rows, missing)
+        number = judged.sum(1, keepdim=True).clamp_min(1).to(ratios)
+        prior = self.prior / (1 - self.prior) / number
+        logits = (ratios + prior.log()).masked_fill(~judged, -torch.inf)
+        whole = logits.new_zeros(len(logits), 1)
+        return torch.cat([whole, logits], 1).softmax(1)[:, 1:]
+
+    def log_ratios(self, rows: Mapping[str, Tensor], missing: Tensor | None = None) -> Tensor:
+        """The logarithms of the ratios themselves, which do not saturate.
+
+        Args:
+            rows: As for :meth:`forward`.
+            missing: As for :meth:`forward`.
+
+        Returns:
+            Tensor (B, M) of :math:`a s_m` in at least float32: above 0 where a modality fits worse with the others than
+            with any; 0 where it is missing or alone.
+
+        Raises:
+            ValueError: If shapes, devices or names disagree, or a row is not finite.
+            TypeError: If a dtype is wrong.
+        """
+        return self._judged(rows, missing)[0]
+
+    def _judged(self, rows: Mapping[str, Tensor], missing: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Logarithms of ratios (B, M), and where there is one, (B, M) or (1, M)."""
+        x, missing = self._joined(rows, missing, self.validate_args)
+        if x.device != self.shift.device and not self._is_replica:
+            raise ValueError(
+                f"Expected `rows` to be on {self.shift.device}, where the module is, but got {x.device}"
+            )
+        kind = x.device.type
+        with torch.autocast(kind if kind != "meta" else "cpu", enabled=False):
+            gaussian = _Joint(*(getattr(self, name).to(x) for name in self._states[:-1]))
+            ratios = gaussian.log_ratios(gaussian.projected(x), missing, self._ranks())
+            return self.slope.to(x) * ratios, _with_company(missing).expand(ratios.shape)
+
+    def _joined(
+        self, rows: Mapping[str, Tensor], missing: Tensor | None, validate_args: bool | None
+    ) -> tuple[Tensor, Tensor]:
+        """Rows (B, P) with 0 where missing, and what is missing, (B, M), or (M,) where it is the same for all."""
+        check_known_names("rows", rows, self.modality_dims)
+        if not rows:
+            raise ValueError("Expected `rows` to hold at least one modality, but got none")
+        sizes: dict[str, int] = {"M": len(self.modality_dims)}
+        device: torch.device | None = None
+        dtype = torch.float32
+        for name, x in rows.items():
+            sizes["P"] = self.modality_dims[name]
+            check_tensor(f"rows[{name!r}]", x, "floating", "B P", sizes, device)
+            device, dtype = x.device, torch.promote_types(dtype, x.dtype)
+        some = next(iter(rows.values()))
+        check_missing(missing, sizes, some.device)
+        columns = []
+        for index, (name, dim) in enumerate(self.modality_dims.items()):
+            if name not in rows:
+                columns.append(some.new_zeros(sizes["B"], dim, dtype=dtype))
+                continue
+            x = at_least_float32(rows[name]).to(dtype)
+            gone = None if missing is None else missing[:, index : index + 1]
+            if checks_values(x, validate_args):
+                check_finite(f"rows[{name!r}]", x, gone)
+            columns.append(x if gone is None else x.masked_fill(gone, 0))
+        absent = torch.stack(
+            [some.new_full((), n not in rows, dtype=torch.bool) for n in self.modality_dims]
+        )
+        return torch.cat(columns, 1), absent if missing is None else missing | absent
+
+    @torch.no_grad()
+    def fit(self, rows: Mapping[str, Tensor], missing: Tensor | None = None) -> Conflict:
+        """Describes how the modalities of a data set go together, whatever was fitted before.
+
+        Computed on the CPU in float64, without random numbers. The correlation of two modalities is that of the samples
+        which have both; the shrinkage is that of the pair with the fewest. The least eigenvalue is 1e-4, 0.03 or 0.3,
+        whichever makes the samples that were left out most likely. Sample i belongs to the fold i % 5, and a modality
+        is exchanged with that of the sample half a fold away, which is less likely to be the next moment of the same
+        recording. Under `torch.distributed` nothing is exchanged: every rank has to be given all samples.
+
+        Args:
+            rows: Floating tensors (N, P_m) by modality name, on any device, of the training split, or better of samples
+                that the model which made them was not trained on.
+            missing: Bool tensor (N, M), True where a modality is missing.
+
+        Returns:
+            The module itself. If no two samples have two modalities it is not fitted, and says the prior; a warning
+            says so unless there is but one modality, which is never in conflict.
+
+        Raises:
+            ValueError: If shapes, devices or names disagree, or a row is not finite; what was fitted before is then
+                unchanged.
+            TypeError: If a dtype is wrong.
+        """
+        x, gone = self._joined(rows, missing, True)
+        x, gone = x.cpu(), gone.cpu().expand(len(x), len(self.modality_dims))
+        dims, ranks = list(self.modality_dims.values()), self._ranks()
+        company = _with_company(gone).any(1)
+        if company.sum() < 2:
+            self.reset_parameters()
+            if len(dims) > 1:
+                warnings.warn(
+                    f"`rows` hold {int(company.sum())} samples with two modalities, of at least 2 that are needed: "
+                    "it is not fitted, and what it says is the prior",
+                    stacklevel=3,  # beyond the decorator
+                )
+            return self
+        fold = torch.arange(len(x)) % _FOLDS
+        tried: list[list[_Trials]] = [[] for _ in _LEAST_EIGENVALUES]
+        for k in range(_FOLDS):
+            inside, outside = fold == k, fold != k
+            if inside.any() and company[outside].sum() >= 2:
+                gaussian = _Joint.of(x[outside], gone[outside], dims, ranks)
+                y = gaussian.projected(x[inside].double())
+                for least, trials in zip(_LEAST_EIGENVALUES, tried, strict=True):
+                    trials.append(_Trials.of(gaussian.floored(least), y, gone[inside], ranks))
+        slopes = [_slope(trials) for trials in tried]
+        best = max(range(len(slopes)), key=lambda index: slopes[index][1])
+        gaussian = _Joint.of(x, gone, dims, ranks).floored(_LEAST_EIGENVALUES[best])
+        for name, value in zip(self._states, (*gaussian, slopes[best][0]), strict=True):
+            state = getattr(self, name)
+            state.copy_(value.to(state.dtype))
+        return self
+
+
+class _Joint(NamedTuple):
+    """A Gaussian of the principal directions of all modalities."""
+
+    shift: Tensor  # (P,)
+    weight: Tensor  # (P,)
+    projection: Tensor  # (P, K)
+    correlation: Tensor  # (K, K)
+
+    @staticmethod
+    def of(x: Tensor, missing: Tensor, dims: list[int], ranks: list[int]) -> _Joint:
+        """That of rows (N, P), in float64, whose modalities are `missing` (N, M); its correlations are shrunk."""
+        columns = zip(x.split(dims, 1), missing.T, ranks, strict=True)
+        shift, weight, projection = zip(
+            *(_directions(rows[~gone].double(), rank) for rows, gone, rank in columns), strict=True
+        )
+        joint = _Joint(
+            torch.cat(shift),
+            torch.cat(weight),
+            torch.block_diag(*projection),
+            torch.eye(sum(ranks), dtype=torch.float64, device="cpu"),
+        )
+        there = ~_by_column(missing, ranks)
+        y, there = joint.projected(x.double()) * there, there.double()
+        at = joint.projection.any(0).nonzero().squeeze(1)
+        if len(at):
+            y, there = y[:, at], there[:, at]
+            counts = there.T @ there
+            fewest = int(counts[counts > 0].min())
+            joint.correlation[at.unsqueeze(1), at] = _shrunk(y.T @ y / counts.clamp_min(1), fewest)
+        return joint
+
+    def floored(self, least: float) -> _Joint:
+        """The same with no eigenvalue of the correlations below `least`."""
+        values, vectors = torch.linalg.eigh(self.correlation)
+        return self._replace(correlation=(vectors * values.clamp_min(least)) @ vectors.T)
+
+    def projected(self, x: Tensor) -> Tensor:
+        """What the directions see, (N, K), of rows (N, P)."""
+        return _Whitening(*self[:3]).standardized(x) @ self.projection
+
+    def log_ratios(self, y: Tensor, missing: Tensor, ranks: list[int]) -> Tensor:
+        """The s (N, M) of projected rows (N, K); `missing` (N, M), or (M,) where it is the same for all."""
+        left_out = _by_column(missing, ranks)
+        y = y.masked_fill(left_out, 0)
+        # A modality that is missing is integrated out: the correlations of the rest are as they were. In its place
+        # stands one that depends on nothing.
+        pairs = left_out.unsqueeze(-1) | left_out.unsqueeze(-2)
+        nothing = torch.eye(y.shape[1], dtype=y.dtype, device=y.device)
+        precision = torch.cholesky_inverse(_root(torch.where(pairs, nothing, self.correlation)))
+        z = y @ precision if missing.dim() == 1 else (precision @ y.unsqueeze(2)).squeeze(2)
+        columns, start = [], 0
+        for rank in ranks:
+            part = slice(start, start := start + rank)
+            # Of a Gaussian, the precision of a part is that of the part given the rest, and z is that precision times
+            # the distance of the part from what the rest predicts.
+            given, own = _root(precision[..., part, part]), _root(self.correlation[part, part])
+            squares = _square(given, z[:, part]) - _square(own, y[:, part])
+            columns.append(0.5 * (squares - _log_det(given) - _log_det(own)))
+        return torch.stack(columns, 1).masked_fill(~_with_company(missing), 0)
+
+
+def _root(covariance: Tensor) -> Tensor:
+    """Lower Cholesky factor, without the check for which an accelerator would wait."""
+    root: Tensor = torch.linalg.cholesky_ex(covariance).L
+    return root
+
+
+def _square(root: Tensor, x: Tensor) -> Tensor:
+    """Squared lengths (N,) of rows (N, P) after division by a root (P, P), or by one for each (N, P, P)."""
+    columns = x.mT if root.dim() == 2 else x.unsqueeze(2)
+    divided: Tensor = torch.linalg.solve_triangular(root, columns, upper=False)
+    return divided.square().sum(0) if root.dim() == 2 else divided.square().sum((1, 2))
+
+
+def _log_det(root: Tensor) -> Tensor:
+    """That of the matrix of which this is the root."""
+    return root.diagonal(dim1=-2, dim2=-1).log().sum(-1).mul(2)
+
+
+def _by_column(missing: Tensor, dims: list[int]) -> Tensor:
+    """(..., M) as (..., P)."""
+    parts = [missing[..., i : i + 1].expand(*missing.shape[:-1], dim) for i, dim in enumerate(dims)]
+    return torch.cat(parts, -1)
+
+
+def _with_company(missing: Tensor) -> Tensor:
+    """Like `missing`, True for the modalities that are there and not alone."""
+    return ~missing & ((~missing).sum(-1, keepdim=True) > 1)
+
+
+# --------------------------------------------------------------------------------------------- fit
+
+
+def _directions(rows: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Shift and weight (P,) of rows (N, P) of one modality, and `rank` directions (P, K) of variance 1."""
+    count = max(len(rows), 1)
+    shift = rows.sum(0) / count
+    centred = rows - shift
+    std = (centred.square().sum(0) / count).sqrt()
+    # what float32 cannot tell from rounding does not vary
+    largest = rows.abs().amax(0) if len(rows) else std
+    weight = torch.where(std > torch.finfo(torch.float32).eps * largest, 1 / std, 0)
+    z = centred * weight
+    values, vectors = torch.linalg.eigh(z.T @ z / count)
+    values, vectors = values[-rank:], vectors[:, -rank:]
+    scale = torch.where(values > _LEAST_VARIANCE * values[-1], values.rsqrt(), 0)
+    return shift, weight, vectors * scale
+
+
+class _Trials(NamedTuple):
+    """Samples of which is known whether a modality is foreign, and which."""
+
+    ratios: Tensor  # (N, M)
+    company: Tensor  # (N, M) bool
+    foreign: Tensor  # (N,): 0 for none, 1 for the first modality
+
+    @staticmethod
+    def of(gaussian: _Joint, y: Tensor, missing: Tensor, ranks: list[int]) -> _Trials:
+        """Projected rows (N, K) as they are, and with one modality after the other exchanged."""
+
+        def judged(y: Tensor, missing: Tensor, foreign: int) -> _Trials:
+            ratios = y.new_zeros(missing.shape)
+            patterns, which = missing.unique(dim=0, return_inverse=True)
+            for index, pattern in enumerate(patterns):
+                ratios[which == index] = gaussian.log_ratios(y[which == index], pattern, ranks)
+            return _Trials(ratios, _with_company(missing), which.new_full((len(y),), foreign))
+
+        trials = [judged(y, missing, 0)]
+        for index, part in enumerate(torch.arange(y.shape[1]).split(ranks)):
+            own = (~missing[:, index]).nonzero().squeeze(1)
+            if len(own) > 1:
+                other = y.clone()
+                other[own.unsqueeze(1), part] = y[own.roll(len(own) // 2).unsqueeze(1), part]
+                there = _with_company(missing)[:, index]
+                trials.append(judged(other[there], missing[there], index + 1))
+        return _Trials.all(trials)
+
+    @staticmethod
+    def all(parts: list[_Trials]) -> _Trials:
+        return _Trials(*(torch.cat(each) for each in zip(*parts, strict=True)))
+
+
+def _slope(parts: list[_Trials]) -> tuple[Tensor, float]:
+    """The slope of the greatest likelihood, one sample in two having a foreign modality, and its log-likelihood."""
+    low, high = (torch.tensor(x, dtype=torch.float64, device="cpu") for x in (0.0, _STEEPEST))
+    if not any(each.foreign.any() for each in parts):  # nothing to learn it from
+        return low, 0.0
+    ratios, company, foreign = _Trials.all(parts)
+    number = company.sum(1, keepdim=True).clamp_min(1).to(ratios)
+    weight = torch.where(foreign > 0, 1 / number.squeeze(1), 1)
+    ratios = torch.cat([torch.zeros_like(ratios[:, :1]), ratios], 1)
+    prior = torch.cat([torch.zeros_like(ratios[:, :1]), -number.log().expand_as(company)], 1)
+    prior[:, 1:].masked_fill_(~company, -torch.inf)
+    true = foreign.unsqueeze(1)
+
+    def log_probs(slope: Tensor) -> Tensor:
+        return (slope * ratios + prior).log_softmax(1)
+
+    for _ in range(50):
+        middle = (low + high) / 2
+        # derivative of the log-likelihood, which is concave
+        excess = ratios.gather(1, true) - (log_probs(middle).exp() * ratios).sum(1, keepdim=True)
+        rises = weight @ excess.squeeze(1) > 0
+        low, high = torch.where(rises, middle, low), torch.where(rises, high, middle)
+    return low, float(weight @ log_probs(low).gather(1, true))
