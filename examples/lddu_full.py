@@ -181,9 +181,7 @@ class LDDU(MultilabelModule):
         super().__init__(label_names, **training)
         modalities, labels = len(modality_dims), len(label_names)
         if not predictions or len({*predictions} & {"fused", "first", "places"}) < len(predictions):
-            raise ValueError(
-                f"Expected `predictions` to name some, each once, but got {predictions}"
-            )
+            raise ValueError(f"Expected `predictions`, each at most once, but got {predictions}")
         if scl_rows is not None and scl_rows < 1:
             raise ValueError(f"Expected `scl_rows` to be None or at least 1, but got {scl_rows}")
         self.gate, self.errors_of, self.predictions = gate, targets, tuple(predictions)

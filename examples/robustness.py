@@ -48,7 +48,8 @@ REFERENCE = 3.0  # of the tables
 WITH_SIZE = ("noise", "scaled", "offset", "clipped", "burst", "blurred", "dropped")
 KINDS = tuple(kind for kind in get_args(Corruption) if kind != "swapped")
 WITHOUT = ", no typicality"  # after the name of an arm
-SCORES = ("typicality", "std", "entropy", "conflict")
+# What should rise; `named` is the share in which `foreign` names the right modality.
+SCORES = ("typicality", "std", "entropy", "conflict", "foreign", "named")
 QUICK = 500  # samples
 BATCH = 1024
 COLORS = [color for color in plots.COLORS if color != "#000000"]  # black is LDDU
@@ -180,6 +181,7 @@ def unease(said: Mapping[str, Tensor], modality: int) -> dict[str, Tensor]:
     if "conflict" in said:
         alone = (~said["missing"]).sum(1) < 2  # with nothing to contradict
         found["conflict"] = said["conflict"].mean(1).masked_fill(alone, torch.nan)
+        found["foreign"] = said["foreign"].sum(1).masked_fill(alone, torch.nan)
     return found
 
 
@@ -214,6 +216,9 @@ def evaluate(task: Task) -> list[Result]:
                 moved = (before != after).flatten(1).any(1)
                 usual, now = unease(clean, index), unease(said, index)
                 row |= {name: detection(usual[name], now[name], moved) for name in now}
+                if version.kind == "swapped" and "foreign" in said:
+                    named = said["foreign"][moved].argmax(1) == index
+                    row["named"] = float(named.float().mean())
             if version.kind in KINDS and version.size == REFERENCE:
                 total.append(terms)
             rows.append(row)

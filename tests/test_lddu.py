@@ -238,7 +238,7 @@ def shared_state(model, other):
 
 @pytest.mark.parametrize("wrong", [(), ("fused", "fused"), ("fused", "last")])
 def test_predictions_are_named_each_once(build, wrong):
-    with pytest.raises(ValueError, match=r"^Expected `predictions` to name some, each once, .*\)$"):
+    with pytest.raises(ValueError, match=r"^Expected `predictions` , each at most once, .*\)$"):
         build(predictions=wrong)
 
 
