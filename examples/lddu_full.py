@@ -104,7 +104,7 @@ class LDDU(MultilabelModule):
         fusion: Options of the gated fusion.
         ordinality: Options of the ordinality loss.
         tracker: Options of the history.
-        places: Options of the prediction that reads the encoded steps at their places.
+        places: Options of the prediction that reads the steps at their places.
         typicality: Options of the factor by which variances grow.
         conflict: Options of the probability that a modality is of another sample.
         gate: Uncertainty of Eq. 8: the distance that the first prediction expects (`"expected"`), its distance from
@@ -181,7 +181,7 @@ class LDDU(MultilabelModule):
         super().__init__(label_names, **training)
         modalities, labels = len(modality_dims), len(label_names)
         if not predictions or len({*predictions} & {"fused", "first", "places"}) < len(predictions):
-            raise ValueError(f"Expected `predictions`, each at most once, but got {predictions}")
+            raise ValueError(f"Expected some `predictions`, each once, but got {predictions}")
         if scl_rows is not None and scl_rows < 1:
             raise ValueError(f"Expected `scl_rows` to be None or at least 1, but got {scl_rows}")
         self.gate, self.errors_of, self.predictions = gate, targets, tuple(predictions)
@@ -216,8 +216,8 @@ class LDDU(MultilabelModule):
             nn.Dropout(dropout),
             nn.Linear(z_dim, labels),
         )
-        # The same from the steps at their places, which an answer to a query cannot tell
-        sizes = (dims, max_steps, labels)
+        # The same from the steps, encoded and plain, at their places
+        sizes = ({n: hidden_dim + dim for n, dim in modality_dims.items()}, max_steps, labels)
         self.places = self.part("places", places, *sizes) if "places" in predictions else None
         self.pool = LogitPool(len(self.predictions), labels, validate_args=False)
         # Section 3.3.2: every answer as a Gaussian
@@ -267,8 +267,11 @@ class LDDU(MultilabelModule):
         dir_logits = self.info_classifier(shrunk.flatten(1))  # Eq. 3
         place_logits = None
         if self.places is not None:  # it learns from the encoders, and they not from it
-            fixed = {name: x.detach() for name, x in encoded.items()}
-            place_logits = self.places(fixed, padding_mask, factor)
+            steps = {}
+            for name, x in encoded.items():
+                plain = self.encoder[name].standardized(features[name]).clamp(-5, 5)
+                steps[name] = torch.cat([x.detach(), plain.to(x)], dim=2)
+            place_logits = self.places(steps, padding_mask, factor)
         uncertainty = self.uncertainty(dir_logits.detach().float().sigmoid(), labels, unknown)
         fused = self.fusion(latent, uncertainty, missing)  # Eq. 8
         return Output(
@@ -280,21 +283,19 @@ class LDDU(MultilabelModule):
         logits = {"fused": output.logits, "first": output.dir_logits, "places": output.place_logits}
         return torch.stack([logits[name].float() for name in self.predictions], dim=1)
 
-    def uncertainty(
-        self, dir_probs: Tensor, labels: Tensor | None, unknown: Tensor | None
-    ) -> Tensor:
+    def uncertainty(self, probs: Tensor, labels: Tensor | None, unknown: Tensor | None) -> Tensor:
         """The d of Eq. 8, which as printed needs the labels."""
         if self.gate == "oracle" and self.training and labels is not None:
-            return mean_over_known(prediction_distance(dir_probs, labels, unknown), unknown)
+            return mean_over_known(prediction_distance(probs, labels, unknown), unknown)
         if self.gate == "released":  # that code weighs the means by the first prediction itself
-            return 1 - dir_probs
+            return 1 - probs
         if self.gate == "constant":
-            return torch.full_like(dir_probs, 0.5)
+            return torch.full_like(probs, 0.5)
         if self.gate in ("mean", "std"):  # one branch alone
             weighs = getattr(self.fusion, "mean_weight", "certainty")  # another part may have none
             certain = (self.gate == "mean") == (weighs == "certainty")
-            return torch.full_like(dir_probs, 0.0 if certain else 1.0)
-        return expected_distance(dir_probs)
+            return torch.full_like(probs, 0.0 if certain else 1.0)
+        return expected_distance(probs)
 
     def details(self, output: Output) -> dict[str, Tensor]:
         """What explains a prediction; a modality that is missing has no standard deviation."""

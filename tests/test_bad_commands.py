@@ -134,10 +134,10 @@ CASES = {  # what is wrong: the command, and what is said
         "unknown choice": (train("--model.gate=open"), "model.gate.*open"),
         "unknown choice of a part": (train("--model.fusion.combine=mean"), "combine.*mean"),
         "unknown prediction": (train("--model.predictions=[last]"), "model.predictions.*last"),
-        "no prediction": (train("--model.predictions=[]"), r"`predictions`, each at most once.*\[\]"),
+        "no prediction": (train("--model.predictions=[]"), r"some `predictions`, each once.*\[\]"),
         "a prediction twice": (
             train("--model.predictions=[first,first]"),
-            "`predictions`, each at most once, but got",
+            "some `predictions`, each once, but got",
         ),
         "no row": (train("--model.scl_rows=0"), "`scl_rows` to be None or at least 1, but got 0"),
         "word for a number": (train("--model.encoder.num_layers=many"), "num_layers.*many"),

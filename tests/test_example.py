@@ -116,7 +116,7 @@ def test_predictions_of_a_run_are_what_is_measured(example, finished):
     assert list(rows) == ["a + b", "a", "b", "none"]
     assert {name: rows["a + b"][name] for name in results["test"]} == results["test"]
     for kept in ("a", "b", "none"):
-        logits = model.pooled(model(*without(test, kept)))
+        logits = model.final_logits(model(*without(test, kept)))
         probs = model.calibration(logits).sigmoid()
         brier = (probs - test.labels).square().mean()
         assert rows[kept]["Brier"] == pytest.approx(float(brier), abs=1e-4)

@@ -235,6 +235,14 @@ class SequenceEncoder(Component):
         self.mean.copy_(mean)
         self.std.copy_(std.clamp_min(1e-3))
 
+    def standardized(self, x: Tensor) -> Tensor:
+        """Features (..., in_dim) less the mean of the training data, in units of their standard deviation."""
+        mean, std = (
+            self.mean.to(x.device),
+            self.std.to(x.device),
+        )  # `DataParallel` leaves state alone
+        return (x - mean) / std
+
     def forward(self, x: Tensor, padding: Tensor) -> Tensor:
         """Encodes a batch of sequences.
 
@@ -255,11 +263,7 @@ class SequenceEncoder(Component):
         mask = ~padding | padding.all(dim=1, keepdim=True)
         sample = steps.rows // x.shape[1]
         step = steps.rows - sample * x.shape[1]  # %, which ONNX lacks for sizes that vary
-        mean, std = (
-            self.mean.to(x.device),
-            self.std.to(x.device),
-        )  # `DataParallel` leaves state where it is
-        features = steps.pack((x - mean) / std)
+        features = steps.pack(self.standardized(x))
         embedded = F.embedding(step, self.positions)
         if self.size is not None:
             features = features.to(torch.promote_types(features.dtype, torch.float32))

@@ -65,7 +65,7 @@ class PlaceClassifier(Component):
         num_labels: int,
         *,
         num_reads: int = 16,
-        hidden_dim: int = 256,
+        hidden_dim: int = 512,
         dropout: float = 0.1,
         validate_args: bool | None = None,
     ) -> None:
