@@ -58,7 +58,7 @@ class Conflict(FittedComponent):
 
     What to give as rows is free: the predictions of each modality alone say whether they agree in what the labels are;
     :meth:`Typicality.summaries <uncertainty_mm.Typicality.summaries>` have what else the sequences of a sample share,
-    such as the room, the person, or the length of a pause. Both together see most.
+    such as the room, the person, or the length of a pause.
 
     Of every modality, the `num_directions` directions of the largest variance are compared, so that the cost does
     not grow with the square of the columns. Columns that never varied in :meth:`fit` say nothing, and are left out.
