@@ -513,14 +513,15 @@ def plain_typicality(module, features, padding_mask):
 def plain_conflict(module, rows, missing):
     """The densities of the parts that are there, one sample after the other."""
     joined = torch.cat([rows[name] for name in module.modality_dims], 1)
-    z = (joined - module.shift.double()) * module.weight.double()
-    parts = torch.arange(z.shape[1]).split(list(module.modality_dims.values()))
+    z = (joined - module.shift.double()) * module.weight.double() @ module.projection.double()
+    sizes = [min(dim, module.num_directions) for dim in module.modality_dims.values()]
+    parts = torch.arange(z.shape[1]).split(sizes)
 
     def log_density(x, modalities):
         if not modalities:
             return 0
         at = torch.cat([parts[m] for m in modalities])
-        covariance = module.correlation.double()[at][:, at]
+        covariance = module.covariance.double()[at][:, at]
         return torch.distributions.MultivariateNormal(0 * x[at], covariance).log_prob(x[at])
 
     ratios, probs = [], []
@@ -616,7 +617,7 @@ def fitted_conflict(sizes, **kwargs):
     rows, missing = draw_rows(replace(sizes, batch=200))
     if sizes.modalities < 2:
         return umm.Conflict(sizes.dims, **kwargs)
-    return umm.Conflict(sizes.dims, prior=0.25, **kwargs).fit(rows, missing)
+    return umm.Conflict(sizes.dims, num_directions=2, prior=0.25, **kwargs).fit(rows, missing)
 
 
 def probabilities_and_ratios(conflict, rows, missing):

@@ -420,3 +420,43 @@ BAD = [
 @pytest.mark.parametrize("case", BAD, ids=lambda case: case.name)
 def test_refuses_and_stays_as_it_was(case):
     refused(case, PlattScaling(LABELS).fit(*simulate(20)), PlattScaling.state_dict)
+
+
+# --- Groups ----------------------------------------------------------------------------------------------------------
+
+
+def test_samples_of_a_group_count_as_one():
+    logits, labels = simulate(40)
+    once, alone = build().fit(logits, labels), torch.arange(40)
+    assert torch.equal(build().fit(logits, labels, groups=alone).scale, once.scale)
+    times = torch.randint(1, 6, (40,))
+    repeated = [x.repeat_interleave(times, 0) for x in (logits, labels)]
+    many = build().fit(*repeated, groups=alone.repeat_interleave(times))
+    close(many.scale, once.scale)
+    close(many.shift, once.shift)
+
+
+def test_unknown_labels_of_a_group_do_not_count_in_it():
+    logits, labels = simulate(30)
+    groups, unknown = torch.arange(30) // 5, torch.rand(30, LABELS) < 0.4
+    found = build().fit(logits, labels, unknown, groups=groups)
+    for label in range(LABELS):
+        known = ~unknown[:, label]
+        assert known.any()
+    # what stands at unknown labels has no influence, and neither has how many there are in a group
+    same = build().fit(poisoned(logits, unknown), labels, unknown, groups=groups)
+    assert torch.equal(found.scale, same.scale)
+
+
+def test_few_groups_leave_the_logits_nearly_as_they_are():
+    logits, labels = simulate(1000)
+    apart = build().fit(logits, labels)
+    together = build().fit(logits, labels, groups=torch.arange(1000) % 2)
+    assert ((together.scale - 1).abs() < 0.5 * (apart.scale - 1).abs() + 0.1).all()
+    assert (together.shift.abs() < 0.3).all() and (apart.shift.abs() > 0.3).any()
+
+
+@pytest.mark.parametrize("groups", [torch.zeros(4), torch.zeros(3).long()], ids=["float", "short"])
+def test_groups_are_integers_one_a_sample(groups):
+    with pytest.raises((TypeError, ValueError), match="groups"):
+        build().fit(torch.zeros(4, LABELS), torch.zeros(4, LABELS), groups=groups)

@@ -380,10 +380,11 @@ def test_predict_csv_and_npz_agree(run, finished, tmp_path):
         for m, name in enumerate(modalities):
             read[f"missing.{name}"] = outputs["missing"][index, m]
             read[f"typicality.{name}"] = outputs["typicality"][index, m]
+            read[f"foreign.{name}"] = outputs["foreign"][index, m]
             for q, label in enumerate(labels):
                 std = read[f"std_norm.{name}.{label}"] = outputs["std_norm"][index, m, q]
                 assert np.isnan(std) == outputs["missing"][index, m]
-        assert set(row) == {"sample", *read}
+        assert set(row) == {"sample", "reason", *read}
         for name, value in read.items():
             wanted = "" if np.isnan(float(value)) else pytest.approx(float(value), rel=1e-4)
             assert (float(row[name]) if row[name] else "") == wanted, name

@@ -469,5 +469,19 @@ def test_mean_over_known(example):
     assert example.mean_over_known(x, None).tolist() == [1.5, 3.5]
 
 
+def test_foreign_modality_is_told_by_predict_step_alone(build, monkeypatch):
+    """Training and export do not pay for it, and before a fit it is the prior."""
+    model, batch = build().eval(), small_batch()
+    answer = model.predict_step(batch, 0)
+    rows = model.typicality.summaries(batch.features, batch.padding_mask)
+    assert torch.equal(answer["foreign"], model.conflict(rows, answer["missing"]))
+    expected = torch.full((6, 2), 0.25)
+    expected[5] = 0  # nothing to compare `a` with
+    torch.testing.assert_close(answer["foreign"], expected)
+    monkeypatch.setattr(model.conflict, "forward", None)
+    read(model, batch)
+    read(model.train(), batch)
+
+
 def test_example_is_a_page_to_read(example):
     assert len(getsource(example).splitlines()) <= 420

@@ -13,10 +13,10 @@ from torch import nn
 from endurance import same
 from examples_support import QUIET, need_extras, toy
 from support import TORCH_2_6
-from uncertainty_mm import LogitPool, PlattScaling
+from uncertainty_mm import Conflict, LogitPool, PlattScaling
 from uncertainty_mm._component import states
 from uncertainty_mm.calibration import best_threshold
-from uncertainty_mm.data import MultimodalBatch
+from uncertainty_mm.data import MultimodalBatch, MultimodalDataset
 
 need_extras()
 L = pytest.importorskip("lightning")
@@ -233,6 +233,43 @@ def test_calibration_and_thresholds_travel_with_the_checkpoint(lddu, trained):
         torch.testing.assert_close(getattr(model, name), wanted)
     assert not torch.equal(model.threshold, model.raw_threshold)
     same(model.state_dict(), trained.model.state_dict())
+
+
+def test_what_agrees_travels_with_the_checkpoint(lddu, trained):
+    """It is what the training split says, and the same again."""
+    model, part = lddu.load(trained.ckpt), trained.data.part("train")
+    before = torch.get_rng_state()
+    rows, missing = model.typicality.summaries_of(part)
+    fitted = Conflict(model.typicality.summary_dims).fit(rows, missing)
+    assert torch.equal(torch.get_rng_state(), before)  # training goes on as without it
+    assert fitted.projection.any()
+    same(model.conflict.state_dict(), fitted.state_dict())
+    whole = model.predict(part)
+    torch.testing.assert_close(whole["foreign"], fitted(rows, missing))
+    assert torch.equal(whole["missing"], missing)
+    assert not whole["foreign"][missing].any()
+
+
+def test_one_modality_is_never_foreign(lddu, tmp_path):
+    data = rooms.MultimodalDataModule(toy(tmp_path / "data.npz"), batch_size=8)
+    for name, part in list(data.parts.items()):
+        kept = {"a": part.features["a"]}, {"a": part.padding_mask["a"]}
+        data.parts[name] = MultimodalDataset(*kept, part.labels, part.label_names)
+    data.modality_dims, data.max_steps = {"a": 3}, {"a": 5}
+    model = model_for(lddu, data)
+    trainer_with().fit(model, data)
+    assert torch.equal(model.predict(data.part("test"))["foreign"], torch.zeros(30, 1))
+
+
+def test_the_most_likely_foreign_modality_is_named():
+    foreign = torch.tensor([[0.05, 0.91], [0.9, 0.1], [0.95, 0.05], [0.45, 0.45]])
+    said = rooms.predictions.reasons({"foreign": foreign}, ["audio", "face"], ["happy"])
+    assert said == [
+        "face seems to be of another sample",
+        "",
+        "audio seems to be of another sample",
+        "",
+    ]
 
 
 def test_sample_is_asked(lddu, trained):

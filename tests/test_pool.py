@@ -249,3 +249,11 @@ BAD = [
 @pytest.mark.parametrize("case", BAD, ids=lambda case: case.name)
 def test_refuses_and_stays_as_it_was(case):
     refused(case, build().float().fit(*simulate(20)), LogitPool.state_dict)
+
+
+def test_samples_of_a_group_count_as_one():
+    logits, labels = simulate(30)
+    times, alone = torch.randint(1, 6, (30,)), torch.arange(30)
+    repeated = [x.repeat_interleave(times, 0) for x in (logits, labels)]
+    many = build().fit(*repeated, groups=alone.repeat_interleave(times))
+    close(many.weight, build().fit(logits, labels).weight)

@@ -130,7 +130,9 @@ class Fitted(NamedTuple):
     def calibrate(self, x: Tensor, validation: MultimodalDataset) -> float:
         """Fits calibration and thresholds to pooled features of the validation split; returns the miF1 there."""
         found, known = self.logits(x), (validation.labels, validation.unknown)
-        probs = self.network.calibration.fit(found, *known)(found).sigmoid()
+        probs = self.network.calibration.fit(found, *known, groups=validation.groups)(
+            found
+        ).sigmoid()
         per_label = self.network.hparams["thresholds"] == "label"
         self.threshold.copy_(best_threshold(probs, *known, per_label=per_label))
         return evaluate(probs, validation.labels, self.threshold, validation.unknown)["miF1"] or 0.0

@@ -27,10 +27,10 @@ from uncertainty_mm.typicality import _FOLDS, _shrunk, _Whitening
 
 __all__ = ["Conflict"]
 
-# What the least eigenvalue of the correlations may be, from which the fit chooses; the first still inverts in float32.
+# What the least eigenvalue of the covariance may be, from which the fit chooses; the first still inverts in float32.
 _LEAST_EIGENVALUES = (1e-4, 0.03, 0.3)
 # Directions of a modality with less than this share of its largest variance are taken for rounding, and left out.
-_LEAST_VARIANCE = 1e-6
+_LEAST_VARIANCE = 1e-9
 _STEEPEST = 10.0  # slope of the logits, which is about 1 for Gaussian rows
 
 
@@ -58,11 +58,10 @@ class Conflict(FittedComponent):
 
     What to give as rows is free: the predictions of each modality alone say whether they agree in what the labels are;
     :meth:`Typicality.summaries <uncertainty_mm.Typicality.summaries>` have what else the sequences of a sample share,
-    such as the room, the person, or the length of a pause. Both together see most.
+    such as the room, the person, or the length of a pause.
 
-    Of every modality, the `num_directions` directions of the largest variance are compared, each in units of its
-    standard deviation, so that the cost does not grow with the square of the columns. Columns that never varied in
-    :meth:`fit` say nothing, and are left out.
+    Of every modality, the `num_directions` directions of the largest variance are compared, so that the cost does
+    not grow with the square of the columns. Columns that never varied in :meth:`fit` say nothing, and are left out.
 
     Source: Neyman and Pearson 1933, doi 10.1098/rsta.1933.0009 (the ratio); Church and Hanks 1990 (pointwise mutual
     information); Chen et al. 2010, doi 10.1109/TSP.2010.2053029 (shrinkage); their use for modalities is ours.
@@ -78,7 +77,7 @@ class Conflict(FittedComponent):
         shift: Mean (P,) of the columns of all modalities, one after the other.
         weight: One over their standard deviation, (P,); 0 for a column that never varied.
         projection: The directions of all modalities, (P, K), those of each in its own rows and columns.
-        correlation: Shrunk correlations (K, K) of what they see.
+        covariance: Shrunk covariance (K, K) of what they see.
         slope: :math:`a`. All five are float32 whatever the module is cast to, and are saved with the model; no
             optimizer touches them, and no averaging of weights.
 
@@ -107,7 +106,7 @@ class Conflict(FittedComponent):
     shift: Tensor
     weight: Tensor
     projection: Tensor
-    correlation: Tensor
+    covariance: Tensor
     slope: Tensor
 
     def __init__(
@@ -130,7 +129,7 @@ class Conflict(FittedComponent):
             shift=torch.empty(size),
             weight=torch.empty(size),
             projection=torch.empty(size, rank),
-            correlation=torch.empty(rank, rank),
+            covariance=torch.empty(rank, rank),
             slope=torch.empty(()),
         )
         self.reset_parameters()
@@ -139,7 +138,7 @@ class Conflict(FittedComponent):
         """Forgets the fit: all that is known of a sample is then the prior."""
         for name in self._states:
             getattr(self, name).zero_()
-        self.correlation.fill_diagonal_(1)
+        self.covariance.fill_diagonal_(1)
 
     def extra_repr(self) -> str:
         """The settings, for `repr`."""
@@ -236,7 +235,7 @@ class Conflict(FittedComponent):
     def fit(self, rows: Mapping[str, Tensor], missing: Tensor | None = None) -> Conflict:
         """Describes how the modalities of a data set go together, whatever was fitted before.
 
-        Computed on the CPU in float64, without random numbers. The correlation of two modalities is that of the samples
+        Computed on the CPU in float64, without random numbers. The covariance of two modalities is that of the samples
         which have both; the shrinkage is that of the pair with the fewest. The least eigenvalue is 1e-4, 0.03 or 0.3,
         whichever makes the samples that were left out most likely. Sample i belongs to the fold i % 5, and a modality
         is exchanged with that of the sample half a fold away, which is less likely to be the next moment of the same
@@ -293,11 +292,11 @@ class _Joint(NamedTuple):
     shift: Tensor  # (P,)
     weight: Tensor  # (P,)
     projection: Tensor  # (P, K)
-    correlation: Tensor  # (K, K)
+    covariance: Tensor  # (K, K)
 
     @staticmethod
     def of(x: Tensor, missing: Tensor, dims: list[int], ranks: list[int]) -> _Joint:
-        """That of rows (N, P), in float64, whose modalities are `missing` (N, M); its correlations are shrunk."""
+        """That of rows (N, P), in float64, whose modalities are `missing` (N, M); its covariance is shrunk."""
         columns = zip(x.split(dims, 1), missing.T, ranks, strict=True)
         shift, weight, projection = zip(
             *(_directions(rows[~gone].double(), rank) for rows, gone, rank in columns), strict=True
@@ -310,18 +309,26 @@ class _Joint(NamedTuple):
         )
         there = ~_by_column(missing, ranks)
         y, there = joint.projected(x.double()) * there, there.double()
-        at = joint.projection.any(0).nonzero().squeeze(1)
+        at = joint._varying()
         if len(at):
             y, there = y[:, at], there[:, at]
             counts = there.T @ there
             fewest = int(counts[counts > 0].min())
-            joint.correlation[at.unsqueeze(1), at] = _shrunk(y.T @ y / counts.clamp_min(1), fewest)
+            joint.covariance[at.unsqueeze(1), at] = _shrunk(y.T @ y / counts.clamp_min(1), fewest)
         return joint
 
     def floored(self, least: float) -> _Joint:
-        """The same with no eigenvalue of the correlations below `least`."""
-        values, vectors = torch.linalg.eigh(self.correlation)
-        return self._replace(correlation=(vectors * values.clamp_min(least)) @ vectors.T)
+        """The same with no eigenvalue of the covariance below `least`."""
+        at, covariance = self._varying(), self.covariance.clone()
+        if len(at):
+            block = at.unsqueeze(1), at
+            values, vectors = torch.linalg.eigh(covariance[block])
+            covariance[block] = (vectors * values.clamp_min(least)) @ vectors.T
+        return self._replace(covariance=covariance)
+
+    def _varying(self) -> Tensor:
+        """Which directions there are; the others see nothing."""
+        return self.projection.any(0).nonzero().squeeze(1)
 
     def projected(self, x: Tensor) -> Tensor:
         """What the directions see, (N, K), of rows (N, P)."""
@@ -331,18 +338,18 @@ class _Joint(NamedTuple):
         """The s (N, M) of projected rows (N, K); `missing` (N, M), or (M,) where it is the same for all."""
         left_out = _by_column(missing, ranks)
         y = y.masked_fill(left_out, 0)
-        # A modality that is missing is integrated out: the correlations of the rest are as they were. In its place
+        # A modality that is missing is integrated out: the covariance of the rest is as it was. In its place
         # stands one that depends on nothing.
         pairs = left_out.unsqueeze(-1) | left_out.unsqueeze(-2)
         nothing = torch.eye(y.shape[1], dtype=y.dtype, device=y.device)
-        precision = torch.cholesky_inverse(_root(torch.where(pairs, nothing, self.correlation)))
+        precision = torch.cholesky_inverse(_root(torch.where(pairs, nothing, self.covariance)))
         z = y @ precision if missing.dim() == 1 else (precision @ y.unsqueeze(2)).squeeze(2)
         columns, start = [], 0
         for rank in ranks:
             part = slice(start, start := start + rank)
             # Of a Gaussian, the precision of a part is that of the part given the rest, and z is that precision times
             # the distance of the part from what the rest predicts.
-            given, own = _root(precision[..., part, part]), _root(self.correlation[part, part])
+            given, own = _root(precision[..., part, part]), _root(self.covariance[part, part])
             squares = _square(given, z[:, part]) - _square(own, y[:, part])
             columns.append(0.5 * (squares - _log_det(given) - _log_det(own)))
         return torch.stack(columns, 1).masked_fill(~_with_company(missing), 0)
@@ -381,7 +388,7 @@ def _with_company(missing: Tensor) -> Tensor:
 
 
 def _directions(rows: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Shift and weight (P,) of rows (N, P) of one modality, and `rank` directions (P, K) of variance 1."""
+    """Shift and weight (P,) of rows (N, P) of one modality, and its `rank` principal directions (P, K)."""
     count = max(len(rows), 1)
     shift = rows.sum(0) / count
     centred = rows - shift
@@ -392,8 +399,7 @@ def _directions(rows: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     z = centred * weight
     values, vectors = torch.linalg.eigh(z.T @ z / count)
     values, vectors = values[-rank:], vectors[:, -rank:]
-    scale = torch.where(values > _LEAST_VARIANCE * values[-1], values.rsqrt(), 0)
-    return shift, weight, vectors * scale
+    return shift, weight, vectors * (values > _LEAST_VARIANCE * values[-1])
 
 
 class _Trials(NamedTuple):

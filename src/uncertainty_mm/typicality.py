@@ -225,14 +225,17 @@ class Typicality(Component):
         device = next(self._parts()).shift.device
         rows: dict[str, list[Tensor]] = {name: [] for name in self.modality_dims}
         missing = []
-        for batch in _reader(data)():
-            self._check_batch(batch)
-            features, padding_mask = batch.to(device)[:2]
-            gone = missing_modalities(features, padding_mask, self.modality_dims)
-            of_batch = self.summaries(features, padding_mask)
-            for name, dim in self.summary_dims.items():
-                rows[name].append(of_batch.get(name, gone.new_zeros(len(gone), dim).float()))
-            missing.append(gone)
+        with torch.random.fork_rng(
+            devices=[]
+        ):  # a loader draws a number even where it does not shuffle
+            for batch in _reader(data)():
+                self._check_batch(batch)
+                features, padding_mask = batch.to(device)[:2]
+                gone = missing_modalities(features, padding_mask, self.modality_dims)
+                of_batch = self.summaries(features, padding_mask)
+                for name, dim in self.summary_dims.items():
+                    rows[name].append(of_batch.get(name, gone.new_zeros(len(gone), dim).float()))
+                missing.append(gone)
         if not missing:
             raise ValueError("Expected `data` to hold at least one sample, but got none")
         return {name: torch.cat(parts) for name, parts in rows.items()}, torch.cat(missing)

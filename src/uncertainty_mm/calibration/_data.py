@@ -42,16 +42,19 @@ def fitting_data(
     labels: Tensor,
     unknown: Tensor | None,
     dims: str = "B Q",
+    groups: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits or probabilities, labels, and 1 where both are known, 0 elsewhere: (B, Q) each, in float64 on the CPU.
+    """Logits or probabilities, labels, and weights, 0 where one is not known: (B, Q) each, in float64 on the CPU.
 
     What is not known is 0 in all three, since 0 times NaN is NaN. Values (B, E, Q) of several experts become (E, B, Q);
-    known is then what all of them know.
+    known is then what all of them know. Weights are 1, or such that those of a group sum to 1 for each label.
     """
     sizes = _sizes(module)
     check_tensor(name, values, "floating", dims, sizes)
     check_tensor("labels", labels, "number", "B Q", sizes, values.device)
     check_unknown(unknown, "B Q", sizes, values.device)
+    if groups is not None:
+        check_tensor("groups", groups, "integer", "B", sizes, values.device)
     if sizes["B"] == 0:
         raise ValueError(f"Expected `{name}` to hold at least one sample, but got none")
     values = values.transpose(0, -2)  # experts first, where there are any, to meet labels (B, Q)
@@ -65,7 +68,12 @@ def fitting_data(
     if not known.any():
         raise ValueError("Expected `unknown` to leave at least one label, but got all of them")
     x, y = values.cpu().double().masked_fill(~known, 0), (labels.cpu() > 0.5) & known
-    return x if name == "logits" else x.clamp(0, 1), y.double(), known.double()
+    weight = known.double()
+    if groups is not None:
+        which = groups.cpu().unique(return_inverse=True)[1]
+        size = weight.new_zeros(len(weight), weight.shape[1]).index_add_(0, which, weight)
+        weight = weight / size[which].clamp_min(1)
+    return x if name == "logits" else x.clamp(0, 1), y.double(), weight
 
 
 def _sizes(module: _Fitted) -> dict[str, int]:

@@ -106,7 +106,14 @@ class PlattScaling(Component):
         return logits * self.scale.to(logits.device) + self.shift.to(logits.device)
 
     @torch.no_grad()
-    def fit(self, logits: Tensor, labels: Tensor, unknown: Tensor | None = None) -> PlattScaling:
+    def fit(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        unknown: Tensor | None = None,
+        *,
+        groups: Tensor | None = None,
+    ) -> PlattScaling:
         r"""Finds scale and shift, whatever they were before.
 
         First one pair for all labels together, then for every label another pair on the logits so calibrated. Both
@@ -124,6 +131,8 @@ class PlattScaling(Component):
             logits: Tensor (B, Q), of a validation set.
             labels: Tensor (B, Q) of 0 and 1.
             unknown: Bool tensor (B, Q), True leaves out a label that is not known. What stands there has no influence.
+            groups: Integers (B,), who a sample is of, such as a user. Those of a group count as one sample together:
+                hundreds of a few users say little of the next user, and without this they overrule the prior.
 
         Returns:
             The module itself.
@@ -133,7 +142,7 @@ class PlattScaling(Component):
                 are then unchanged.
             TypeError: If a dtype is wrong.
         """
-        x, y, weight = fitting_data(self, "logits", logits, labels, unknown)
+        x, y, weight = fitting_data(self, "logits", logits, labels, unknown, groups=groups)
         column = [values.reshape(-1, 1) for values in (x, y, weight)]
         log_scale, shift = _maximum_a_posteriori(*column, with_shift=self.with_shift, precision=1.0)
         if self.per_label:

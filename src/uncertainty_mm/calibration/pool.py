@@ -93,7 +93,14 @@ class LogitPool(Component):
         return (self.weight.to(logits.device).unsqueeze(1) * logits).sum(1)
 
     @torch.no_grad()
-    def fit(self, logits: Tensor, labels: Tensor, unknown: Tensor | None = None) -> LogitPool:
+    def fit(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        unknown: Tensor | None = None,
+        *,
+        groups: Tensor | None = None,
+    ) -> LogitPool:
         r"""Finds the weights, whatever they were before.
 
         With :math:`w = \operatorname{softmax}(a)` they minimise, together with a scale :math:`s` for all labels and a
@@ -111,6 +118,7 @@ class LogitPool(Component):
             logits: Tensor (B, E, Q), of a validation set.
             labels: Tensor (B, Q) of 0 and 1.
             unknown: Bool tensor (B, Q), True leaves out a label that is not known. What stands there has no influence.
+            groups: Integers (B,), who a sample is of, such as a user. Those of a group count as one sample together.
 
         Returns:
             The module itself.
@@ -120,7 +128,7 @@ class LogitPool(Component):
                 then unchanged.
             TypeError: If a dtype is wrong.
         """
-        data = fitting_data(self, "logits", logits, labels, unknown, "B E Q")
+        data = fitting_data(self, "logits", logits, labels, unknown, "B E Q", groups)
         self.weight.copy_(_maximum_a_posteriori(*data).softmax(0))
         return self
 

@@ -162,9 +162,10 @@ class MultilabelModule(Component, L.LightningModule):
         output = self(batch.features, batch.padding_mask)
         unknown = torch.zeros_like(batch.labels) if batch.unknown is None else batch.unknown
         seen = {**self.observed(output), "labels": batch.labels, "unknown": unknown}
+        seen["indices"] = batch.indices
         for key, value in seen.items():
             self._seen.setdefault(key, CatMetric(nan_strategy="disable"))
-            self._seen[key].to(value.device).update(value.float())
+            self._seen[key].to(value.device).update(value if key == "indices" else value.float())
         loss = masked_bce(output.logits, batch.labels.float(), batch.unknown)
         self.log("val/cls", loss, prog_bar=True, batch_size=len(output.logits), sync_dist=True)
 
@@ -176,11 +177,14 @@ class MultilabelModule(Component, L.LightningModule):
         """Fits what belongs to a validation split: the pool, the calibration, the thresholds.
 
         Args:
-            seen: What was :meth:`observed`, with `labels` and `unknown`, of all samples.
+            seen: What was :meth:`observed`, with `labels`, `unknown` and `indices`, of all samples.
         """
         labels, unknown = seen["labels"], seen["unknown"] > 0.5
-        logits = self.pool.fit(seen["logits"], labels, unknown)(seen["logits"])
-        self.calibration.fit(logits, labels, unknown)
+        data = getattr(self.trainer, "datamodule", None)
+        groups = None if data is None else data.part("validation").groups
+        groups = None if groups is None else groups.to(labels.device)[seen["indices"]]
+        logits = self.pool.fit(seen["logits"], labels, unknown, groups=groups)(seen["logits"])
+        self.calibration.fit(logits, labels, unknown, groups=groups)
         per_label = self.hparams["thresholds"] == "label"
         for name, probs in (
             ("threshold", self.calibration(logits).sigmoid()),
