@@ -165,7 +165,7 @@ class MultilabelModule(Component, L.LightningModule):
         seen["indices"] = batch.indices
         for key, value in seen.items():
             self._seen.setdefault(key, CatMetric(nan_strategy="disable"))
-            self._seen[key].to(value.device).update(value if key == "indices" else value.float())
+            self._seen[key].to(value.device).update(value.float())
         loss = masked_bce(output.logits, batch.labels.float(), batch.unknown)
         self.log("val/cls", loss, prog_bar=True, batch_size=len(output.logits), sync_dist=True)
 
@@ -182,7 +182,7 @@ class MultilabelModule(Component, L.LightningModule):
         labels, unknown = seen["labels"], seen["unknown"] > 0.5
         data = getattr(self.trainer, "datamodule", None)
         groups = None if data is None else data.part("validation").groups
-        groups = None if groups is None else groups.to(labels.device)[seen["indices"]]
+        groups = None if groups is None else groups.to(labels.device)[seen["indices"].long()]
         logits = self.pool.fit(seen["logits"], labels, unknown, groups=groups)(seen["logits"])
         self.calibration.fit(logits, labels, unknown, groups=groups)
         per_label = self.hparams["thresholds"] == "label"
