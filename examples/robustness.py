@@ -178,9 +178,11 @@ def unease(said: Mapping[str, Tensor], modality: int) -> dict[str, Tensor]:
         found["std"] = torch.linalg.vector_norm(said["std_norm"][:, modality], dim=1)
     if "typicality" in said:
         found["typicality"] = said["typicality"][:, modality]
-    if "conflict" in said:
+    if "missing" in said:
         alone = (~said["missing"]).sum(1) < 2  # with nothing to contradict
+    if "conflict" in said:
         found["conflict"] = said["conflict"].mean(1).masked_fill(alone, torch.nan)
+    if "foreign" in said:
         found["foreign"] = said["foreign"].sum(1).masked_fill(alone, torch.nan)
     return found
 

@@ -121,8 +121,8 @@ def test_what_the_command_writes(runs, tmp_path):
     assert list(dict.fromkeys(row["arm"] for row in rows)) == arms
     assert len(rows) == len(arms) * (1 + 2 * 13)
     for row in rows:
-        if row["kind"] == "clean":  # what the run itself measured
-            folder = runs / "toy" / row["arm"].removesuffix(robustness.WITHOUT) / "0"
+        if row["kind"] == "clean" and row["arm"] in arms[:3]:  # what the run itself measured
+            folder = runs / "toy" / row["arm"] / "0"
             with np.load(folder / "predictions.npz") as file:
                 names = ("probs", "labels", "threshold", "unknown")
                 expected = evaluate(*(torch.from_numpy(file[name]) for name in names))
