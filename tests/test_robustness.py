@@ -108,6 +108,7 @@ def runs(tmp_path_factory):
     return folder / "out"
 
 
+@pytest.mark.long
 def test_what_the_command_writes(runs, tmp_path):
     robustness.main(
         [str(runs), "--quick", "--samples", "100", "--jobs", "1", "--output", str(tmp_path)]
@@ -138,6 +139,7 @@ def test_what_the_command_writes(runs, tmp_path):
     assert lines == ["arm", *arms[:2], arms[3]]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("arm", ["br-logistic", "late", "lddu"])
 def test_encoders_that_recognise_their_input_change_no_number(runs, arm, monkeypatch):
     task = robustness.Task(runs / "toy" / arm / "0", arm, robustness.SIZES[:1], 25)
@@ -149,6 +151,7 @@ def test_encoders_that_recognise_their_input_change_no_number(runs, arm, monkeyp
         assert one.terms.shape == (4, 25)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("options", "message"),
     [
