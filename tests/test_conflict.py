@@ -336,3 +336,12 @@ def test_validate_args_reaches_every_check(monkeypatch):
     passed = record_validate_args(monkeypatch)
     module(rows)
     assert passed == [True, True, True]
+
+
+def test_column_of_next_to_nothing_makes_no_nan():
+    """One over its standard deviation is beyond float32, and infinity times 0 is NaN."""
+    rows = draw(50)
+    rows["face"][:, 0] *= 1e-40
+    conflict = fitted(rows)
+    means = conflict.shift.view(3, 1, 2)  # where all rows are the mean
+    assert conflict(dict(zip(NAMES, means, strict=True))).isfinite().all()

@@ -395,7 +395,8 @@ def _directions(rows: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     std = (centred.square().sum(0) / count).sqrt()
     # what float32 cannot tell from rounding does not vary
     largest = rows.abs().amax(0) if len(rows) else std
-    weight = torch.where(std > torch.finfo(torch.float32).eps * largest, 1 / std, 0)
+    limits = torch.finfo(torch.float32)
+    weight = torch.where(std > limits.eps * largest, 1 / std, 0).clamp_max(limits.max)
     z = centred * weight
     values, vectors = torch.linalg.eigh(z.T @ z / count)
     values, vectors = values[-rank:], vectors[:, -rank:]

@@ -32,7 +32,7 @@ def reasons(
     Args:
         outputs: What a model says, of which it reads `missing` (N, M) bool, `typicality` (N, M), the factor by which
             variances grow, `foreign` (N, M), the probability to be of another sample, and `conflict` (N, Q), 1 for what
-            is usual; each may be absent.
+            is usual; any may be absent, but not all.
         modalities: Names of the M modalities.
         label_names: Names of the Q labels.
 
