@@ -268,7 +268,7 @@ class Conflict(FittedComponent):
                     stacklevel=3,  # beyond the decorator
                 )
             return self
-        fold = torch.arange(len(x)) % _FOLDS
+        fold = torch.arange(len(x), device="cpu") % _FOLDS
         tried: list[list[_Trials]] = [[] for _ in _LEAST_EIGENVALUES]
         for k in range(_FOLDS):
             inside, outside = fold == k, fold != k
@@ -422,7 +422,7 @@ class _Trials(NamedTuple):
             return _Trials(ratios, _with_company(missing), which.new_full((len(y),), foreign))
 
         trials = [judged(y, missing, 0)]
-        for index, part in enumerate(torch.arange(y.shape[1]).split(ranks)):
+        for index, part in enumerate(torch.arange(y.shape[1], device=y.device).split(ranks)):
             own = (~missing[:, index]).nonzero().squeeze(1)
             if len(own) > 1:
                 other = y.clone()
