@@ -320,7 +320,9 @@ class LDDU(MultilabelModule):
     def calibrate(self, seen: Mapping[str, Tensor]) -> None:
         """Also learns how far modalities usually contradict each other: 1 in what is written, as in theory."""
         super().calibrate(seen)
-        self.usual_conflict.copy_(seen["conflict"].mean(0).clamp_min(1e-6))
+        conflict = seen["conflict"]
+        compared = (conflict > 0).sum(0).clamp_min(1)  # 0: fewer than two modalities
+        self.usual_conflict.copy_((conflict.sum(0) / compared).clamp_min(1e-6))
 
     # --- Losses ------------------------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from support import HALF, Bad, close, poisoned, record_validate_args, refused
+from support import HALF, Bad, close, no_default_device, poisoned, record_validate_args, refused
 from uncertainty_mm import Conflict, Typicality
 from uncertainty_mm.metrics.functional import auroc
 
@@ -336,3 +336,24 @@ def test_validate_args_reaches_every_check(monkeypatch):
     passed = record_validate_args(monkeypatch)
     module(rows)
     assert passed == [True, True, True]
+
+
+def test_column_of_next_to_nothing_makes_no_nan():
+    """One over its standard deviation is beyond float32, and infinity times 0 is NaN."""
+    rows = draw(50)
+    rows["face"][:, 0] *= 1e-40
+    conflict = fitted(rows)
+    means = conflict.shift.view(3, 1, 2)  # where all rows are the mean
+    assert conflict(dict(zip(NAMES, means, strict=True))).isfinite().all()
+
+
+def test_default_device_does_not_matter_to_the_fit():
+    rows = draw(50)
+    expected, module = fitted(rows), Conflict(dict.fromkeys(NAMES, 2))
+    torch.set_default_device("meta")
+    try:
+        module.fit(rows)
+    finally:
+        no_default_device()
+    close(module.covariance, expected.covariance)
+    close(module.slope, expected.slope)

@@ -485,3 +485,19 @@ def test_foreign_modality_is_told_by_predict_step_alone(build, monkeypatch):
 
 def test_example_is_a_page_to_read(example):
     assert len(getsource(example).splitlines()) <= 420
+
+
+def test_usual_conflict_is_of_samples_with_something_to_compare(example, build, monkeypatch):
+    """The zeros of those with fewer than two modalities would make the others look unusual."""
+    monkeypatch.setattr(example.MultilabelModule, "calibrate", lambda *_: None)
+    model = build()
+    model.calibrate({"conflict": torch.tensor([[2.0] * 4, [4.0] * 4, [0.0] * 4])})
+    assert model.usual_conflict.tolist() == [3] * 4
+
+
+@pytest.mark.parametrize(("dtype", "value"), [(torch.float32, 1e300), (torch.float16, 1e6)])
+def test_ask_refuses_what_its_dtype_cannot_hold(build, dtype, value):
+    model = build().to(dtype)
+    name, dim = next(iter(model.hparams["modality_dims"].items()))
+    with pytest.raises(ValueError, match=rf"`features\['{name}'\]` to be finite"):
+        model.ask({name: torch.full((1, dim), value, dtype=torch.float64)})

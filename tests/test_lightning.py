@@ -12,7 +12,7 @@ from torch import nn
 
 from endurance import same
 from examples_support import QUIET, need_extras, toy
-from support import TORCH_2_6
+from support import TORCH_2_6, no_default_device
 from uncertainty_mm import Conflict, LogitPool, PlattScaling
 from uncertainty_mm._component import states
 from uncertainty_mm.calibration import best_threshold
@@ -270,6 +270,16 @@ def test_the_most_likely_foreign_modality_is_named():
         "audio seems to be of another sample",
         "",
     ]
+
+
+def test_default_device_does_not_matter_to_reasons():
+    outputs = {"foreign": torch.tensor([[0.95, 0.05]])}
+    torch.set_default_device("meta")
+    try:
+        said = rooms.predictions.reasons(outputs, ["audio", "face"], ["happy"])
+    finally:
+        no_default_device()
+    assert said == ["audio seems to be of another sample"]
 
 
 def test_sample_is_asked(lddu, trained):

@@ -268,7 +268,7 @@ class Conflict(FittedComponent):
                     stacklevel=3,  # beyond the decorator
                 )
             return self
-        fold = torch.arange(len(x)) % _FOLDS
+        fold = torch.arange(len(x), device="cpu") % _FOLDS
         tried: list[list[_Trials]] = [[] for _ in _LEAST_EIGENVALUES]
         for k in range(_FOLDS):
             inside, outside = fold == k, fold != k
@@ -395,7 +395,8 @@ def _directions(rows: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     std = (centred.square().sum(0) / count).sqrt()
     # what float32 cannot tell from rounding does not vary
     largest = rows.abs().amax(0) if len(rows) else std
-    weight = torch.where(std > torch.finfo(torch.float32).eps * largest, 1 / std, 0)
+    limits = torch.finfo(torch.float32)
+    weight = torch.where(std > limits.eps * largest, 1 / std, 0).clamp_max(limits.max)
     z = centred * weight
     values, vectors = torch.linalg.eigh(z.T @ z / count)
     values, vectors = values[-rank:], vectors[:, -rank:]
@@ -421,7 +422,7 @@ class _Trials(NamedTuple):
             return _Trials(ratios, _with_company(missing), which.new_full((len(y),), foreign))
 
         trials = [judged(y, missing, 0)]
-        for index, part in enumerate(torch.arange(y.shape[1]).split(ranks)):
+        for index, part in enumerate(torch.arange(y.shape[1], device=y.device).split(ranks)):
             own = (~missing[:, index]).nonzero().squeeze(1)
             if len(own) > 1:
                 other = y.clone()

@@ -286,10 +286,11 @@ class MultilabelModule(Component, L.LightningModule):
                     f"Expected `features[{name!r}]` to have shape (S, {dim}) with S at most {longest[name]}, "
                     f"but got {tuple(x.shape)}"
                 )
-            check_finite(f"features[{name!r}]", x)
             there = len(x) > 0
-            x = x if there else torch.zeros(1, dim)
-            batch[name] = x.to(self.threshold).unsqueeze(0)
+            x = (x if there else torch.zeros(1, dim)).to(self.threshold)
+            # in the dtype of the model, which may have less range
+            check_finite(f"features[{name!r}]", x)
+            batch[name] = x.unsqueeze(0)
             padding[name] = torch.full((1, len(x)), not there, device=self.threshold.device)
         training = self.training
         self.eval()

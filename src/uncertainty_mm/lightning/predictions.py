@@ -32,7 +32,7 @@ def reasons(
     Args:
         outputs: What a model says, of which it reads `missing` (N, M) bool, `typicality` (N, M), the factor by which
             variances grow, `foreign` (N, M), the probability to be of another sample, and `conflict` (N, Q), 1 for what
-            is usual; each may be absent.
+            is usual; any may be absent, but not all.
         modalities: Names of the M modalities.
         label_names: Names of the Q labels.
 
@@ -42,11 +42,12 @@ def reasons(
         ['audio missing; face unlike the training data, left out mostly']
     """
     some = next(iter(outputs.values()))
-    nothing = torch.zeros(len(some), len(modalities))
+    nothing = torch.zeros(len(some), len(modalities), device=some.device)
     missing, factor = outputs.get("missing", nothing).bool(), outputs.get("typicality", nothing)
     foreign = outputs.get("foreign", nothing)
-    largest = foreign.argmax(1, keepdim=True) == torch.arange(len(modalities))
-    conflict = outputs.get("conflict", torch.zeros(len(some), len(label_names)))
+    position = torch.arange(len(modalities), device=some.device)
+    largest = foreign.argmax(1, keepdim=True) == position
+    conflict = outputs.get("conflict", nothing.new_zeros(len(some), len(label_names)))
     said: list[list[str]] = [[] for _ in range(len(some))]
     for words, rows, names in (
         ("{} missing", missing, modalities),
