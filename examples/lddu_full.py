@@ -196,7 +196,6 @@ class LDDU(MultilabelModule):
             "modality": modality_weight,
             "kl": kl_weight,
         }
-
         # Section 3.2: features of every modality -> linear, positions, Transformer layers
         self.encoder = nn.ModuleDict()
         for name, dim in modality_dims.items():
@@ -318,11 +317,10 @@ class LDDU(MultilabelModule):
         return {**super().observed(output), "conflict": output.conflict}
 
     def calibrate(self, seen: Mapping[str, Tensor]) -> None:
-        """Also learns how far modalities usually contradict each other: 1 in what is written, as in theory."""
+        """Also learns how far modalities usually contradict each other, the unit of what is written."""
         super().calibrate(seen)
-        conflict = seen["conflict"]
-        compared = (conflict > 0).sum(0).clamp_min(1)  # 0: fewer than two modalities
-        self.usual_conflict.copy_((conflict.sum(0) / compared).clamp_min(1e-6))
+        compared = (seen["conflict"] > 0).sum(0).clamp_min(1)  # 0: fewer than two modalities
+        self.usual_conflict.copy_((seen["conflict"].sum(0) / compared).clamp_min(1e-6))
 
     # --- Losses ------------------------------------------------------------------------------------------------------
 
