@@ -109,8 +109,8 @@ def verdict(found: Mapping[str, Interval]) -> str:
     """What the intervals of :func:`paired_bootstrap` say of our method, in a word.
 
     `"behind"` where one of them excludes 0 to our disadvantage; `"ahead"` where one excludes 0 in our favour and the
-    other stays within its margin (:data:`MARGINS`); `"level"` where both stay within; else `"open"`: the test set is too
-    small to tell.
+    other stays within its margin (:data:`MARGINS`); `"level"` where both stay within; else `"open"`: the test set is
+    too small to tell.
     """
     f1, brier = found["miF1"], found["Brier"]
     if f1.high < 0 or brier.low > 0:
