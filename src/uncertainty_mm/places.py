@@ -125,7 +125,7 @@ class PlaceClassifier(Component):
         some = next(iter(features.values()))
         said = []
         for name, read in self.reads.items():
-            x = features.get(name, some.new_zeros(len(some), 0, self.modality_dims[name]))
+            x = features.get(name, some.new_zeros(some.shape[0], 0, self.modality_dims[name]))
             mask = None if padding_mask is None else padding_mask.get(name)
             if mask is None or name not in features:
                 mask = x.new_zeros(x.shape[:2], dtype=torch.bool)
@@ -137,7 +137,7 @@ class PlaceClassifier(Component):
                 check_finite(f"features[{name!r}]", x, mask.unsqueeze(2))
             said.append(read(x, mask))
         if factor is not None:
-            sizes = {"B": len(some), "M": len(said)}
+            sizes = {"B": some.shape[0], "M": len(said)}
             check_tensor("factor", factor, "floating", "B M", sizes, some.device)
             if checks_values(factor, self.validate_args) and not (factor > 0).all():
                 wrong = factor[~(factor > 0)][0].item()

@@ -472,8 +472,10 @@ def _summary(x: Tensor, valid: Tensor, step: _Whitening) -> Tensor:
     variance = (z - mean.unsqueeze(1)).masked_fill(~kept, 0).square().sum(1) / count
     size = z.square().sum((1, 2)).unsqueeze(1) / (count * dim)
     distance = step.length(z).sum(1, keepdim=True) / (count * dim)
-    pairs = valid[:, 1:] & valid[:, :-1]
-    change = (z[:, 1:] - z[:, :-1]).masked_fill(~pairs.unsqueeze(2), 0).square().sum((1, 2))
+    # Rolled, not sliced: a program exported with slices refuses sequences of one or two steps.
+    later = torch.arange(z.shape[1], device=z.device) > 0
+    pairs = valid & valid.roll(1, 1) & later
+    change = (z - z.roll(1, 1)).masked_fill(~pairs.unsqueeze(2), 0).square().sum((1, 2))
     roughness = change.unsqueeze(1) / (pairs.sum(1, keepdim=True).clamp_min(1) * dim)
     logarithms = [
         0.5 * (square + least).log()
