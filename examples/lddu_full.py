@@ -256,7 +256,7 @@ class LDDU(MultilabelModule):
         modality_logits = torch.einsum("bmqk,mk->bmq", latent.mean, self.modality_readout)
         modality_logits = modality_logits + self.modality_bias
         # What is unlike the training data counts less in all three predictions
-        factor, conflict = torch.ones_like(missing, dtype=z.dtype), z.new_zeros(z.shape[0], z.shape[2])
+        factor, conflict = torch.ones_like(missing, dtype=z.dtype), torch.zeros_like(z[:, 0, :, 0])
         if not self.training:
             conflict = reduced_chi2(latent.mean, latent.std, missing)
             if self.use_typicality:
