@@ -209,6 +209,39 @@ def test_earlier_file_survives_a_death_while_the_next_is_written(tmp_path, monke
     assert list(path.parent.iterdir()) == [path]
 
 
+class Linear(rooms.MultilabelModule):
+    """As simple as a model can be: the mean step of one modality."""
+
+    def __init__(self, label_names, **training):
+        super().__init__(label_names, **training)
+        self.linear = nn.Linear(3, len(label_names))
+
+    def forward(self, features, padding_mask):
+        return SimpleNamespace(logits=self.linear(features["a"].mean(1)))
+
+    def training_step(self, batch, batch_idx):
+        return self(batch.features, batch.padding_mask).logits.square().mean()
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+def test_calibration_counts_groups_whoever_loads_the_data(tmp_path, grouped):
+    """Without a data module of ours, or any; samples of a group count as one."""
+    groups = {"groups": np.arange(90) // 10} if grouped else {}
+    parts = rooms.MultimodalDataModule(toy(tmp_path / "data.npz", **groups)).parts
+    model = Linear(["happy", "sad", "fear"])
+    loaders = [parts[split].loader(8) for split in ("train", "validation")]
+    trainer_with(max_epochs=1).fit(model, *loaders)
+    part = parts["validation"]
+    assert (part.groups is not None) == grouped
+    with torch.no_grad():
+        logits = model(part.features, part.padding_mask).logits
+    fitted = PlattScaling(3).fit(logits, part.labels, groups=part.groups)
+    torch.testing.assert_close(model.calibration.scale, fitted.scale, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model.calibration.shift, fitted.shift, rtol=1e-4, atol=1e-5)
+    other = PlattScaling(3).fit(logits, part.labels)
+    assert torch.allclose(other.scale, fitted.scale, rtol=1e-3) != grouped
+
+
 def test_calibration_and_thresholds_travel_with_the_checkpoint(lddu, trained):
     """They are what the validation split asks for, and are there after `load`."""
     model = lddu.load(trained.ckpt)

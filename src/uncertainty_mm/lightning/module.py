@@ -180,8 +180,10 @@ class MultilabelModule(Component, L.LightningModule):
             seen: What was :meth:`observed`, with `labels`, `unknown` and `indices`, of all samples.
         """
         labels, unknown = seen["labels"], seen["unknown"] > 0.5
-        data = getattr(self.trainer, "datamodule", None)
-        groups = None if data is None else data.part("validation").groups
+        data = getattr(
+            self.trainer.val_dataloaders, "dataset", None
+        )  # anybody's, with groups or not
+        groups = getattr(data, "groups", None)
         groups = None if groups is None else groups.to(labels.device)[seen["indices"].long()]
         logits = self.pool.fit(seen["logits"], labels, unknown, groups=groups)(seen["logits"])
         self.calibration.fit(logits, labels, unknown, groups=groups)
