@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from support import HALF, Bad, close, gradient, no_default_device, poisoned, refused
 from uncertainty_mm import PlattScaling
-from uncertainty_mm.calibration import best_threshold
+from uncertainty_mm.calibration import best_threshold, expected_threshold
 
 LABELS = 3
 SCALE = torch.tensor([0.3, 1.0, 2.5]).double()
@@ -263,6 +263,7 @@ def test_default_device_does_not_matter():
         torch.set_default_device("meta")
         module.fit(logits, labels)
         assert torch.equal(best_threshold(logits.sigmoid(), labels), threshold)
+        assert expected_threshold(logits.sigmoid()).device == logits.device
     finally:
         no_default_device()
     assert torch.equal(module.scale, expected.scale)
@@ -340,6 +341,38 @@ def test_best_threshold_leaves_out_nan_and_smooth_labels_are_cut_where_values_ar
     assert torch.equal(actual, best_threshold(probs, labels, bad))
 
 
+@given(seed=st.integers(0, 2**16), samples=st.integers(0, 9), per_label=st.booleans())
+def test_expected_threshold_is_half_of_the_best_expected_f1(seed, samples, per_label):
+    torch.manual_seed(seed)
+    probs, unknown = torch.rand(samples, LABELS), torch.rand(samples, LABELS) < 0.3
+    columns, found = range(LABELS), []
+    for group in [[q] for q in columns] if per_label else [list(columns)]:
+        known = [float(probs[i, q]) for q in group for i in range(samples) if not unknown[i, q]]
+        scores = []
+        for cut in known:  # who is at least as likely
+            chosen = [p for p in known if p >= cut]
+            scores.append(2 * sum(chosen) / (len(chosen) + sum(known)))
+        found.append(max(scores) / 2 if scores else 0.5)
+    close(expected_threshold(poisoned(probs, unknown), unknown, per_label=per_label), found)
+
+
+@pytest.mark.parametrize("per_label", [False, True])
+def test_expected_threshold_is_near_the_best_one_of_labels_drawn_from_the_probabilities(per_label):
+    torch.manual_seed(0)
+    probs = torch.rand(100_000, LABELS) ** torch.tensor([1.0, 2.0, 4.0])
+    labels = (torch.rand_like(probs) < probs).int()
+    expected = best_threshold(probs, labels, per_label=per_label)
+    assert (expected_threshold(probs, per_label=per_label) - expected).abs().max() < 0.02
+
+
+def test_expected_threshold_of_nothing_and_of_zeros():
+    close(expected_threshold(torch.rand(4, LABELS), torch.ones(4, LABELS).bool()), [0.5])
+    probs = torch.tensor([[0.0, 1.0], [0.0, 1.0]])
+    close(expected_threshold(probs, per_label=True), [0.5, 0.5])
+    nan = torch.tensor([[math.nan, 0.8]])
+    close(expected_threshold(nan, validate_args=False), expected_threshold(nan[:, 1:]))
+
+
 # ---------------------------------------------------------------------------------------- precision
 
 
@@ -378,7 +411,16 @@ def cut(probs=ONES, labels=ONES, unknown=None, **settings):
     return lambda _: best_threshold(probs, labels, unknown, **settings)
 
 
+def expect(probs=ONES, unknown=None, **settings):
+    return lambda _: expected_threshold(probs, unknown, **settings)
+
+
 BAD = [
+    bad("expect: 2", expect(2 * ONES), r"`probs` .*, but got 2.0"),
+    bad("expect: labels", expect(ONES.int()), "`probs` .*, but got torch.int32", TypeError),
+    bad("expect: other", expect(unknown=ONES[:2].bool()), r"`unknown` .*, but got \(2, 3\)"),
+    bad("expect: 1", expect(per_label=1), "`per_label` .* got 1", TypeError),
+    bad("expect: check", expect(validate_args=0), "`validate_args` .* got 0", TypeError),
     bad("no label", lambda _: PlattScaling(0), "`num_labels` .*, but got 0"),
     bad("names", lambda _: PlattScaling(["a"]), r"`num_labels` .*, but got \['a'\]", TypeError),
     bad("per_label 1", lambda _: PlattScaling(3, per_label=1), "`per_label` .* got 1", TypeError),

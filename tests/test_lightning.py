@@ -15,7 +15,7 @@ from examples_support import QUIET, need_extras, toy
 from support import TORCH_2_6, no_default_device
 from uncertainty_mm import Conflict, LogitPool, PlattScaling
 from uncertainty_mm._component import states
-from uncertainty_mm.calibration import best_threshold
+from uncertainty_mm.calibration import best_threshold, expected_threshold
 from uncertainty_mm.data import MultimodalBatch, MultimodalDataset
 
 need_extras()
@@ -258,12 +258,10 @@ def test_calibration_and_thresholds_travel_with_the_checkpoint(lddu, trained):
         found, wanted = getattr(model.calibration, name), getattr(fitted, name)
         torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
     assert not torch.allclose(fitted.scale, torch.ones(3), atol=1e-3)
-    for name, probs in (
-        ("threshold", fitted(logits).sigmoid()),
-        ("raw_threshold", logits.sigmoid()),
-    ):
-        wanted = best_threshold(probs, part.labels, per_label=True)
-        torch.testing.assert_close(getattr(model, name), wanted)
+    wanted = expected_threshold(fitted(logits).sigmoid(), per_label=True)
+    torch.testing.assert_close(model.threshold, wanted, rtol=1e-3, atol=1e-4)
+    raw = best_threshold(logits.sigmoid(), part.labels, per_label=True)
+    torch.testing.assert_close(model.raw_threshold, raw)
     assert not torch.equal(model.threshold, model.raw_threshold)
     same(model.state_dict(), trained.model.state_dict())
 
@@ -603,6 +601,38 @@ def test_losses_of_known_labels(lddu):
     assert rooms.masked_mean(torch.arange(4.0), None) == 1.5
 
 
+def test_the_latest_step_within_one_standard_error_of_the_best_is_kept():
+    generator = torch.Generator().manual_seed(0)
+    base, noise = torch.rand(50, generator=generator), torch.randn(50, generator=generator)
+    noise = (noise - noise.mean()) / noise.std() / 50**0.5  # one standard error is 1/50
+    rule = rooms.OneStandardError()
+    assert rule.update(1, base) == 1
+    assert rule.update(2, base + 0.019 + noise) == 2
+    assert rule.update(3, base + 0.021 + noise) == 2
+    resumed = rooms.OneStandardError()
+    resumed.load_state_dict(rule.state_dict())
+    for each in (rule, resumed):
+        assert each.update(4, base - 0.1) == 4  # now the best
+        assert each.update(5, base) == 4
+        assert each.update(6, base[:9]) == 6  # other samples, so another training
+        assert each.update(2, base[:9] + 1) == 2
+    assert rooms.OneStandardError().update(1, base[:0]) == -1
+
+
+def test_one_sample_says_nothing_of_chance():
+    rule = rooms.OneStandardError()
+    assert [rule.update(i, torch.tensor([x])) for i, x in enumerate((1.0, 1.1, 0.9))] == [0, 0, 2]
+
+
+def test_losses_of_a_group_count_as_one():
+    from uncertainty_mm.lightning.selection import mean_by
+
+    losses, groups = torch.tensor([1.0, 2.0, math.nan, 6.0]), torch.tensor([7, 7, 7, 3])
+    assert sorted(mean_by(groups, losses).tolist()) == [1.5, 6.0]
+    assert mean_by(None, losses).tolist() == [1.0, 2.0, 6.0]
+    assert len(mean_by(groups[:0], losses[:0])) == 0
+
+
 class Pooled(rooms.MultilabelModule):
     """Anybody's model: one linear layer on the mean of what is there."""
 
@@ -639,7 +669,7 @@ def test_any_model_is_trained_tested_and_predicts(data, tmp_path):
     assert [row["epoch"] for row in history.rows] == list(range(8))
     assert history.rows[-1]["loss/total"] < history.rows[0]["loss/total"]
     header, *_ = (tmp_path / "metrics.csv").read_text().splitlines()
-    assert header == "epoch,loss/total,val/cls,val/miF1,val/nll"
+    assert header == "epoch,loss/total,val/chosen,val/cls,val/miF1,val/nll"
     trainer.test(model, data, verbose=False)
     assert list(model.results["modalities"]) == ["a + b", "a", "b", "none"]
     tested, model.by_modality = model.results, False

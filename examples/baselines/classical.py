@@ -18,7 +18,7 @@ from sklearn.multioutput import ClassifierChain
 from torch import Tensor
 
 from uncertainty_mm._files import replacing
-from uncertainty_mm.calibration import best_threshold
+from uncertainty_mm.calibration import expected_threshold
 from uncertainty_mm.data import MultimodalDataset
 from uncertainty_mm.examples.baselines.networks import PooledMLP
 from uncertainty_mm.lightning import PredictionWriter
@@ -134,7 +134,7 @@ class Fitted(NamedTuple):
             found
         ).sigmoid()
         per_label = self.network.hparams["thresholds"] == "label"
-        self.threshold.copy_(best_threshold(probs, *known, per_label=per_label))
+        self.threshold.copy_(expected_threshold(probs, validation.unknown, per_label=per_label))
         return evaluate(probs, validation.labels, self.threshold, validation.unknown)["miF1"] or 0.0
 
     def predict(self, data: MultimodalDataset, batch_size: int = 256) -> dict[str, Tensor]:

@@ -518,7 +518,7 @@ def label_correlation(
 
 def training_curves(
     rows: Sequence[Mapping[str, float]],
-    panels: Sequence[Sequence[str]] = (("loss/cls", "loss/dir", "val/cls"), ("val/miF1",)),
+    panels: Sequence[Sequence[str]] = (("loss/cls", "loss/dir", "val/nll"), ("val/miF1",)),
     *,
     ax: Sequence[Axes] | AxesArray | None = None,
 ) -> AxesArray:

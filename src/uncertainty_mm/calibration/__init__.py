@@ -9,7 +9,7 @@ from uncertainty_mm.calibration.isotonic import IsotonicCalibration
 from uncertainty_mm.calibration.platt import PlattScaling
 from uncertainty_mm.calibration.pool import LogitPool
 from uncertainty_mm.calibration.temperature import TemperatureScaling
-from uncertainty_mm.calibration.threshold import best_threshold
+from uncertainty_mm.calibration.threshold import best_threshold, expected_threshold
 
 __all__ = [
     "BetaCalibration",
@@ -19,4 +19,5 @@ __all__ = [
     "PlattScaling",
     "TemperatureScaling",
     "best_threshold",
+    "expected_threshold",
 ]

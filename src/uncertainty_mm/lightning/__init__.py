@@ -21,6 +21,7 @@ from uncertainty_mm.lightning.module import (
     mean_over_known,
 )
 from uncertainty_mm.lightning.predictions import PredictionWriter
+from uncertainty_mm.lightning.selection import OneStandardError
 
 __all__ = [
     "DeterministicDropout",
@@ -29,6 +30,7 @@ __all__ = [
     "MovableCheckpoint",
     "MultilabelModule",
     "MultimodalDataModule",
+    "OneStandardError",
     "Patience",
     "PredictionWriter",
     "UsageError",

@@ -32,7 +32,7 @@ from matplotlib.figure import Figure
 import uncertainty_mm
 from uncertainty_mm import plots
 from uncertainty_mm._files import replacing
-from uncertainty_mm.calibration import best_threshold
+from uncertainty_mm.calibration import expected_threshold
 from uncertainty_mm.lightning.callbacks import DeterministicDropout, FiniteGuard, History
 from uncertainty_mm.lightning.checkpoints import (
     MovableCheckpoint,
@@ -306,7 +306,8 @@ class ModelCLI(LightningCLI):
                 MovableCheckpoint(
                     resumed,
                     "best",
-                    monitor="val/nll",
+                    monitor="val/chosen",
+                    mode="max",  # a later step was chosen
                     enable_version_counter=False,
                 ),
                 MovableCheckpoint(
@@ -457,8 +458,7 @@ class ModelCLI(LightningCLI):
         results |= best.results
         if data.bayes and not options.trainer.fast_dev_run:  # what no model can surpass
             per_label = best.hparams["thresholds"] == "label"
-            validation = data.bayes["validation"], data.part("validation").labels
-            threshold = best_threshold(*validation, per_label=per_label)
+            threshold = expected_threshold(data.bayes["validation"], per_label=per_label)
             results["Bayes"] = evaluate(data.bayes["test"], data.part("test").labels, threshold)
         print_results(results)
         if self.folder is not None:

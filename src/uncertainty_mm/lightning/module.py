@@ -17,9 +17,15 @@ from torchmetrics import CatMetric
 
 from uncertainty_mm._checks import check_finite
 from uncertainty_mm._component import Component, states
-from uncertainty_mm.calibration import LogitPool, PlattScaling, best_threshold
+from uncertainty_mm.calibration import (
+    LogitPool,
+    PlattScaling,
+    best_threshold,
+    expected_threshold,
+)
 from uncertainty_mm.data import MultimodalBatch, MultimodalDataset
 from uncertainty_mm.lightning.checkpoints import UsageError, read_checkpoint
+from uncertainty_mm.lightning.selection import OneStandardError, mean_by
 from uncertainty_mm.metrics.functional import evaluate, predictive_entropy
 
 
@@ -29,8 +35,9 @@ class MultilabelModule(Component, L.LightningModule):
     A subclass defines `forward(features, padding_mask)`, which returns an object with `logits` (B, Q), and
     `training_step`; :meth:`details` may add what explains a prediction. In every validation of a fit several
     predictions of one model (:meth:`experts`) are pooled, the logits calibrated and thresholds fitted, before their
-    cross-entropy `val/nll` picks the checkpoint; all of that is state, saved with the model. Hyper-parameters are plain
-    values, so a checkpoint loads without running code from it.
+    cross-entropy `val/nll` picks the checkpoint, the latest that is as good as the best one
+    (:class:`~uncertainty_mm.lightning.OneStandardError`); `val/chosen` is the step it was picked at. All of that is
+    state, saved with the model. Hyper-parameters are plain values, so a checkpoint loads without running code from it.
 
     Args:
         label_names: Names of the Q labels.
@@ -89,6 +96,7 @@ class MultilabelModule(Component, L.LightningModule):
         self._keep(threshold=torch.full((size,), 0.5), raw_threshold=torch.full((size,), 0.5))
         self.by_modality = True
         self.results: dict[str, Any] = {}
+        self._selection = OneStandardError()
         self._seen: dict[str, CatMetric] = {}
 
     def part(self, name: str, options: Mapping[str, Any], *sizes: Any) -> Any:
@@ -180,19 +188,22 @@ class MultilabelModule(Component, L.LightningModule):
             seen: What was :meth:`observed`, with `labels`, `unknown` and `indices`, of all samples.
         """
         labels, unknown = seen["labels"], seen["unknown"] > 0.5
-        data = getattr(
-            self.trainer.val_dataloaders, "dataset", None
-        )  # anybody's, with groups or not
-        groups = getattr(data, "groups", None)
-        groups = None if groups is None else groups.to(labels.device)[seen["indices"].long()]
+        groups = self._groups_of(seen)
         logits = self.pool.fit(seen["logits"], labels, unknown, groups=groups)(seen["logits"])
         self.calibration.fit(logits, labels, unknown, groups=groups)
         per_label = self.hparams["thresholds"] == "label"
-        for name, probs in (
-            ("threshold", self.calibration(logits).sigmoid()),
-            ("raw_threshold", logits.sigmoid()),
-        ):
-            getattr(self, name).copy_(best_threshold(probs, labels, unknown, per_label=per_label))
+        probs = self.calibration(logits).sigmoid()
+        self.threshold.copy_(expected_threshold(probs, unknown, per_label=per_label))
+        raw = best_threshold(logits.sigmoid(), labels, unknown, per_label=per_label)
+        self.raw_threshold.copy_(raw)
+
+    def _groups_of(self, seen: Mapping[str, Tensor]) -> Tensor | None:
+        """Groups of the samples of a validation (N,), if its data set, anybody's, has some."""
+        data = getattr(self.trainer.val_dataloaders, "dataset", None)
+        groups: Tensor | None = getattr(data, "groups", None)
+        if groups is None:
+            return None
+        return groups.to(seen["indices"].device)[seen["indices"].long()]
 
     def on_validation_epoch_end(self) -> None:
         """Calibrates, during a fit; then measures."""
@@ -206,7 +217,15 @@ class MultilabelModule(Component, L.LightningModule):
         row = evaluate(calibrated.sigmoid(), labels, self.threshold, unknown)
         self.results = {"validation": row}
         # It picks the checkpoint: a mean over all labels, which says more than counts of those on the right side.
-        self.log("val/nll", masked_bce(calibrated, labels.float(), unknown), prog_bar=True)
+        target = labels.masked_fill(unknown, 0)
+        each = F.binary_cross_entropy_with_logits(calibrated.float(), target, reduction="none")
+        losses = each.masked_fill(unknown, torch.nan).nanmean(1)
+        order, groups = seen["indices"].argsort(stable=True), self._groups_of(seen)
+        losses = mean_by(None if groups is None else groups[order], losses[order])
+        self.log("val/nll", losses.mean() if len(losses) else 0.0, prog_bar=True)
+        if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
+            chosen = self._selection.update(self.trainer.global_step, losses)
+            self.log("val/chosen", float(chosen))
         self.log("val/miF1", row["miF1"] or 0.0, prog_bar=True)
 
     def on_test_start(self) -> None:
@@ -312,6 +331,12 @@ class MultilabelModule(Component, L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Saves the state of this module also where a callback saves averaged weights in its place."""
         checkpoint["state_dict"] |= states(self)
+        checkpoint["selection"] = self._selection.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Goes on with the choice of the checkpoint."""
+        if "selection" in checkpoint:
+            self._selection.load_state_dict(checkpoint["selection"])
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> MultilabelModule:

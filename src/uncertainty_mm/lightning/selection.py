@@ -1,0 +1,84 @@
+"""Which checkpoint to keep: :class:`OneStandardError`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+
+class OneStandardError:
+    r"""Keeps the latest step of a training that is not worse than the best one by more than one standard error.
+
+    A few hundred validation samples cannot tell neighbouring epochs apart, so the lowest mean loss belongs to a lucky
+    epoch, often one before the learning rate has come down. The rule of one standard error (Breiman et al. 1984) asks
+    whether a difference is more than chance: with losses :math:`\ell_n` now and :math:`b_n` at the best step so far,
+
+    .. math::
+        \operatorname{mean}(\ell - b) \le \operatorname{std}(\ell - b) / \sqrt N
+
+    Attributes:
+        chosen: The step that is kept so far, -1 before the first.
+
+    Example:
+        >>> import torch
+        >>> rule = OneStandardError()
+        >>> rule.update(10, torch.tensor([0.5, 0.3, 0.4]))
+        10
+        >>> rule.update(20, torch.tensor([0.6, 0.2, 0.5]))  # worse by 0.03 with a standard error of 0.07
+        20
+        >>> rule.update(30, torch.tensor([0.7, 0.5, 0.6]))  # worse by 0.2 with a standard error of 0
+        20
+    """
+
+    def __init__(self) -> None:
+        self.chosen = -1
+        self._latest = -1
+        self._best: Tensor | None = None
+
+    def update(self, step: int, losses: Tensor) -> int:
+        """Compares a step with the best one so far.
+
+        Args:
+            step: Number of the step; one that is not later than the latest begins a new training.
+            losses: Tensor (N,), a loss for each validation sample or group, in the same order at every step.
+
+        Returns:
+            The step to keep.
+        """
+        losses = losses.detach().cpu().double()
+        if step <= self._latest or (self._best is not None and len(self._best) != len(losses)):
+            self._best = None
+        self._latest = step
+        if not len(losses):
+            return self.chosen
+        if self._best is None or losses.mean() < self._best.mean():
+            self.chosen, self._best = step, losses
+        else:
+            excess = losses - self._best
+            error = excess.std() / len(excess) ** 0.5 if len(excess) > 1 else 0.0
+            if excess.mean() <= error:
+                self.chosen = step
+        return self.chosen
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed training needs."""
+        return {"chosen": self.chosen, "latest": self._latest, "best": self._best}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Goes on from a :meth:`state_dict`."""
+        self.chosen, self._latest = state_dict["chosen"], state_dict["latest"]
+        self._best = state_dict["best"]
+
+
+def mean_by(groups: Tensor | None, values: Tensor) -> Tensor:
+    """Means of values (N,) over the samples of each group, NaN left out; without groups what is not NaN."""
+    known = ~values.isnan()
+    values = values[known]
+    if groups is None:
+        return values
+    which = groups[known].unique(return_inverse=True)[1]
+    total = values.new_zeros(int(which.max()) + 1 if len(which) else 0)
+    means: Tensor = total.index_add(0, which, values) / which.bincount()
+    return means
