@@ -209,6 +209,7 @@ def test_column_that_never_varied_says_nothing(offset):
     assert torch.equal(module.log_ratios(rows), before)
 
 
+@pytest.mark.filterwarnings("ignore:.*fewer than the .* directions")
 @pytest.mark.parametrize("samples", [2, 3, 7, 40])
 @pytest.mark.parametrize("kind", ["all equal", "equal modalities", "bits", "many columns", "huge"])
 def test_no_data_raise_or_blow_up(kind, samples):
@@ -264,6 +265,11 @@ def test_nothing_in_common_is_not_fitted(names):
     assert torch.equal(
         module.log_ratios(rows if len(names) > 1 else some), torch.zeros(9, len(names))
     )
+
+
+def test_fewer_samples_than_directions_are_said_to_be_few():
+    with pytest.warns(UserWarning, match="5 samples with two modalities, fewer than the 6 direct"):
+        Conflict(dict.fromkeys(NAMES, 2)).fit(draw(5))
 
 
 def test_fit_starts_anew_and_reset_forgets():

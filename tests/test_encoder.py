@@ -207,6 +207,15 @@ def test_size_does_not_overflow_in_half_precision(dtype):
 
 
 @pytest.mark.long
+def test_features_beyond_the_root_of_the_largest_number_are_finite():
+    x = torch.full((2, 5, DIM), torch.finfo(torch.float32).max)
+    encoder = build()
+    encoded = encoder(x, torch.zeros(2, 5, dtype=torch.bool))
+    encoded.sum().backward()
+    assert encoded.isfinite().all()
+    assert all(x.grad is None or x.grad.isfinite().all() for x in encoder.parameters())
+
+
 @pytest.mark.parametrize("make", [standardized, lambda: PlaceReads(DIM, LONGEST)])
 def test_compiles_whole_for_any_batch(make):
     encoder = make()

@@ -168,6 +168,11 @@ def test_large_logits_in_half_precision(dtype):
 # ------------------------------------------------------------------------------------- what is not known
 
 
+def test_weights_rounded_to_half_precision_still_sum_to_one():
+    pool = LogitPool(3, 1).bfloat16()  # 1/3 is 0.334 there
+    close(pool(torch.full((2, 3, 1), 30.0)), [[30.0], [30.0]])
+
+
 @pytest.mark.parametrize("wrong", [math.nan, -1.0])
 def test_fit_with_unknown_samples_is_that_of_the_rest(wrong):
     logits, labels = simulate(60)

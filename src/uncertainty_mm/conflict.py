@@ -248,7 +248,8 @@ class Conflict(FittedComponent):
 
         Returns:
             The module itself. If no two samples have two modalities it is not fitted, and says the prior; a warning
-            says so unless there is but one modality, which is never in conflict.
+            says so unless there is but one modality, which is never in conflict. A warning also says so where there are
+            fewer samples than directions, whose covariance is then mostly a guess.
 
         Raises:
             ValueError: If shapes, devices or names disagree, or a row is not finite; what was fitted before is then
@@ -268,6 +269,12 @@ class Conflict(FittedComponent):
                     stacklevel=3,  # beyond the decorator
                 )
             return self
+        if company.sum() < sum(ranks):
+            warnings.warn(
+                f"`rows` hold {int(company.sum())} samples with two modalities, fewer than the {sum(ranks)} directions "
+                "that are compared: what it says is unreliable; `num_directions` can be lower",
+                stacklevel=3,
+            )
         fold = torch.arange(len(x), device="cpu") % _FOLDS
         tried: list[list[_Trials]] = [[] for _ in _LEAST_EIGENVALUES]
         for k in range(_FOLDS):

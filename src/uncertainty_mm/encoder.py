@@ -267,6 +267,7 @@ class SequenceEncoder(Component):
         embedded = F.embedding(step, self.positions)
         if self.size is not None:
             features = features.to(torch.promote_types(features.dtype, torch.float32))
+            features = features.clamp(-1e15, 1e15)  # whose squares can be added
             square = steps.unpack(features.square().mean(1, keepdim=True))
             valid = (~padding).unsqueeze(2)
             size = ((square * valid).sum(1) / valid.sum(1).clamp_min(1)).clamp_min(1e-6).sqrt()

@@ -90,7 +90,9 @@ class LogitPool(Component):
             TypeError: If the dtype is wrong.
         """
         logits = checked_input(self, "logits", logits, self.weight, "B E Q")
-        return (self.weight.to(logits.device).unsqueeze(1) * logits).sum(1)
+        weight = self.weight.to(logits)
+        weight = weight / weight.sum()  # which rounding of the state to half precision had moved
+        return (weight.unsqueeze(1) * logits).sum(1)
 
     @torch.no_grad()
     def fit(

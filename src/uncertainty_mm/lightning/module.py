@@ -313,11 +313,12 @@ class MultilabelModule(Component, L.LightningModule):
             check_finite(f"features[{name!r}]", x)
             batch[name] = x.unsqueeze(0)
             padding[name] = torch.full((1, len(x)), not there, device=self.threshold.device)
-        training = self.training
+        training = [part for part in self.modules() if part.training]
         self.eval()
         empty = MultimodalBatch(batch, padding, torch.zeros(1, 0), torch.zeros(1).long())
         answer = self.predict_step(empty, 0)
-        self.train(training)
+        for part in training:
+            part.training = True
         answer["predicted"] = answer["probs"] > self.threshold
         return {key: value[0] for key, value in answer.items()}
 
