@@ -293,14 +293,16 @@ def test_one_modality_is_never_foreign(lddu, tmp_path):
 
 
 def test_the_most_likely_foreign_modality_is_named():
-    foreign = torch.tensor([[0.05, 0.91], [0.9, 0.1], [0.95, 0.05], [0.45, 0.45]])
+    foreign = torch.tensor([[0.05, 0.91], [0.9, 0.1], [0.95, 0.05], [0.48, 0.48]])
     said = rooms.predictions.reasons({"foreign": foreign}, ["audio", "face"], ["happy"])
     assert said == [
         "face seems to be of another sample",
-        "",
+        "one of the modalities seems to be of another sample",
         "audio seems to be of another sample",
-        "",
+        "one of the modalities seems to be of another sample",
     ]
+    unsure = torch.tensor([[0.3, 0.3], [0.0, 0.0]])
+    assert rooms.predictions.reasons({"foreign": unsure}, ["audio", "face"], []) == ["", ""]
 
 
 def test_default_device_does_not_matter_to_reasons():

@@ -46,14 +46,16 @@ def reasons(
     missing, factor = outputs.get("missing", nothing).bool(), outputs.get("typicality", nothing)
     foreign = outputs.get("foreign", nothing)
     position = torch.arange(len(modalities), device=some.device)
-    largest = foreign.argmax(1, keepdim=True) == position
+    named = (foreign.argmax(1, keepdim=True) == position) & (foreign > FOREIGN)
+    unnamed = (foreign.sum(1, keepdim=True) > FOREIGN) & ~named.any(1, keepdim=True)
     conflict = outputs.get("conflict", nothing.new_zeros(len(some), len(label_names)))
     said: list[list[str]] = [[] for _ in range(len(some))]
     for words, rows, names in (
         ("{} missing", missing, modalities),
         ("{} unlike the training data, counts less", (factor > 1) & (factor < 2), modalities),
         ("{} unlike the training data, left out mostly", factor >= 2, modalities),
-        ("{} seems to be of another sample", largest & (foreign > FOREIGN), modalities),
+        ("{} seems to be of another sample", named, modalities),
+        ("{} seems to be of another sample", unnamed, ["one of the modalities"]),
         ("modalities contradict each other about {}", conflict > UNUSUAL, label_names),
     ):
         for sample, index in rows.nonzero().tolist():
