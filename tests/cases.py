@@ -20,6 +20,7 @@ import uncertainty_mm as umm
 from uncertainty_mm import functional
 from uncertainty_mm.beliefs import BeliefRule
 from uncertainty_mm.data import MultimodalBatch
+from uncertainty_mm.decisions import DecisionRule
 from uncertainty_mm.encoder import PlaceReads, SequenceEncoder
 from uncertainty_mm.metrics import functional as measures
 from uncertainty_mm.places import PlaceClassifier
@@ -166,6 +167,11 @@ def draw_latent(sizes):
 
 def draw_evidence(sizes):
     return 4 * torch.rand(sizes.batch, sizes.modalities, sizes.labels, 2)
+
+
+def draw_decisions(sizes):
+    shape = (sizes.batch, sizes.modalities, sizes.labels)
+    return 2 * torch.randn(shape), *(0.1 + 0.8 * torch.rand(2, *shape)), draw_missing(sizes)
 
 
 def draw_scores(sizes):
@@ -400,6 +406,40 @@ def plain_belief(module, evidence, missing):
     strength = 2 + fused.sum(-1)
     largest = torch.stack([*conflict.values()]).amax(0)
     return fused, (fused[..., 0] + 1) / strength, 2 / strength, largest
+
+
+def plain_decision(module, logits, std, confidence, missing):
+    """One sample after the other, without what is missing."""
+    results = []
+    for x, s, c, left_out in zip(logits, std, confidence, missing, strict=True):
+        weights, kept = 0 * (x + s + c), ~left_out
+        if not kept.any():
+            results.append((weights.sum(0), weights, weights.sum(0)))
+            continue
+        x, s, c = x[kept], s[kept], c[kept]
+        scores, number = torch.ones_like(x), len(x)
+        if module.rule == "precision":
+            scores = s**-2
+        elif module.rule == "energy":
+            scores = torch.log1p(x.exp()).sum(-1, keepdim=True).expand_as(x)
+        elif module.rule == "predictive":
+            loss, distance = -c.log(), (x.sigmoid() - 0.5).abs()
+            ratio = distance * (number - 1) / (distance.sum(0) - distance)
+            belief = c + (loss.sum(0) - loss) / loss.sum(0)
+            scores = (torch.where(ratio < 1, ratio, 1) * belief).exp() if number > 1 else scores
+        shares = scores / scores.sum(0)
+        fused = (shares * x).sum(0)
+        if module.rule == "precision":
+            fused = fused / (1 + math.pi / 8 / (shares * s**-2).sum(0)) ** 0.5
+            x = x / (1 + math.pi / 8 * s**2) ** 0.5
+        sides = torch.stack([x, -x]).sigmoid()
+        bits = -torch.special.xlogy(sides, sides).sum(0).mean(0) / math.log(2)
+        sides = sides.mean(1)
+        conflict = -torch.special.xlogy(sides, sides).sum(0) / math.log(2) - bits
+        results.append((fused, weights.index_put((kept,), shares), conflict))
+    if not results:
+        return logits.sum(1), logits + std + confidence, logits.sum(1)
+    return tuple(torch.stack(x) for x in zip(*results, strict=True))
 
 
 def plain_beta_loss(_, evidence, labels, unknown):
@@ -640,6 +680,10 @@ def prediction_distance(probs, labels, unknown):
 
 def reduced_chi2(latent, missing):
     return functional.reduced_chi2(*latent, missing)
+
+
+def decide(module, logits, std, confidence, missing):
+    return module(logits, std=std, confidence=confidence, missing=missing)
 
 
 def properties_of(latent, missing):
@@ -900,6 +944,14 @@ for _rule in get_args(BeliefRule):
         plain_belief,
         f"rule='{_rule}'",
     )
+for _rule in get_args(DecisionRule):
+    MODULES[f"DecisionFusion ({_rule})"] = Case(
+        lambda _, _rule=_rule, **kwargs: umm.DecisionFusion(_rule, **kwargs),
+        draw_decisions,
+        plain_decision,
+        f"rule='{_rule}'",
+        decide,
+    )
 
 
 def _function(function, draw, plain=None, untransformed=""):
@@ -924,6 +976,11 @@ FUNCTIONS = {
     ),
     "expected_distance": _function(
         expected_distance, draw_probs, lambda _, probs, labels: 2 * probs * (1 - probs)
+    ),
+    "logistic_normal_probs": _function(
+        functional.logistic_normal_probs,
+        lambda sizes: draw_decisions(sizes)[:2],
+        lambda _, mean, std: (mean / (1 + math.pi / 8 * std**2) ** 0.5).sigmoid(),
     ),
     "ordinality_divergence": _function(ordinality_divergence, draw_scores, plain_divergence),
     "prediction_distance": _function(

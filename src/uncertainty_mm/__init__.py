@@ -18,6 +18,7 @@ from uncertainty_mm.conflict import Conflict
 from uncertainty_mm.conformal import ConformalRiskControl
 from uncertainty_mm.contrastive import DistributionSupConLoss
 from uncertainty_mm.correctness import CorrectnessTracker
+from uncertainty_mm.decisions import DecisionFusion, FusedDecision
 from uncertainty_mm.fusion import FusedPrediction, UncertaintyGatedFusion
 from uncertainty_mm.gaussian import DiagonalGaussian, GaussianDecoupler
 from uncertainty_mm.ordinality import SoftRankOrdinalityLoss
@@ -41,11 +42,13 @@ __all__ = [
     "ConformalRiskControl",
     "CorrectnessRankingLoss",
     "CorrectnessTracker",
+    "DecisionFusion",
     "DiagonalGaussian",
     "DistributionSupConLoss",
     "EmbeddingQueue",
     "EmotionQueryAttention",
     "FusedBelief",
+    "FusedDecision",
     "FusedGaussian",
     "FusedPrediction",
     "GaussianDecoupler",

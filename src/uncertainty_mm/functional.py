@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -17,6 +18,7 @@ from uncertainty_mm._checks import (
     check_labels,
     check_positive,
     check_range,
+    check_std,
     check_tensor,
     check_unknown,
     check_validate_args,
@@ -31,6 +33,7 @@ __all__ = [
     "beta_evidence_loss",
     "distribution_embedding",
     "expected_distance",
+    "logistic_normal_probs",
     "ordinality_divergence",
     "prediction_distance",
     "reduced_chi2",
@@ -262,6 +265,54 @@ def reduced_chi2(
     compared = freedom > 0  # per dimension, (B, Q, K)
     chi2 = square.sum(1).masked_fill(~compared, 0) / freedom.clamp_min(1)
     return chi2.sum(-1) / compared.sum(-1).clamp_min(1)
+
+
+def logistic_normal_probs(
+    mean: Tensor, std: Tensor, *, validate_args: bool | None = None
+) -> Tensor:
+    r"""Probability that is expected of a logit of which only a Gaussian is known: closer to 1/2 the less is known.
+
+    .. math::
+        \mathbb E\bigl[\operatorname{sigmoid}(l)\bigr] \approx
+        \operatorname{sigmoid}\Bigl(\frac{\mu}{\sqrt{1 + \pi \sigma^2 / 8}}\Bigr), \qquad
+        l \sim \mathcal N(\mu, \sigma^2)
+
+    the probit approximation. Against quadrature it is off by at most 0.0046 for standard deviations of up to 1, and by
+    0.0177 for any.
+
+    Source: MacKay 1992, doi 10.1162/neco.1992.4.5.720.
+
+    Args:
+        mean: Tensor of any shape, the means of the logits.
+        std: Tensor of the same shape, their standard deviations, at least 0; infinity gives 1/2.
+        validate_args: Look at values: on the CPU only (None), never (False), everywhere (True).
+
+    Returns:
+        Tensor of the same shape in [0, 1], in at least float32.
+
+    Raises:
+        ValueError: If shapes or devices disagree, a mean is not finite, or `std` is negative or NaN.
+        TypeError: If a dtype is wrong.
+
+    Example:
+        >>> logistic_normal_probs(torch.full((3,), 2.0), torch.tensor([0.0, 1.0, 100.0]))
+        tensor([0.8808, 0.8448, 0.5080])
+    """
+    check_validate_args(validate_args)
+    sizes: dict[str, int] = {}
+    dims = any_dims(mean)
+    check_tensor("mean", mean, "floating", dims, sizes)
+    check_tensor("std", std, "floating", dims, sizes, mean.device)
+    if checks_values(mean, validate_args):
+        check_finite("mean", mean)
+        check_std("std", std, infinite=True)
+    return moderated(at_least_float32(mean), at_least_float32(std)).sigmoid()
+
+
+def moderated(mean: Tensor, std: Tensor) -> Tensor:
+    """Logit of :func:`logistic_normal_probs`, of checked arguments."""
+    std = std.clamp_max(torch.finfo(std.dtype).max ** 0.5)  # its square is a number
+    return mean * (1 + math.pi / 8 * std.square()).rsqrt()
 
 
 def beta_evidence_loss(
