@@ -225,6 +225,15 @@ def test_options_train(run, finished, tmp_path, options):
     )
 
 
+@pytest.mark.usefixtures("no_native_bfloat16")
+def test_without_instructions_for_bfloat16_a_training_is_in_float32(example, finished):
+    options = ["--data.path", str(finished.data), *FAST, "--trainer.precision=bf16-mixed"]
+    with pytest.warns(UserWarning, match="no instructions for bfloat16") as warned:
+        made = cli.ModelCLI(example.LDDU, CONFIGS, options)
+    assert sum("float32 takes its place" in str(each.message) for each in warned) == 1
+    assert made.trainer.precision == "32-true"
+
+
 def test_one_label_some_unknown_and_longer_test_sequences(run, tmp_path):
     parts = read(toy(tmp_path / "data.npz"))
     for split, part in parts.items():

@@ -295,6 +295,7 @@ def test_supcon_computes_in_float32_under_autocast(dtype):
     close(loss, naive_supcon(embeddings.double(), classes))
 
 
+@pytest.mark.usefixtures("native_bfloat16")
 @pytest.mark.parametrize("temperature", [0.01, 0.07, 1.0])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
@@ -317,6 +318,7 @@ def test_supcon_with_bfloat16_products_is_near(temperature, reduction, dtype):
     assert 0 < error < bound * torch.linalg.vector_norm(expected)
 
 
+@pytest.mark.usefixtures("native_bfloat16")
 def test_supcon_with_bfloat16_products_without_positives_or_keys():
     embeddings = torch.eye(3).requires_grad_()
     loss = functional.supcon_loss(embeddings, torch.arange(3), bf16_products=True)
@@ -324,6 +326,7 @@ def test_supcon_with_bfloat16_products_without_positives_or_keys():
     assert (gradient(loss, embeddings)[0] == 0).all()
 
 
+@pytest.mark.usefixtures("native_bfloat16")
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_supcon_with_bfloat16_products_compiles_in_one_graph(reduction):
     embeddings, classes = supcon_batch(dtype=torch.float32)
@@ -409,6 +412,7 @@ def test_supcon_of_one_row_far_longer_than_its_class(count):
         assert (actual - wanted).norm() < 2e-6 * wanted.norm()
 
 
+@pytest.mark.usefixtures("native_bfloat16")
 @pytest.mark.parametrize("bf16_products", [False, True])
 @pytest.mark.parametrize("count", [2, 3])
 def test_supcon_is_at_least_the_logarithm_of_the_number_of_positives(bf16_products, count):

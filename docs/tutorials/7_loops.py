@@ -146,7 +146,8 @@ assert difference < 1e-5
 # --------------
 #
 # Under autocast the linear layers compute in bfloat16, softmax, logarithms and losses in float32, by themselves. In
-# Lightning this is `Trainer(precision="bf16-mixed")`.
+# Lightning this is `Trainer(precision="bf16-mixed")`. On a CPU it pays only with instructions for bfloat16; without,
+# it takes many times as long (:doc:`/benchmarks`).
 
 batch = next(iter(batches))
 seen = {}

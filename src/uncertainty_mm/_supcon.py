@@ -23,6 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from uncertainty_mm import _bfloat16
+
 Reduction = Literal["none", "mean", "sum"]
 
 # Entries of a tile of scores, and keys of the bank in it. Of the sizes tried on a CPU these were the fastest: such a
@@ -220,6 +222,8 @@ def _compute(
     if num_rows == 0:
         loss = embeddings.new_zeros((0,) if reduction == "none" else (), dtype=dtype)
         return loss, embeddings.new_zeros(embeddings.shape if needs_grad else (0,), dtype=dtype)
+    if bf16_products and embeddings.device.type == "cpu":
+        bf16_products = _bfloat16.is_native_or_warns()
     with torch.autocast(embeddings.device.type, enabled=False):
         valid = classes >= 0
         rows = embeddings.to(dtype).masked_fill(~valid.unsqueeze(1), 0)

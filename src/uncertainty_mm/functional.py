@@ -82,11 +82,12 @@ def supcon_loss(
         temperature: :math:`\tau`, above 0.
         reduction: `"mean"` over the anchors that have a positive (0 if none has), `"sum"` of the same, or `"none"`.
         bf16_products: Round the factors and results of the matrix products to bfloat16, which is faster where the
-            processor multiplies it natively. Sums, exponentials and logarithms stay in at least float32. Measured with
-            128 features, 12 classes and :math:`\tau = 0.07`, the gradient is off by 0.2 % while the rows of a class
-            point in all directions, by 0.7, 4 and 10 % when they are scattered about its centre by 1, 0.5 and 0.3 times
-            its length, and means nothing at 0.1: leave it off where the loss comes near its lowest value. The
-            rounding of the embeddings alone does most of that.
+            processor multiplies it natively; a CPU that does not computes in float32, and a warning says so. Sums,
+            exponentials and logarithms stay in at least float32. Measured with 128 features, 12 classes and
+            :math:`\tau = 0.07`, the gradient is off by 0.2 % while the rows of a class point in all directions, by
+            0.7, 4 and 10 % when they are scattered about its centre by 1, 0.5 and 0.3 times its length, and means
+            nothing at 0.1: leave it off where the loss comes near its lowest value. The rounding of the embeddings
+            alone does most of that.
         validate_args: Look at values: None on the CPU only, False never, True everywhere.
 
     Returns:

@@ -24,13 +24,15 @@ import numpy as np
 import torch
 import yaml
 from jsonargparse import ActionConfigFile
+from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.plugins import Precision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from matplotlib.figure import Figure
 
 import uncertainty_mm
-from uncertainty_mm import plots
+from uncertainty_mm import _bfloat16, plots
 from uncertainty_mm._files import replacing
 from uncertainty_mm.calibration import expected_threshold
 from uncertainty_mm.lightning.callbacks import DeterministicDropout, FiniteGuard, History
@@ -327,6 +329,11 @@ class ModelCLI(LightningCLI):
         config["plugins"] = [*plugins, WholeCheckpointIO()]
         extra = [self._get(self.config_init, key) for key in ("early_stopping", "finite_guard")]
         trainer = self._instantiate_trainer(config, extra)
+        half = trainer.precision.startswith("bf16") and isinstance(
+            trainer.accelerator, CPUAccelerator
+        )
+        if half and not _bfloat16.is_native_or_warns():
+            trainer.strategy.precision_plugin = Precision()
         if self.subcommand in ("test", "predict") and trainer.world_size > 1:
             raise UsageError(f"{self.subcommand}: --trainer.devices must be 1")
         return trainer
