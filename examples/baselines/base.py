@@ -20,6 +20,7 @@ class Output(NamedTuple):
 
     logits: Tensor  # (B, Q)
     auxiliary: Mapping[str, Tensor]  # weighted losses beside the cross-entropy
+    hidden: Any = None  # what `Baseline.auxiliary` needs
 
 
 class Sizes(NamedTuple):
@@ -75,14 +76,19 @@ class Baseline(MultilabelModule):
     def losses(self, output: Output, batch: MultimodalBatch) -> dict[str, Tensor]:
         """The cross-entropy, the losses of the network itself, and their sum, `total`."""
         entropy = masked_bce(output.logits, self.targets(batch), batch.unknown)
-        losses = {"cls": entropy, **output.auxiliary}
+        losses = {"cls": entropy, **self.auxiliary(output, batch)}
         return {**losses, "total": torch.stack(list(losses.values())).sum()}
+
+    def auxiliary(self, output: Output, batch: MultimodalBatch) -> Mapping[str, Tensor]:
+        """The losses of the network itself, weighted, where they need labels; `cls` replaces the cross-entropy."""
+        return output.auxiliary
 
     def on_fit_start(self) -> None:
         """Standardises the features as LDDU does."""
         super().on_fit_start()
-        for name, each in self.trainer.datamodule.statistics().items():
-            self.encoder[name].standardize(each.mean, each.std)
+        statistics = self.trainer.datamodule.statistics()
+        for name, encoder in self.encoder.items():
+            encoder.standardize(statistics[name].mean, statistics[name].std)
 
     def training_step(self, batch: MultimodalBatch, batch_idx: int) -> Tensor:
         losses = self.losses(self(batch.features, batch.padding_mask), batch)

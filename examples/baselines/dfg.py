@@ -12,6 +12,7 @@ so the efficacies :math:`\alpha` decide for each sample which paths of the graph
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import combinations
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from uncertainty_mm.examples.baselines.base import Baseline, Sizes, Vectors, mean_over_steps, mlp
 
 Subset = tuple[int, ...]  # of the modalities, by their places
+Edge = tuple[Subset, Subset | None]  # from a subset to a larger one, or to the output
 
 
 class FusionGraph(Baseline):
@@ -35,36 +37,34 @@ class FusionGraph(Baseline):
         self.subsets = [s for n in places for s in combinations(places, n + 1)]
         joint = self.subsets[sizes.modalities :]
         self.below = {p: [s for s in self.subsets if set(s) < set(p)] for p in joint}
-        self.edges = [*((s, p) for p in joint for s in self.below[p])]
-        self.edges += [(s, None) for s in self.subsets]  # to the output
+        self.edges: list[Edge] = [(s, p) for p in joint for s in self.below[p]]
+        self.edges += [(s, None) for s in self.subsets]
         self.vertices = nn.ModuleList(
             mlp(len(self.below[p]) * dim, dim, dim, sizes.dropout) for p in joint
         )
         self.efficacy = mlp(sizes.modalities * dim, dim, len(self.edges), sizes.dropout)
         self.output = mlp(len(self.subsets) * dim, dim, sizes.labels, sizes.dropout)
 
-    def efficacies(
-        self, vectors: Vectors, there: Tensor
-    ) -> dict[tuple[Subset, Subset | None], Tensor]:
-        """The weights (B, 1) of the edges; 0 to and from a subset of which a modality is missing.
+    def whole(self, there: Vectors) -> dict[Subset, Tensor]:
+        """Whether all of a subset is there, (B, 1), from whether each modality is, (B, 1)."""
+        return {s: torch.stack([there[m] for m in s]).all(0) for s in self.subsets}
+
+    def efficacies(self, vectors: Vectors, whole: Mapping[Subset, Tensor]) -> dict[Edge, Tensor]:
+        """The weights (B, 1) of the edges; 0 where the larger subset is not whole.
 
         Args:
             vectors: One (B, D) a modality.
-            there: Bool tensor (B, M).
+            whole: Which subsets are, as :meth:`whole` says.
         """
-        weights = self.efficacy(torch.cat([*vectors], dim=1)).sigmoid()
-        whole = {subset: there[:, list(subset)].all(1, keepdim=True) for subset in self.subsets}
-        return {
-            (part, target): weights[:, [i]] * whole[part if target is None else target]
-            for i, (part, target) in enumerate(self.edges)
-        }
+        weights = self.efficacy(torch.cat([*vectors], dim=1)).sigmoid().split(1, dim=1)
+        each = zip(self.edges, weights, strict=True)
+        return {(s, p): weight * whole[s if p is None else p] for (s, p), weight in each}
 
     def fuse(self, encoded: Vectors, padding: Vectors) -> Tensor:
         means = [mean_over_steps(x, mask) for x, mask in zip(encoded, padding, strict=True)]
-        there = ~torch.stack([mask.all(1) for mask in padding], dim=1)
-        alpha = self.efficacies(means, there)
-        known = {(m,): x for m, x in enumerate(means)}
-        for (target, parts), vertex in zip(self.below.items(), self.vertices, strict=True):
-            x = vertex(torch.cat([alpha[part, target] * known[part] for part in parts], dim=1))
-            known[target] = x * there[:, list(target)].all(1, keepdim=True)
-        return self.output(torch.cat([alpha[part, None] * x for part, x in known.items()], dim=1))
+        whole = self.whole([~mask.all(1, keepdim=True) for mask in padding])
+        alpha = self.efficacies(means, whole)
+        z = {(m,): x for m, x in enumerate(means)}
+        for (p, below), vertex in zip(self.below.items(), self.vertices, strict=True):
+            z[p] = vertex(torch.cat([alpha[s, p] * z[s] for s in below], dim=1)) * whole[p]
+        return self.output(torch.cat([alpha[s, None] * x for s, x in z.items()], dim=1))
