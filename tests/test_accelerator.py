@@ -108,12 +108,21 @@ MODELS = {
     "CrossModal": "baselines.mult",
     "InvariantSpecific": "baselines.misa",
 }
+MORE_MODELS = {
+    "FusionGraph": "baselines.dfg",
+    "ShiftedWords": "baselines.raven",
+    "SequenceGeneration": "baselines.sgm",
+    "LabelAttention": "baselines.lsan",
+    "LabelGraph": "baselines.ml_gcn",
+}
 
 
-@pytest.fixture(params=MODELS)
+@pytest.fixture(
+    params=[*MODELS, *(pytest.param(name, marks=pytest.mark.long) for name in MORE_MODELS)]
+)
 def model(request):
     need_extras()
-    return MODELS[request.param], request.param
+    return (MODELS | MORE_MODELS)[request.param], request.param
 
 
 @pytest.mark.parametrize("kernel", ["default", "foreach", "fused"])

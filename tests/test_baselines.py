@@ -1,6 +1,8 @@
 """The baselines: networks, classical methods, the bootstrap, what a sweep writes."""
 
 import json
+from itertools import permutations
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +13,16 @@ from uncertainty_mm.data import MultimodalBatch, MultimodalDataset
 
 need_extras()
 from uncertainty_mm.examples import sweep  # noqa: E402
-from uncertainty_mm.examples.baselines import bootstrap, classical, comparison, misa, mult  # noqa: E402
+from uncertainty_mm.examples.baselines import (  # noqa: E402
+    bootstrap,
+    classical,
+    comparison,
+    decoder,
+    misa,
+    ml_gcn,
+    mult,
+    raven,
+)
 from uncertainty_mm.metrics.functional import evaluate  # noqa: E402
 
 pytestmark = QUIET
@@ -20,8 +31,8 @@ ENCODE = {"hidden_dim": 16, "num_layers": 1, "num_heads": 2}
 NETWORKS = list(comparison.NETWORKS)
 
 
-def network(name, dims=DIMS):
-    return comparison.NETWORKS[name](dims, STEPS, [*"abcd"], encoder=ENCODE)
+def network(name, dims=DIMS, **options):
+    return comparison.NETWORKS[name](dims, STEPS, [*"abcd"], encoder=ENCODE, **options)
 
 
 def inputs(count=7, dims=DIMS, seed=0):
@@ -194,6 +205,224 @@ def test_difference_loss_is_the_size_of_the_products():
     all_there = [torch.ones(4, 1, dtype=torch.bool)]
     assert misa.difference_loss([apart], [turned], all_there) == 0  # not a line in common
     assert misa.difference_loss([turned], [turned], all_there) == 4.0
+
+
+@pytest.mark.parametrize("name", ["early", "sgm", "lsan", "ml-gcn"])
+def test_a_single_modality_is_read_alone(name):
+    model = network(name, modality="audio").eval()
+    assert list(model.encoder) == ["audio"]
+    features, padding, *_ = inputs()
+    expected = model(features, padding).logits
+    nothing = {m: x if m == "audio" else x + 100 for m, x in features.items()}
+    torch.testing.assert_close(model(nothing, padding).logits, expected, rtol=0, atol=0)
+    assert list(model.hparams["modality_dims"]) == list(DIMS)  # of the data
+    with pytest.raises(ValueError, match=r"`modality` to be one of .*'face'.* but got 'smell'"):
+        network(name, modality="smell")
+
+
+def test_the_single_modality_is_an_option(tmp_path):
+    arm = comparison.ARMS["sgm"]
+    file = tmp_path / "toy.npz"
+    sweep.check_options(sweep.make_run(file, "sgm", arm, 0, ["--model.modality=text"], tmp_path))
+
+
+def test_a_graph_has_a_vertex_for_every_subset_and_weighs_its_edges():
+    """DFG: efficacies in [0, 1]; a subset of which a modality is missing has none, and no influence."""
+    model = network("dfg").eval()
+    assert len(model.subsets) == 7
+    assert len(model.edges) == 3 * 2 + 6 + 7
+    features, padding, *_ = inputs()
+    padding["text"] = (torch.arange(7) < 3)[:, None].expand(7, STEPS["text"])
+    there = torch.stack([~padding[m].all(1) for m in DIMS], dim=1)
+    whole = model.whole(there.split(1, dim=1))
+    alpha = model.efficacies([10 * torch.randn(7, 16) for _ in DIMS], whole)
+    for (part, target), weight in alpha.items():
+        assert ((weight >= 0) & (weight <= 1)).all()
+        assert torch.equal(weight[:, 0] > 0, there[:, list(target or part)].all(1))
+    before = model(features, padding).logits
+    for target, vertex in zip(model.below, model.vertices, strict=True):
+        if 0 in target:  # the text
+            torch.nn.init.normal_(vertex[-1].weight)
+    after = model(features, padding).logits
+    torch.testing.assert_close(after[:3], before[:3])
+    assert (after[3:6] - before[3:6]).abs().amax(1)[there[3:6, 1:].any(1)].min() > 1e-3
+
+
+def test_a_graph_of_two_modalities_is_the_equation():
+    model = network("dfg", {"text": 5, "audio": 3}).eval()
+    a, b = torch.randn(2, 4, 1, 16)
+    weights = model.efficacy(torch.cat([a, b], 2)).sigmoid().unbind(2)
+    edges = dict(zip(model.edges, weights, strict=True))
+    to_pair, out = ((0,), (0, 1)), [((0,), None), ((1,), None), ((0, 1), None)]
+    pair = torch.cat([edges[to_pair][..., None] * a, edges[(1,), (0, 1)][..., None] * b], 2)
+    vectors = [a, b, model.vertices[0](pair)]
+    joined = [edges[edge][..., None] * x for edge, x in zip(out, vectors, strict=True)]
+    expected = model.output(torch.cat(joined, 2)).squeeze(1)
+    found = model.fuse([a, b], [torch.zeros(4, 1, dtype=torch.bool)] * 2)
+    torch.testing.assert_close(found, expected)
+
+
+def test_words_are_shifted_by_at_most_a_share_of_their_length():
+    torch.manual_seed(0)
+    words, shift = (
+        torch.randn(9, 5, 8),
+        torch.randn(9, 5, 8) * torch.logspace(-2, 1, 9)[:, None, None],
+    )
+    found = raven.bounded(shift, words, 0.5)
+    longest, length = 0.5 * words.norm(dim=-1), shift.norm(dim=-1)
+    torch.testing.assert_close(found.norm(dim=-1), torch.minimum(length, longest))
+    torch.testing.assert_close(found * length[..., None], shift * found.norm(dim=-1)[..., None])
+    zero = torch.zeros(2, 8, requires_grad=True)
+    raven.bounded(zero, words[0, :2], 0.5).sum().backward()
+    assert zero.grad.isfinite().all()
+
+
+def test_what_is_missing_shifts_no_word():
+    """RAVEN, and a sample without words is read by how it shifts the learned one."""
+    model = network("raven").eval()
+    features, padding, *_ = inputs()
+    padding["audio"] = torch.ones_like(padding["audio"])
+    before = model(features, padding).logits
+    torch.nn.init.normal_(model.shifts[0].project.weight)
+    torch.testing.assert_close(model(features, padding).logits, before)
+    padding["text"] = torch.ones_like(padding["text"])
+    logits = model(features, padding).logits
+    seen = ~padding["face"].all(1)
+    assert logits[seen].std(0).min() > 1e-4
+    torch.testing.assert_close(logits[~seen].std(0), torch.zeros(LABELS))
+
+
+def chain(seed=0, count=3):
+    """A decoder of `count` labels with a state, and its log-probabilities of what follows a prefix, by itself."""
+    torch.manual_seed(seed)
+    first, move = (
+        torch.randn(count + 1, count + 1).double(),
+        torch.randn(2, count + 1, count + 1).double(),
+    )
+
+    def step(last, state):
+        memory = (state[0] @ move[0] + first[last]).tanh()
+        return 2 * memory @ move[1], (memory,)
+
+    def after(prefix, start, left_out=()):
+        state = (start[None],)
+        for last in (count, *prefix):
+            scores, state = step(torch.tensor([last]), state)
+        scores[0, [*prefix, *left_out]] = -torch.inf
+        return scores[0].log_softmax(0)
+
+    return step, after, torch.randn(5, count + 1).double()
+
+
+def test_a_wide_beam_counts_every_sequence_that_says_a_label():
+    """SGM: against all sequences, none of which says a label twice; a narrow beam counts some."""
+    step, after, start = chain()
+    logits = decoder.label_logits(step, (start,), 3, width=99)
+    narrow = decoder.label_logits(step, (start,), 3, width=1)
+    assert (narrow <= logits + 1e-9).all()
+    for sample, row in zip(start, logits, strict=True):
+        found, total = torch.zeros(3).double(), 0.0
+        for size in range(4):
+            for said in permutations(range(3), size):
+                steps = [after(said[:i], sample)[q] for i, q in enumerate((*said, 3))]
+                p = torch.stack(steps).sum().exp()
+                found[[*said]] += p
+                total += p
+        torch.testing.assert_close(total, torch.ones(()).double())
+        torch.testing.assert_close(row.sigmoid(), found)
+
+
+def test_sequences_are_taught_in_order_and_without_what_is_unknown():
+    step, after, start = chain()
+    labels = torch.tensor([[1.0, 0, 1], [0, 0, 0], [1, 1, 1], [torch.nan, 1, 0], [1, 0, 1]])
+    unknown = torch.zeros(5, 3, dtype=torch.bool)
+    unknown[3, 0], unknown[4] = True, True
+    order = torch.tensor([2, 0, 1])
+    expected = 0.0
+    for sample, said, left_out in (
+        (start[0], (2, 0), ()),
+        (start[1], (), ()),
+        (start[2], (2, 0, 1), ()),
+        (start[3], (1,), (0,)),
+    ):
+        for i, q in enumerate((*said, 3)):
+            expected -= after(said[:i], sample, left_out)[q] / 4
+    found = decoder.sequence_loss(step, (start,), labels, unknown, order)
+    torch.testing.assert_close(found, expected)
+    nothing = decoder.sequence_loss(step, (start,), labels, torch.ones_like(unknown), order)
+    assert nothing == 0
+
+
+def test_frequent_labels_come_first(monkeypatch):
+    model = network("sgm")
+    labels = torch.tensor([[0, 1, 0, 1], [0, 1, 1, 1], [0, 0, 1, 0], [0, 0, 0, 1]])
+    unknown = torch.zeros_like(labels, dtype=torch.bool)
+    unknown[2:, 1] = True  # so 1 of 1
+    fit_on(monkeypatch, model, labels, unknown)
+    assert model.order.tolist() == [1, 3, 2, 0]
+
+
+def fit_on(monkeypatch, model, labels, unknown):
+    """Begins a fit on nothing but labels."""
+    part = SimpleNamespace(labels=labels, unknown=unknown)
+    same = SimpleNamespace(mean=torch.zeros(1), std=torch.ones(1))
+    data = SimpleNamespace(part=lambda _: part, statistics=lambda: dict.fromkeys(DIMS, same))
+    monkeypatch.setattr(type(model), "trainer", SimpleNamespace(datamodule=data))
+    for encoder in model.encoder.values():
+        monkeypatch.setattr(encoder, "standardize", lambda *_: None)
+    model.on_fit_start()
+
+
+def permute(model, names, order):
+    """Gives the parameters `names` of labels in another order."""
+    for name in names:
+        parameter = model.get_parameter(name)
+        parameter.data = parameter.data[order]
+
+
+def test_labels_attend_by_two_views_in_any_order():
+    """LSAN: weights sum to 1 over the valid steps; permuted labels have permuted logits."""
+    model = network("lsan").eval()
+    x, mask = torch.randn(3, 5, 16), torch.arange(5) >= torch.tensor([[5], [2], [0]])
+    for weights in model.attention(x, mask):
+        assert weights.shape == (3, LABELS, 5)
+        torch.testing.assert_close(
+            weights.sum(2), torch.tensor([[1.0], [1], [0]]).expand(3, LABELS)
+        )
+        assert not weights.transpose(1, 2)[mask].any()
+    torch.nn.init.normal_(model.bias)
+    logits = model(*inputs()[:2]).logits
+    order = torch.tensor([2, 0, 3, 1])
+    permute(model, ["content", "embedding", "bias"], order)
+    torch.testing.assert_close(model(*inputs()[:2]).logits, logits[:, order])
+
+
+def test_a_graph_of_labels_has_the_edges_of_what_comes_along(monkeypatch):
+    """ML-GCN: the matrix against its definition; permuted labels have permuted logits."""
+    rng = torch.Generator().manual_seed(0)
+    labels = (torch.rand(60, LABELS, generator=rng) < torch.tensor([0.7, 0.5, 0.3, 0.0])).long()
+    labels[:, 2] &= labels[:, 1]
+    unknown = torch.rand(60, LABELS, generator=rng) < 0.2
+    found = ml_gcn.reweighted(labels.masked_fill(unknown, 1), unknown)
+    for i in range(LABELS):
+        shares = [
+            labels[(labels[:, i] == 1) & ~unknown[:, i] & ~unknown[:, j], j] for j in range(LABELS)
+        ]
+        near = [j for j, x in enumerate(shares) if j != i and len(x) and x.float().mean() >= 0.4]
+        expected = torch.zeros(LABELS)
+        expected[near] = 0.2 / max(1, len(near))
+        expected[i] = 0.8 if near else 1
+        torch.testing.assert_close(found[i], expected)
+    assert 0 < (found > 0).sum() - LABELS < LABELS * (LABELS - 1)
+    model = network("ml-gcn").eval()
+    fit_on(monkeypatch, model, labels, unknown)
+    torch.testing.assert_close(model.graph, found)
+    torch.nn.init.normal_(model.bias)
+    logits, order = model(*inputs()[:2]).logits, torch.tensor([2, 0, 3, 1])
+    permute(model, ["embedding", "bias"], order)
+    assert not torch.allclose(model(*inputs()[:2]).logits, logits[:, order])  # the graph is another
+    model.graph.copy_(found[order][:, order])
+    torch.testing.assert_close(model(*inputs()[:2]).logits, logits[:, order])
 
 
 def test_pooled_are_mean_and_deviation_of_valid_steps():

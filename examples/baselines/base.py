@@ -86,8 +86,9 @@ class Baseline(MultilabelModule):
     def on_fit_start(self) -> None:
         """Standardises the features as LDDU does."""
         super().on_fit_start()
-        for name, each in self.trainer.datamodule.statistics().items():
-            self.encoder[name].standardize(each.mean, each.std)
+        statistics = self.trainer.datamodule.statistics()
+        for name, encoder in self.encoder.items():
+            encoder.standardize(statistics[name].mean, statistics[name].std)
 
     def training_step(self, batch: MultimodalBatch, batch_idx: int) -> Tensor:
         losses = self.losses(self(batch.features, batch.padding_mask), batch)

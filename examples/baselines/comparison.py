@@ -29,9 +29,14 @@ from uncertainty_mm.examples.baselines.bootstrap import (
     paired_bootstrap,
     verdict,
 )
+from uncertainty_mm.examples.baselines.dfg import FusionGraph
+from uncertainty_mm.examples.baselines.lsan import LabelAttention
 from uncertainty_mm.examples.baselines.misa import InvariantSpecific
+from uncertainty_mm.examples.baselines.ml_gcn import LabelGraph
 from uncertainty_mm.examples.baselines.mult import CrossModal
 from uncertainty_mm.examples.baselines.networks import EarlyFusion, LateFusion, PooledMLP
+from uncertainty_mm.examples.baselines.raven import ShiftedWords
+from uncertainty_mm.examples.baselines.sgm import SequenceGeneration
 from uncertainty_mm.lightning.cli import one_line_errors
 
 CONFIGS = Path(__file__).with_name("configs")
@@ -41,6 +46,11 @@ NETWORKS = {
     "late": LateFusion,
     "mult": CrossModal,
     "misa": InvariantSpecific,
+    "dfg": FusionGraph,
+    "raven": ShiftedWords,
+    "sgm": SequenceGeneration,
+    "lsan": LabelAttention,
+    "ml-gcn": LabelGraph,
 }
 LDDU = {"lddu": sweep.Arm()}
 ARMS = {name: sweep.Arm((), PooledMLP, CONFIGS) for name in classical.METHODS}

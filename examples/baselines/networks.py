@@ -10,25 +10,22 @@ from uncertainty_mm.data import MultimodalDataset
 from uncertainty_mm.examples.baselines.base import (
     Baseline,
     Sizes,
-    Transformer,
     Vectors,
     mean_over_steps,
     mlp,
 )
+from uncertainty_mm.examples.baselines.sequence import OneSequence
 
 
-class EarlyFusion(Baseline):
+class EarlyFusion(OneSequence):
     """The encoded steps of all modalities in one sequence, in which each can attend to all: one more layer."""
 
     def build(self, sizes: Sizes) -> None:
-        self.modality = nn.Parameter(torch.zeros(sizes.modalities, sizes.dim))
-        self.transformer = Transformer(sizes.dim, sizes.heads, sizes.dropout)
+        super().build(sizes)
         self.head = mlp(sizes.dim, sizes.dim, sizes.labels, sizes.dropout)
 
     def fuse(self, encoded: Vectors, padding: Vectors) -> Tensor:
-        steps = [x + mark for x, mark in zip(encoded, self.modality, strict=True)]
-        mask = torch.cat([*padding], dim=1)
-        return self.head(mean_over_steps(self.transformer(torch.cat(steps, dim=1), mask), mask))
+        return self.head(mean_over_steps(*self.read(encoded, padding)))
 
 
 class LateFusion(Baseline):
