@@ -27,7 +27,7 @@ from uncertainty_mm.data import MultimodalDataset, SyntheticMMER
 from uncertainty_mm.data.transforms import corrupted
 from uncertainty_mm.examples import sweep
 from uncertainty_mm.examples.lddu_full import LDDU
-from uncertainty_mm.lightning import UsageError, mean_over_known
+from uncertainty_mm.lightning import MultilabelModule, UsageError, mean_over_known
 from uncertainty_mm.lightning.cli import one_line_errors
 from uncertainty_mm.metrics.functional import (
     auroc,
@@ -95,7 +95,7 @@ class Answers:
         entropy: (N,), predictive.
     """
 
-    def __init__(self, model: LDDU, data: MultimodalDataset) -> None:
+    def __init__(self, model: MultilabelModule, data: MultimodalDataset) -> None:
         outputs = model.predict(data)
         self.there = ~outputs["missing"].all(1)
         outputs = {name: x[self.there] for name, x in outputs.items()}
@@ -114,6 +114,12 @@ def error_of(answers: Answers, data: MultimodalDataset) -> Tensor:
     """Mean absolute error of every sample over its known labels, (N,)."""
     unknown = None if data.unknown is None else data.unknown[answers.there]
     return mean_over_known((answers.probs - data.labels[answers.there]).abs(), unknown)
+
+
+def std_against_noise(answers: Answers, noise: Tensor) -> float:
+    """Spearman correlation of the standard deviations with the level of noise (N, M), of the worst modality."""
+    each = zip(answers.sizes.T, noise[answers.there].T, strict=True)
+    return min(float(spearman(x[~x.isnan()], y[~x.isnan()])) for x, y in each)
 
 
 def measure(folder: Path, file: Path) -> dict[str, Any]:
@@ -137,8 +143,7 @@ def measure(folder: Path, file: Path) -> dict[str, Any]:
     row |= {"corruption AUROC": min(aurocs.values()), **aurocs}
     row["attribution shift"] = max(shifts)
     if known := truth(file):
-        each = zip(said.sizes.T, known["noise"][said.there].T, strict=True)
-        row["std ~ noise"] = min(float(spearman(x[~x.isnan()], y[~x.isnan()])) for x, y in each)
+        row["std ~ noise"] = std_against_noise(said, known["noise"])
         entropy = known["posterior_entropy"][said.there]
         row["entropy ~ truth"] = float(spearman(said.entropy, entropy))
         row["std ~ truth"] = float(spearman(said.total, entropy))

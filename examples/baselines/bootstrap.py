@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -103,6 +103,18 @@ def paired_bootstrap(
         name: Interval(*map(float, values))
         for name, *values in zip(("miF1", "Brier"), observed, low, high, strict=True)
     }
+
+
+def compare(folder: Path, ours: str, theirs: str, seeds: Sequence[int]) -> dict[str, Interval]:
+    """:func:`paired_bootstrap` of two arms of a sweep, from the runs of these seeds: `folder/ARM/SEED`.
+
+    Groups are drawn as a whole where the data have them.
+    """
+    pair = (
+        np.stack([contributions(folder / arm / str(seed)) for seed in seeds])
+        for arm in (ours, theirs)
+    )
+    return paired_bootstrap(*pair, groups=groups_of(folder / ours / str(seeds[0])))
 
 
 def verdict(found: Mapping[str, Interval]) -> str:

@@ -23,12 +23,7 @@ import numpy as np
 
 from uncertainty_mm.examples import sweep
 from uncertainty_mm.examples.baselines import classical
-from uncertainty_mm.examples.baselines.bootstrap import (
-    contributions,
-    groups_of,
-    paired_bootstrap,
-    verdict,
-)
+from uncertainty_mm.examples.baselines.bootstrap import compare, groups_of, verdict
 from uncertainty_mm.examples.baselines.dfg import FusionGraph
 from uncertainty_mm.examples.baselines.lsan import LabelAttention
 from uncertainty_mm.examples.baselines.misa import InvariantSpecific
@@ -79,12 +74,8 @@ def differences(rows: Sequence[sweep.Row], folder: Path, name: str) -> list[str]
     lines = []
     for arm in [arm for arm in seeds if arm not in LDDU]:
         if both := sorted(seeds[arm] & seeds[name]):
-            ours, theirs = (
-                np.stack([contributions(folder / each / str(seed)) for seed in both])
-                for each in (name, arm)
-            )
+            found = compare(folder, name, arm, both)
             groups = groups_of(folder / name / str(both[0]))
-            found = paired_bootstrap(ours, theirs, groups=groups)
             cells = (arm, str(len(both)), str(found["miF1"]), str(found["Brier"]), verdict(found))
             lines.append("| " + " | ".join(cells) + " |")
     if not lines:
