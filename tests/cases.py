@@ -841,7 +841,10 @@ MODULES = {
             torch.randint(2, (20, sizes.labels)),
         ),
         lambda sizes: (torch.randn(sizes.batch, sizes.modalities, sizes.labels),),
-        lambda module, logits: torch.einsum("e,beq->bq", module.weight, logits),
+        lambda module, logits: (
+            torch.einsum("e,beq->bq", module.weight.to(logits), logits)
+            / module.weight.to(logits).sum()
+        ),
         "num_experts=2, num_labels=3",
     ),
     "TemperatureScaling": Case(
