@@ -14,7 +14,6 @@ from uncertainty_mm._checks import (
     check_validate_args,
     checks_values,
 )
-from uncertainty_mm.metrics._inputs import precision
 
 
 def best_threshold(
@@ -105,7 +104,7 @@ def expected_threshold(
         F = \max_t \frac{2 \sum p \, [p > t]}{\sum [p > t] + \sum p}, \qquad t = \frac{F}{2}
 
     with sums over all samples and labels (micro F1), or over the samples of each label. Where all probabilities are 0,
-    or nothing is known, it is 0.5. Probabilities that are not calibrated deserve :func:`best_threshold`.
+    or nothing is known, it is 0.5. Computed in float64 on the CPU. Probabilities that are not calibrated deserve :func:`best_threshold`.
 
     Args:
         probs: Tensor (B, Q) of calibrated probabilities in [0, 1] (:class:`PlattScaling`), of a validation split.
@@ -135,13 +134,15 @@ def expected_threshold(
     check_validate_args(validate_args)
     if checks_values(probs, validate_args):
         check_range("probs", probs, 0, 1, unknown)
-    probs = probs.detach().to(precision(probs.device))
+    device, probs = probs.device, probs.detach().cpu().double()
     # An entry of 0 behind the others lowers the F1 of who decides for it, so it is as good as left out.
-    probs = probs.nan_to_num(0) if unknown is None else probs.masked_fill(unknown, 0).nan_to_num(0)
+    if unknown is not None:
+        probs = probs.masked_fill(unknown.cpu(), 0)
+    probs = probs.nan_to_num(0)
     groups = probs if per_label else probs.reshape(-1, 1)
     hits = groups.sort(dim=0, descending=True).values.cumsum(0)
     decided = torch.arange(1, len(groups) + 1, device=probs.device).unsqueeze(1)
     total = groups.sum(0)
     half = hits / (decided + total)  # of the F1 of those that are decided for
     best = half.amax(0) if len(half) else total
-    return torch.where(total > 0, best, 0.5).float()
+    return torch.where(total > 0, best, 0.5).float().to(device)
