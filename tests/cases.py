@@ -169,6 +169,10 @@ def draw_evidence(sizes):
     return 4 * torch.rand(sizes.batch, sizes.modalities, sizes.labels, 2)
 
 
+def draw_labelled_evidence(sizes):
+    return draw_evidence(sizes)[:, 0], draw_labels(sizes), draw_labels(sizes) > 0
+
+
 def draw_decisions(sizes):
     shape = (sizes.batch, sizes.modalities, sizes.labels)
     return 2 * torch.randn(shape), *(0.1 + 0.8 * torch.rand(2, *shape)), draw_missing(sizes)
@@ -446,6 +450,27 @@ def plain_beta_loss(_, evidence, labels, unknown):
     a, b = (evidence + 1).unbind(-1)
     loss = torch.digamma(a + b) - torch.digamma(torch.where(labels > 0, a, b))
     return loss.masked_fill(unknown, 0)
+
+
+def plain_beta_kl(_, evidence, labels, unknown):
+    wrong = 1 + evidence.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    return (wrong.log() + 1 / wrong - 1).masked_fill(unknown, 0)
+
+
+def plain_evidence(module, *given):
+    weight = min(1, module.step.item() / module.annealing_steps)
+    loss = plain_beta_loss(None, *given) + weight * plain_beta_kl(None, *given)
+    return loss.sum() / (~given[2]).sum().clamp_min(1)
+
+
+def plain_expected_entropy(_, evidence):
+    a, total = evidence + 1, evidence.sum(-1, keepdim=True) + 2
+    return (a / total * (torch.digamma(total + 1) - torch.digamma(a + 1))).sum(-1)
+
+
+def plain_mutual_information(_, evidence):
+    p = (evidence + 1) / (evidence.sum(-1, keepdim=True) + 2)
+    return -(p * p.log()).sum(-1) - plain_expected_entropy(None, evidence)
 
 
 def plain_chi2(_, latent, missing):
@@ -776,6 +801,12 @@ MODULES = {
         "temperature=0.125",
         untransformed="supcon",
     ),
+    "BetaEvidenceLoss": Case(
+        lambda _, **kwargs: umm.BetaEvidenceLoss(annealing_steps=4, **kwargs),
+        draw_labelled_evidence,
+        plain_evidence,
+        "annealing_steps=4",
+    ),
     "EmbeddingQueue": Case(
         lambda sizes, **kwargs: umm.EmbeddingQueue(50, WIDTH, **kwargs),
         lambda sizes: draw_embeddings(sizes)[:2],
@@ -963,9 +994,20 @@ def _function(function, draw, plain=None, untransformed=""):
 
 FUNCTIONS = {
     "beta_evidence_loss": _function(
-        functional.beta_evidence_loss,
-        lambda sizes: (draw_evidence(sizes)[:, 0], draw_labels(sizes), draw_labels(sizes) > 0),
-        plain_beta_loss,
+        functional.beta_evidence_loss, draw_labelled_evidence, plain_beta_loss
+    ),
+    "beta_evidence_kl": _function(
+        functional.beta_evidence_kl, draw_labelled_evidence, plain_beta_kl
+    ),
+    "beta_expected_entropy": _function(
+        functional.beta_expected_entropy,
+        lambda sizes: (draw_evidence(sizes)[:, 0],),
+        plain_expected_entropy,
+    ),
+    "beta_mutual_information": _function(
+        functional.beta_mutual_information,
+        lambda sizes: (draw_evidence(sizes)[:, 0],),
+        plain_mutual_information,
     ),
     "DiagonalGaussian": _function(
         properties_of,

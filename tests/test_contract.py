@@ -415,6 +415,7 @@ def test_inference_exports_with_any_batch_size():
 PUBLIC_NAMES = [
     "BeliefFusion",
     "BetaCalibration",
+    "BetaEvidenceLoss",
     "Conflict",
     "ConformalRiskControl",
     "CorrectnessRankingLoss",
@@ -441,7 +442,10 @@ PUBLIC_NAMES = [
     "functional",
 ]
 FUNCTION_NAMES = [
+    "beta_evidence_kl",
     "beta_evidence_loss",
+    "beta_expected_entropy",
+    "beta_mutual_information",
     "distribution_embedding",
     "expected_distance",
     "logistic_normal_probs",

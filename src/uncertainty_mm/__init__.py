@@ -19,6 +19,7 @@ from uncertainty_mm.conformal import ConformalRiskControl
 from uncertainty_mm.contrastive import DistributionSupConLoss
 from uncertainty_mm.correctness import CorrectnessTracker
 from uncertainty_mm.decisions import DecisionFusion, FusedDecision
+from uncertainty_mm.evidence import BetaEvidenceLoss
 from uncertainty_mm.fusion import FusedPrediction, UncertaintyGatedFusion
 from uncertainty_mm.gaussian import DiagonalGaussian, GaussianDecoupler
 from uncertainty_mm.ordinality import SoftRankOrdinalityLoss
@@ -38,6 +39,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BeliefFusion",
     "BetaCalibration",
+    "BetaEvidenceLoss",
     "Conflict",
     "ConformalRiskControl",
     "CorrectnessRankingLoss",

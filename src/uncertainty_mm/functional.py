@@ -30,7 +30,10 @@ from uncertainty_mm._supcon import Reduction, supcon
 EmbeddingKind = Literal["joint", "both", "mean", "std"]
 
 __all__ = [
+    "beta_evidence_kl",
     "beta_evidence_loss",
+    "beta_expected_entropy",
+    "beta_mutual_information",
     "distribution_embedding",
     "expected_distance",
     "logistic_normal_probs",
@@ -355,23 +358,167 @@ def beta_evidence_loss(
         >>> beta_evidence_loss(evidence, torch.tensor([[1, 1, 1]]))
         tensor([[1.0000, 0.1111, 2.8290]])
     """
-    check_validate_args(validate_args)
-    sizes = {"2": 2}
-    check_tensor("evidence", evidence, "floating", "B Q 2", sizes)
+    right, wrong = _sides(evidence, labels, unknown, validate_args)
+    loss = _digamma_gain(right + 1, wrong + 1)
+    return loss if unknown is None else loss.masked_fill(unknown, 0)
+
+
+def beta_evidence_kl(
+    evidence: Tensor,
+    labels: Tensor,
+    unknown: Tensor | None = None,
+    *,
+    validate_args: bool | None = None,
+) -> Tensor:
+    r"""How much evidence there is for the wrong side of a label: its divergence from knowing nothing.
+
+    The evidence for the right side is taken away, and what is left of the Beta distribution is held against the uniform
+    one. With the evidence :math:`e_w` for the wrong side
+
+    .. math::
+        \operatorname{KL}\bigl(\mathrm{Beta}(1, 1 + e_w) \,\|\, \mathrm{Beta}(1, 1)\bigr)
+        = \log(1 + e_w) - \frac{e_w}{1 + e_w}
+
+    :class:`~uncertainty_mm.BetaEvidenceLoss` adds it to :func:`beta_evidence_loss`.
+
+    Source: Sensoy et al. 2018, arXiv 1806.01768, section 4, for two classes.
+
+    Args:
+        evidence: Tensor (B, Q, 2), at least 0, for presence, `[..., 0]`, and absence, `[..., 1]`.
+        labels: Tensor (B, Q) of 0 and 1, any real dtype. Where values are not looked at, a label is 1 above 0.5.
+        unknown: Bool tensor (B, Q), True where a label is not known. What stands there has no influence.
+        validate_args: Look at values: on the CPU only (None), never (False), everywhere (True).
+
+    Returns:
+        Tensor (B, Q) of at least 0, in nats and at least float32; 0 with zero gradient where unknown.
+
+    Raises:
+        ValueError: If shapes or devices disagree, evidence is negative or not finite, or labels are not 0 or 1.
+        TypeError: If a dtype is wrong.
+
+    Example:
+        >>> evidence = torch.tensor([[[8.0, 0.0], [0.0, 8.0]]])
+        >>> beta_evidence_kl(evidence, torch.tensor([[1, 1]]))
+        tensor([[0.0000, 1.3083]])
+    """
+    _, wrong = _sides(evidence, labels, unknown, validate_args)
+    divergence = torch.log1p(wrong) - wrong / (1 + wrong)
+    return divergence if unknown is None else divergence.masked_fill(unknown, 0)
+
+
+def _sides(
+    evidence: Tensor, labels: Tensor, unknown: Tensor | None, validate_args: bool | None
+) -> tuple[Tensor, Tensor]:
+    """Checked evidence for the side of the label and for the other, 0 where unknown."""
+    sizes = _check_evidence(evidence, unknown, validate_args)
     check_tensor("labels", labels, "number", "B Q", sizes, evidence.device)
-    check_unknown(unknown, "B Q", sizes, evidence.device)
     if checks_values(evidence, validate_args):
-        left_out = None if unknown is None else unknown.unsqueeze(-1)
-        check_finite("evidence", evidence, left_out)
-        check_range("evidence", evidence, 0, torch.inf, left_out)
         check_labels("labels", labels, unknown)
     evidence = at_least_float32(evidence)
     if unknown is not None:
         evidence = evidence.masked_fill(unknown.unsqueeze(-1), 0)
     present = labels.to(evidence.dtype) > 0.5
-    a, b = (evidence + 1).unbind(-1)
-    loss = _digamma_gain(torch.where(present, a, b), torch.where(present, b, a))
-    return loss if unknown is None else loss.masked_fill(unknown, 0)
+    a, b = evidence.unbind(-1)
+    return torch.where(present, a, b), torch.where(present, b, a)
+
+
+def _check_evidence(
+    evidence: Tensor, unknown: Tensor | None, validate_args: bool | None
+) -> dict[str, int]:
+    check_validate_args(validate_args)
+    sizes = {"2": 2}
+    check_tensor("evidence", evidence, "floating", "B Q 2", sizes)
+    check_unknown(unknown, "B Q", sizes, evidence.device)
+    if checks_values(evidence, validate_args):
+        left_out = None if unknown is None else unknown.unsqueeze(-1)
+        check_finite("evidence", evidence, left_out)
+        check_range("evidence", evidence, 0, torch.inf, left_out)
+    return sizes
+
+
+def beta_expected_entropy(evidence: Tensor, *, validate_args: bool | None = None) -> Tensor:
+    r"""Entropy of a label that is expected of its unknown probability: what more evidence would not take away.
+
+    For :math:`p \sim \mathrm{Beta}(a, b)` with :math:`a = e + 1, b = \bar e + 1, S = a + b`
+
+    .. math::
+        \mathbb E[H(p)] = \frac{a}{S} (\psi(S + 1) - \psi(a + 1)) + \frac{b}{S} (\psi(S + 1) - \psi(b + 1))
+
+    The entropy of the expected probability :math:`a / S` is this and :func:`beta_mutual_information` together.
+
+    Source: Malinin and Gales 2018, arXiv 1802.10501, for two classes.
+
+    Args:
+        evidence: Tensor (B, Q, 2), at least 0, for presence, `[..., 0]`, and absence, `[..., 1]`.
+        validate_args: Look at values: on the CPU only (None), never (False), everywhere (True).
+
+    Returns:
+        Tensor (B, Q) in nats, in [0, ln 2], in at least float32.
+
+    Raises:
+        ValueError: If the shape is wrong, or evidence is negative or not finite.
+        TypeError: If the dtype is wrong.
+
+    Example:
+        >>> beta_expected_entropy(torch.tensor([[[0.0, 0.0], [98.0, 98.0], [98.0, 0.0]]]))
+        tensor([[0.5000, 0.6906, 0.0518]])
+    """
+    a, b, total = _counts(evidence, validate_args)
+    return a / total * _digamma_gain(a + 1, b) + b / total * _digamma_gain(b + 1, a)
+
+
+def beta_mutual_information(evidence: Tensor, *, validate_args: bool | None = None) -> Tensor:
+    r"""How much a label would tell of its unknown probability: the part of the entropy that more evidence takes away.
+
+    For :math:`p \sim \mathrm{Beta}(a, b)` as in :func:`beta_expected_entropy`, with :math:`S = a + b` and
+    :math:`g(x) = \psi(x + 1) - \log x`
+
+    .. math::
+        H(\mathbb E[p]) - \mathbb E[H(p)] = \frac{a}{S} g(a) + \frac{b}{S} g(b) - g(S)
+
+    about :math:`1 / (2 S)` where there is much of both. It is computed as on the right, where nothing cancels.
+
+    Source: Malinin and Gales 2018, arXiv 1802.10501, for two classes.
+
+    Args:
+        evidence: Tensor (B, Q, 2), at least 0, for presence, `[..., 0]`, and absence, `[..., 1]`.
+        validate_args: Look at values: on the CPU only (None), never (False), everywhere (True).
+
+    Returns:
+        Tensor (B, Q) in nats, in [0, ln 2 - 1/2], in at least float32.
+
+    Raises:
+        ValueError: If the shape is wrong, or evidence is negative or not finite.
+        TypeError: If the dtype is wrong.
+
+    Example:
+        >>> beta_mutual_information(torch.tensor([[[0.0, 0.0], [98.0, 98.0], [98.0, 0.0]]]))
+        tensor([[0.1931, 0.0025, 0.0042]])
+    """
+    a, b, total = _counts(evidence, validate_args)
+    mean = a / total * _digamma_over_log(a) + b / total * _digamma_over_log(b)
+    return mean - _digamma_over_log(total)
+
+
+def _counts(evidence: Tensor, validate_args: bool | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Parameters of the Beta distribution of checked evidence, and their sum, which is a number."""
+    _check_evidence(evidence, None, validate_args)
+    evidence = at_least_float32(evidence)
+    a, b = (evidence.clamp_max(torch.finfo(evidence.dtype).max / 8) + 1).unbind(-1)
+    return a, b, a + b
+
+
+def _digamma_over_log(x: Tensor) -> Tensor:
+    """digamma(x + 1) - log(x) for x of at least 1: by the series that :func:`_digamma_gain` has, ten further on."""
+    steps = 10
+    far = 1 / (x + steps)
+    far2 = far.square()
+    series = 1 / 12 - far2 * (1 / 120 - far2 * (1 / 252 - far2 / 240))
+    # digamma(x + steps) - log(x) less the sum that leads back to x + 1
+    gain = torch.log1p(steps / x) - 0.5 * far - far2 * series
+    for i in range(1, steps):
+        gain = gain - 1 / (x + i)
+    return gain
 
 
 def _digamma_gain(x: Tensor, more: Tensor) -> Tensor:

@@ -1,0 +1,142 @@
+"""Training of evidence for and against every label: :class:`BetaEvidenceLoss`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from uncertainty_mm import functional
+from uncertainty_mm._checks import (
+    check_choice,
+    check_positive_int,
+    check_tensor,
+    check_validate_args,
+)
+from uncertainty_mm._component import Component
+from uncertainty_mm._recomputation import in_first_pass, recomputing
+
+_ADVANCED = (
+    "`advance` of a BetaEvidenceLoss was called in a forward pass that is now computed again, and the loss of the "
+    "first pass had another step. Call it after the backward pass, outside the checkpointed function"
+)
+
+
+class BetaEvidenceLoss(Component):
+    r"""Rewards evidence for what is there and, more and more, the absence of evidence for what is not.
+
+    With the evidence :math:`e_w` for the wrong side, present or absent, of each label, the mean over labels of
+
+    .. math::
+        \ell + \lambda_t \operatorname{KL}\bigl(\mathrm{Beta}(1, 1 + e_w) \,\|\, \mathrm{Beta}(1, 1)\bigr),
+        \qquad \lambda_t = \min(1, t / T)
+
+    where :math:`\ell` is :func:`~uncertainty_mm.functional.beta_evidence_loss`, the expected cross entropy, and the
+    divergence :func:`~uncertainty_mm.functional.beta_evidence_kl`. It begins at a weight of 0, since a network that is
+    punished early for misleading evidence learns to give none.
+
+    A forward pass changes nothing: :math:`t` counts the calls of :meth:`advance`, one at the end of each epoch as in
+    the paper, or one after each step of the optimiser. Without any, the divergence never counts.
+
+    Source: Sensoy et al. 2018, arXiv 1806.01768, section 4, for two classes; with the cross entropy of their Eq. 4.
+
+    Args:
+        annealing_steps: :math:`T`, after how many steps the divergence has its full weight; 10 epochs in the paper.
+        reduction: `"mean"` over the known labels of the batch (0 without any), `"sum"`, or `"none"`.
+        validate_args: Look at values (negative evidence, labels): on the CPU only (None), never (False), or everywhere
+            (True), at the price of a wait for an accelerator.
+
+    Attributes:
+        step: Int64 tensor (), :math:`t`; state that is saved with the model.
+
+    Raises:
+        ValueError: If an argument is out of range.
+        TypeError: If an argument has the wrong type.
+
+    Example:
+        >>> loss = BetaEvidenceLoss(annealing_steps=2)
+        >>> evidence, labels = torch.tensor([[[0.0, 8.0]]]), torch.tensor([[1]])  # all of it misleading
+        >>> for epoch in range(4):
+        ...     print(f"{loss(evidence, labels):.4f}")
+        ...     loss.advance()
+        2.8290
+        3.4831
+        4.1373
+        4.1373
+    """
+
+    annealing_steps: int
+    reduction: Literal["mean", "sum", "none"]
+    validate_args: bool | None
+    step: Tensor
+
+    def __init__(
+        self,
+        *,
+        annealing_steps: int = 10,
+        reduction: Literal["mean", "sum", "none"] = "mean",
+        validate_args: bool | None = None,
+    ) -> None:
+        super().__init__()
+        check_positive_int("annealing_steps", annealing_steps)
+        check_choice("reduction", reduction, ("mean", "sum", "none"))
+        check_validate_args(validate_args)
+        self._set(annealing_steps=annealing_steps, reduction=reduction, validate_args=validate_args)
+        self._keep(step=torch.empty((), dtype=torch.int64))
+        self.reset_parameters()
+
+    def extra_repr(self) -> str:
+        """The settings, for `repr`."""
+        return f"annealing_steps={self.annealing_steps}, reduction={self.reduction!r}"
+
+    def reset_parameters(self) -> None:
+        """Goes back to step 0."""
+        self.step.zero_()
+
+    def advance(self) -> None:
+        """Goes on by one step. Call it after the backward pass: checkpointing computes the loss again there.
+
+        Raises:
+            RuntimeError: If gradient checkpointing computes the call again.
+        """
+        self._check_remembers()
+        one = torch.ones_like(self.step)
+        if torch.compiler.is_compiling():
+            one = in_first_pass(one, _ADVANCED)
+        elif recomputing():
+            raise RuntimeError(_ADVANCED)
+        elif torch.is_grad_enabled():
+            # Something to save for a backward pass, so that a recomputation does not stop before it comes here.
+            torch.zeros((), requires_grad=True).square()
+        self.step.add_(one)
+
+    def forward(self, evidence: Tensor, labels: Tensor, unknown: Tensor | None = None) -> Tensor:
+        """Computes the loss of one batch.
+
+        Args:
+            evidence: Tensor (B, Q, 2), at least 0, such as `F.softplus` of two outputs a label: for its presence,
+                `[..., 0]`, and its absence, `[..., 1]`.
+            labels: Tensor (B, Q) of 0 and 1, any real dtype. Where values are not looked at, a label is 1 above 0.5.
+            unknown: Bool tensor (B, Q), True where a label is not known. What stands there has no influence.
+
+        Returns:
+            Scalar in at least float32; for `"none"` (B, Q), 0 with zero gradient where unknown.
+
+        Raises:
+            ValueError: If shapes or devices disagree, evidence is negative or not finite, or labels are not 0 or 1.
+            TypeError: If a dtype is wrong.
+        """
+        check_tensor("evidence", evidence, "floating", "B Q 2", {"2": 2}, self.step.device)
+        given = evidence, labels, unknown
+        cost = functional.beta_evidence_loss(*given, validate_args=self.validate_args)
+        divergence = functional.beta_evidence_kl(*given, validate_args=False)
+        weight = (self.step.to(cost.dtype) / self.annealing_steps).clamp_max(1)
+        loss = cost + weight * divergence
+        if self.reduction == "none":
+            return loss
+        if self.reduction == "sum":
+            return loss.sum()
+        if unknown is None:
+            return loss.sum() / max(loss.numel(), 1)
+        return loss.sum() / (~unknown).sum().clamp_min(1)
