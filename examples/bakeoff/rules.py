@@ -37,7 +37,9 @@ class Readout(nn.Module):
 
     def __init__(self, modalities: int, labels: int, latent_dim: int, outputs: int = 1) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(modalities, latent_dim, outputs))
+        bound = latent_dim**-0.5  # as in `nn.Linear`
+        weight = torch.empty(modalities, latent_dim, outputs).uniform_(-bound, bound)
+        self.weight = nn.Parameter(weight)
         self.bias = nn.Parameter(torch.zeros(modalities, labels, outputs))
 
     def forward(self, mean: Tensor) -> Tensor:
