@@ -464,15 +464,18 @@ def update_metric(device, name):
     from uncertainty_mm import metrics
 
     kind = getattr(metrics, name)
-    settings = {"num_labels": 3} if "num_labels" in inspect.signature(kind).parameters else {}
+    settings = {"num_labels": 3, "coverage": 0.5, "risk": 0.4}
+    settings = {k: v for k, v in settings.items() if k in inspect.signature(kind).parameters}
     here, there = (kind(validate_args=False, **settings) for _ in range(2))
     there.to(device)
     batches = []
     for step in range(3):
         torch.manual_seed(step)
         probs, labels = torch.rand(8, 3), torch.randint(2, (8, 3))
-        ranking = "uncertainty" in inspect.signature(kind.update).parameters
-        batches.append((probs[:, 0], labels[:, 0]) if ranking else (probs, labels, probs < 0.2))
+        given = {"uncertainty": probs[:, 0], "errors": labels[:, 0], "probs": probs}
+        given |= {"labels": labels, "unknown": probs < 0.2}
+        taken = inspect.signature(kind.update).parameters
+        batches.append([x for name, x in given.items() if name in taken])
     for step, batch in enumerate(batches):
         here.update(*batch)
         moved = [x.to(device) for x in batch]

@@ -1046,15 +1046,26 @@ CASES = MODULES | FUNCTIONS
 
 # Always in float64 and of values that are looked at: neither differentiated, compiled nor exported.
 MEASURES = {
+    "augrc": _function(measures.augrc, lambda sizes: draw_scores(sizes)[:2]),
     "auroc": _function(measures.auroc, lambda sizes: draw_scores(sizes)[::2]),
     "brier_decomposition": _function(measures.brier_decomposition, draw_probs),
+    "by_label": _function(
+        lambda *given: measures.by_label(measures.augrc, *given),
+        lambda sizes: (*draw_probs(sizes), draw_labels(sizes) > 0),
+    ),
     "calibration_error": _function(measures.calibration_error, draw_probs),
+    "coverage_at_risk": _function(
+        lambda *given: measures.coverage_at_risk(*given, risk=0.5),
+        lambda sizes: draw_scores(sizes)[:2],
+    ),
     "evaluate": _function(
         lambda *given: torch.tensor(
             [-9 if x is None else x for x in measures.evaluate(*given, threshold=0.4).values()]
         ),
         draw_probs,
     ),
+    "fpr_at_tpr": _function(measures.fpr_at_tpr, lambda sizes: draw_scores(sizes)[::2]),
+    "joint_energy": _function(measures.joint_energy, lambda sizes: draw_probs(sizes)[:1]),
     "modality_attribution": _function(
         measures.modality_attribution,
         lambda sizes: (0.1 + torch.rand(sizes.batch, sizes.modalities), draw_missing(sizes)),
@@ -1062,8 +1073,17 @@ MEASURES = {
     "predictive_entropy": _function(
         measures.predictive_entropy, lambda sizes: draw_probs(sizes)[:1]
     ),
+    "risk_at_coverage": _function(
+        lambda *given: measures.risk_at_coverage(*given, coverage=0.5),
+        lambda sizes: draw_scores(sizes)[:2],
+    ),
     "risk_coverage": _function(measures.risk_coverage, lambda sizes: draw_scores(sizes)[:2]),
     "sample_jaccard": _function(measures.sample_jaccard, draw_probs),
+    "selective_f1": _function(
+        lambda probs, labels: measures.selective_f1(probs[:, 0], probs, labels, coverage=0.5),
+        draw_probs,
+    ),
+    "smooth_calibration_error": _function(measures.smooth_calibration_error, draw_probs),
     "spearman": _function(measures.spearman, lambda sizes: draw_scores(sizes)[:2]),
 }
 

@@ -141,8 +141,10 @@ def test_guard_waits_once_a_step(on, model, on_nan):
     on(accelerator.guard_model, *model, on_nan)
 
 
-METRICS = ["AURC", "DetectionAUROC", "MultilabelBrierDecomposition", "MultilabelCalibrationError"]
-METRICS += ["SampleJaccard", "SpearmanCorrelation"]
+METRICS = ["AUGRC", "AURC", "CoverageAtRisk", "DetectionAUROC", "FPRAtTPR"]
+METRICS += ["MultilabelBrierDecomposition", "MultilabelCalibrationError"]
+METRICS += ["MultilabelSmoothCalibrationError", "RiskAtCoverage", "SampleJaccard", "SelectiveF1"]
+METRICS += ["SpearmanCorrelation"]
 
 
 @pytest.mark.parametrize("name", METRICS)

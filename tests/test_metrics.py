@@ -431,6 +431,32 @@ CASES = {
         score_batch,
         lambda u, e: risk_coverage(u, e).eaurc,
     ),
+    "AUGRC": (metrics.AUGRC, score_batch, measures.augrc),
+    "risk": (
+        lambda: metrics.RiskAtCoverage(0.6),
+        score_batch,
+        lambda u, e: measures.risk_at_coverage(u, e, 0.6),
+    ),
+    "coverage": (
+        lambda: metrics.CoverageAtRisk(1.0),
+        score_batch,
+        lambda u, e: measures.coverage_at_risk(u, e, 1.0),
+    ),
+    "F1": (
+        lambda: metrics.SelectiveF1(0.6, threshold=0.4),
+        lambda n=N: (score_batch(n)[0], *coarse_predictions(n)),
+        lambda u, p, y: measures.selective_f1(u, p, y, coverage=0.6, threshold=0.4),
+    ),
+    "smooth": (
+        lambda: metrics.MultilabelSmoothCalibrationError(Q, average="none"),
+        random_predictions,
+        lambda p, y: measures.smooth_calibration_error(p, y, average="none"),
+    ),
+    "FPR": (
+        lambda: metrics.FPRAtTPR(tpr=0.8),
+        lambda n=N: (score_batch(n)[0], torch.randint(2, (n,))),
+        lambda u, e: measures.fpr_at_tpr(u, e, tpr=0.8),
+    ),
     "AUROC": (
         metrics.DetectionAUROC,
         lambda n=N: (score_batch(n)[0], torch.randint(2, (n,))),
@@ -853,7 +879,14 @@ def test_state_is_float32_where_there_is_no_float64(case, monkeypatch):
     first, second = parts_of(data, [40, 17])
     metric = build()
     metric.update(*first)
-    for module in ("_inputs", "_base", "_binning", "functional"):
+    rooms = ("predictions", "ranking", "selective", "table")
+    for module in (
+        "_inputs",
+        "_base",
+        "_binning",
+        "_smoothing",
+        *(f"functional.{r}" for r in rooms),
+    ):
         monkeypatch.setattr(f"uncertainty_mm.metrics.{module}.precision", lambda _: torch.float32)
     metric.to("cpu")
     metric.update(*second)
@@ -1025,12 +1058,18 @@ OF_PREDICTIONS = {
     "ece": metrics.MultilabelCalibrationError(Q, n_bins=4),
     "mass": metrics.MultilabelCalibrationError(Q, n_bins=4, binning="mass"),
     "brier": metrics.MultilabelBrierDecomposition(Q, n_bins=4),
+    "smooth_calibration_error": measures.smooth_calibration_error,
+    "smooth": metrics.MultilabelSmoothCalibrationError(Q),
     "jaccard": metrics.SampleJaccard(threshold=0.2),
 }
 OF_SCORES = {
     "auroc": auroc,
     "risk_coverage": risk_coverage,
     "spearman": spearman,
+    "augrc": measures.augrc,
+    "fpr_at_tpr": measures.fpr_at_tpr,
+    "risk_at_coverage": lambda u, e: measures.risk_at_coverage(u, e, 0.5),
+    "coverage_at_risk": lambda u, e: measures.coverage_at_risk(u, e, 0.5),
     "aurc": metrics.AURC(),
     "detection": metrics.DetectionAUROC(),
     "rank": metrics.SpearmanCorrelation(),

@@ -15,20 +15,34 @@ if TYPE_CHECKING:
     from uncertainty_mm.metrics.calibration import (
         MultilabelBrierDecomposition,
         MultilabelCalibrationError,
+        MultilabelSmoothCalibrationError,
     )
     from uncertainty_mm.metrics.jaccard import SampleJaccard
-    from uncertainty_mm.metrics.ranking import AURC, DetectionAUROC, SpearmanCorrelation
+    from uncertainty_mm.metrics.ranking import DetectionAUROC, FPRAtTPR, SpearmanCorrelation
+    from uncertainty_mm.metrics.selective import (
+        AUGRC,
+        AURC,
+        CoverageAtRisk,
+        RiskAtCoverage,
+        SelectiveF1,
+    )
 
 __all__ = [
+    "AUGRC",
     "AURC",
+    "CoverageAtRisk",
     "DetectionAUROC",
+    "FPRAtTPR",
     "MultilabelBrierDecomposition",
     "MultilabelCalibrationError",
+    "MultilabelSmoothCalibrationError",
+    "RiskAtCoverage",
     "SampleJaccard",
+    "SelectiveF1",
     "SpearmanCorrelation",
 ]
 
-_FILES = ("calibration", "jaccard", "ranking")
+_FILES = ("calibration", "jaccard", "ranking", "selective")
 
 
 def __getattr__(name: str) -> Any:

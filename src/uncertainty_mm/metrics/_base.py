@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
 
 from uncertainty_mm._checks import check_validate_args
 from uncertainty_mm._component import FixedSettings
-from uncertainty_mm.metrics._inputs import check_predictions, precision
+from uncertainty_mm.metrics._inputs import check_predictions, check_scores, precision
 
 
 class Accumulated(FixedSettings, Metric):
@@ -101,3 +102,40 @@ class OfPredictions(Accumulated):
     def _add(self, probs: Tensor, labels: Tensor, unknown: Tensor | None) -> None:
         """Adds a batch that has been checked."""
         raise NotImplementedError
+
+
+class OfScores(Accumulated):
+    """A metric of order, which keeps uncertainty and error of every sample."""
+
+    uncertainty: list[Tensor]
+    errors: list[Tensor]
+
+    def __init__(self, validate_args: bool | None, settings: dict[str, Any]) -> None:
+        super().__init__(validate_args, settings)
+        self.add_state("uncertainty", [], dist_reduce_fx="cat")
+        self.add_state("errors", [], dist_reduce_fx="cat")
+
+    def _check(self, uncertainty: Tensor, errors: Tensor) -> None:
+        check_scores(uncertainty, errors, self.validate_args)
+
+    def update(self, uncertainty: Tensor, errors: Tensor) -> None:
+        """Adds a batch.
+
+        Args:
+            uncertainty: Tensor (N,) of finite numbers; larger is less sure.
+            errors: Tensor (N,) of finite errors: 0 and 1 (or bool), or graded ones.
+
+        Raises:
+            ValueError: If shapes or devices disagree, or a value is not finite.
+            TypeError: If a dtype is wrong.
+        """
+        self._check(uncertainty, errors)
+        self.uncertainty.append(uncertainty.detach().to(self.dtype, copy=True))
+        self.errors.append(errors.detach().to(self.dtype, copy=True))
+
+    def _all(self) -> tuple[Tensor, Tensor]:
+        empty = torch.empty(0, dtype=self.dtype, device=self.device)
+        uncertainty, errors = (
+            dim_zero_cat(x) if len(x) else empty for x in (self.uncertainty, self.errors)
+        )
+        return uncertainty, errors

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from uncertainty_mm._checks import (
     check_finite,
     check_labels,
+    check_probability,
     check_range,
     check_tensor,
     check_unknown,
@@ -79,3 +81,23 @@ def finite_scores(uncertainty: Tensor, errors: Tensor) -> tuple[Tensor, Tensor]:
     u, e = (x.detach().cpu().double() for x in (uncertainty, errors))
     kept = u.isfinite() & e.isfinite()
     return u[kept], e[kept]
+
+
+def back(result: Tensor, given: Tensor) -> Tensor:
+    """A result of the CPU where the data are."""
+    return result.to(precision(given.device)).to(given.device)
+
+
+def check_threshold(threshold: float | Tensor, probs: Tensor, validate_args: bool | None) -> None:
+    if not isinstance(threshold, Tensor):
+        check_probability("threshold", threshold)
+        return
+    num_labels = 1 if threshold.shape == (1,) else probs.shape[1]
+    check_tensor("threshold", threshold, "floating", "Q", {"Q": num_labels}, probs.device)
+    if checks_values(threshold, validate_args):
+        check_range("threshold", threshold, 0, 1)
+
+
+def enough(share: float, count: int) -> int:
+    """The smallest number that is at least a share of `count`; 0.1 + 0.2 of ten are three."""
+    return math.ceil(share * count - 1e-6)

@@ -25,9 +25,14 @@ from uncertainty_mm.metrics._binning import (
     merged,
 )
 from uncertainty_mm.metrics._inputs import predictions
+from uncertainty_mm.metrics._smoothing import GRID, check_bandwidth, gaps, smoothed_error
 from uncertainty_mm.metrics.functional import BrierDecomposition
 
-__all__ = ["MultilabelBrierDecomposition", "MultilabelCalibrationError"]
+__all__ = [
+    "MultilabelBrierDecomposition",
+    "MultilabelCalibrationError",
+    "MultilabelSmoothCalibrationError",
+]
 
 
 class _Binned(OfPredictions):
@@ -117,6 +122,68 @@ class MultilabelCalibrationError(_Binned):
     def compute(self) -> Tensor:
         """The calibration error so far: a scalar, or (Q,) for `average="none"`; nan without samples."""
         return averaged(calibration_of(self._histogram(), self.norm), self.average)
+
+
+class MultilabelSmoothCalibrationError(OfPredictions):
+    """Calibration error without bins, :func:`~uncertainty_mm.metrics.functional.smooth_calibration_error` over batches.
+
+    `update(probs, labels, unknown=None)` takes what the function takes, and the result is the same. The state has 4097
+    numbers for every label, however many the samples are.
+
+    Args:
+        num_labels: Number Q of labels.
+        bandwidth: The width of the kernel, above 0; None for the one that the paper chooses.
+        average: `"macro"`, the mean over labels, or `"none"`.
+        validate_args: Whether values are looked at: None, on the CPU only; False, never; True, everywhere.
+        settings: Of `torchmetrics.Metric`.
+
+    Raises:
+        ValueError: If an argument is out of range or unknown.
+        TypeError: If an argument has the wrong type.
+
+    Example:
+        >>> metric = MultilabelSmoothCalibrationError(num_labels=1)
+        >>> metric.update(torch.tensor([[0.1], [0.3]]), torch.tensor([[0], [0]]))
+        >>> metric.update(torch.tensor([[0.8], [0.8]]), torch.tensor([[1], [0]]))
+        >>> round(float(metric.compute()), 4)
+        0.25
+    """
+
+    higher_is_better = False
+    plot_legend_name = "Label"
+    plot_lower_bound = 0.0
+    plot_upper_bound = 1.0
+    bandwidth: float | None
+    average: Average
+    gaps: Tensor
+    count: Tensor
+
+    def __init__(
+        self,
+        num_labels: int,
+        *,
+        bandwidth: float | None = None,
+        average: Average = "macro",
+        validate_args: bool | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__(validate_args, settings)
+        check_positive_int("num_labels", num_labels)
+        check_bandwidth(bandwidth)
+        check_choice("average", average, ("macro", "none"))
+        self._set(num_labels=num_labels, bandwidth=bandwidth, average=average)
+        empty = torch.zeros(num_labels, GRID + 1, dtype=self.dtype, device=self.device)
+        self.add_state("gaps", empty, dist_reduce_fx="sum")
+        self.add_state("count", empty[:, 0].clone(), dist_reduce_fx="sum")
+
+    def _add(self, probs: Tensor, labels: Tensor, unknown: Tensor | None) -> None:
+        sums, count = gaps(*predictions(probs, labels, unknown))
+        self.gaps = self.gaps + sums
+        self.count = self.count + count
+
+    def compute(self) -> Tensor:
+        """The calibration error so far: a scalar, or (Q,) for `average="none"`; nan without samples."""
+        return averaged(smoothed_error(self.gaps, self.count, self.bandwidth), self.average)
 
 
 class _OfLabels(dict[str, Tensor]):

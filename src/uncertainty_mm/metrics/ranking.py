@@ -4,93 +4,45 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
+import torch  # noqa: F401  # for the examples
 from torch import Tensor
-from torchmetrics.utilities import dim_zero_cat
 
-from uncertainty_mm._checks import check_flag, check_labels, checks_values
-from uncertainty_mm.metrics._base import Accumulated
-from uncertainty_mm.metrics._inputs import check_scores, finite_scores
-from uncertainty_mm.metrics.functional import auroc, risk_coverage, spearman
+from uncertainty_mm._checks import check_labels, check_probability, checks_values
+from uncertainty_mm.metrics._base import OfScores
+from uncertainty_mm.metrics._inputs import finite_scores
+from uncertainty_mm.metrics.functional import auroc, fpr_at_tpr, spearman
 
-__all__ = ["AURC", "DetectionAUROC", "SpearmanCorrelation"]
+__all__ = ["DetectionAUROC", "FPRAtTPR", "SpearmanCorrelation"]
 
 
-class _Ranking(Accumulated):
-    """Keeps uncertainty and error of every sample, which a measure of order needs."""
+class _Detection(OfScores):
+    """A metric of errors that are there or not."""
 
-    uncertainty: list[Tensor]
-    errors: list[Tensor]
-
-    def __init__(self, validate_args: bool | None, settings: dict[str, Any]) -> None:
-        super().__init__(validate_args, settings)
-        self.add_state("uncertainty", [], dist_reduce_fx="cat")
-        self.add_state("errors", [], dist_reduce_fx="cat")
+    plot_lower_bound = 0.0
+    plot_upper_bound = 1.0
 
     def _check(self, uncertainty: Tensor, errors: Tensor) -> None:
-        check_scores(uncertainty, errors, self.validate_args)
-
-    def update(self, uncertainty: Tensor, errors: Tensor) -> None:
-        """Adds a batch.
-
-        Args:
-            uncertainty: Tensor (N,) of finite numbers; larger is less sure.
-            errors: Tensor (N,) of finite errors: 0 and 1 (or bool), or graded ones.
-
-        Raises:
-            ValueError: If shapes or devices disagree, or a value is not finite.
-            TypeError: If a dtype is wrong.
-        """
-        self._check(uncertainty, errors)
-        self.uncertainty.append(uncertainty.detach().to(self.dtype, copy=True))
-        self.errors.append(errors.detach().to(self.dtype, copy=True))
-
-    def _all(self) -> tuple[Tensor, Tensor]:
-        empty = torch.empty(0, dtype=self.dtype, device=self.device)
-        uncertainty, errors = (
-            dim_zero_cat(x) if len(x) else empty for x in (self.uncertainty, self.errors)
-        )
-        return uncertainty, errors
-
-
-class AURC(_Ranking):
-    """Area under the risk-coverage curve, :func:`~uncertainty_mm.metrics.functional.risk_coverage` over batches.
-
-    `update(uncertainty, errors)` takes what the function takes. It keeps two numbers of every sample.
-
-    Args:
-        excess: Give E-AURC, the area in excess of that of the best order, instead of AURC.
-        validate_args: Whether values are looked at: None, on the CPU only; False, never; True, everywhere.
-        settings: Of `torchmetrics.Metric`.
-
-    Raises:
-        TypeError: If `excess` is no bool.
-
-    Example:
-        >>> metric = AURC()
-        >>> metric.update(uncertainty=torch.tensor([0.1, 0.9]), errors=torch.tensor([0, 1]))
-        >>> metric.compute()  # (0 + 1/2) / 2
-        tensor(0.2500, dtype=torch.float64)
-    """
-
-    higher_is_better = False
-    plot_lower_bound = 0.0
-    excess: bool
-
-    def __init__(
-        self, *, excess: bool = False, validate_args: bool | None = None, **settings: Any
-    ) -> None:
-        super().__init__(validate_args, settings)
-        check_flag("excess", excess)
-        self._set(excess=excess)
+        super()._check(uncertainty, errors)
+        if checks_values(errors, self.validate_args):
+            check_labels("errors", errors)
 
     def compute(self) -> Tensor:
-        """The area so far, a scalar; nan without samples."""
-        curve = risk_coverage(*self._all(), validate_args=False)
-        return curve.eaurc if self.excess else curve.aurc
+        """The measure so far, a scalar; nan unless there are errors and right predictions.
+
+        Raises:
+            ValueError: If graded errors came in by another metric of a `MetricCollection` that shares its state.
+        """
+        uncertainty, errors = self._all()
+        if checks_values(errors, self.validate_args):
+            check_labels("errors", finite_scores(uncertainty, errors)[1])
+        return self._measure(uncertainty, errors)
+
+    def _measure(self, uncertainty: Tensor, errors: Tensor) -> Tensor:
+        """The measure of errors that have been checked."""
+        raise NotImplementedError
 
 
-class DetectionAUROC(_Ranking):
+class DetectionAUROC(_Detection):
     """How well an uncertainty detects errors, or corrupted input: :func:`~uncertainty_mm.metrics.functional.auroc`.
 
     `update(uncertainty, errors)` takes what the function takes, errors of 0 and 1, or bool. It keeps two numbers of
@@ -108,30 +60,51 @@ class DetectionAUROC(_Ranking):
     """
 
     higher_is_better = True
-    plot_lower_bound = 0.0
-    plot_upper_bound = 1.0
 
     def __init__(self, *, validate_args: bool | None = None, **settings: Any) -> None:
         super().__init__(validate_args, settings)
 
-    def _check(self, uncertainty: Tensor, errors: Tensor) -> None:
-        super()._check(uncertainty, errors)
-        if checks_values(errors, self.validate_args):
-            check_labels("errors", errors)
-
-    def compute(self) -> Tensor:
-        """The area so far, a scalar; nan unless there are errors and right predictions.
-
-        Raises:
-            ValueError: If graded errors came in by another metric of a `MetricCollection` that shares its state.
-        """
-        uncertainty, errors = self._all()
-        if checks_values(errors, self.validate_args):
-            check_labels("errors", finite_scores(uncertainty, errors)[1])
+    def _measure(self, uncertainty: Tensor, errors: Tensor) -> Tensor:
         return auroc(uncertainty, errors, validate_args=False)
 
 
-class SpearmanCorrelation(_Ranking):
+class FPRAtTPR(_Detection):
+    """Right predictions flagged with most errors (FPR95), :func:`~uncertainty_mm.metrics.functional.fpr_at_tpr`.
+
+    `update(uncertainty, errors)` takes what the function takes, errors of 0 and 1, or bool. It keeps two numbers of
+    every sample.
+
+    Args:
+        tpr: The share of the errors that is found at least, in [0, 1].
+        validate_args: Whether values are looked at: None, on the CPU only; False, never; True, everywhere.
+        settings: Of `torchmetrics.Metric`.
+
+    Raises:
+        ValueError: If `tpr` is out of range.
+        TypeError: If `tpr` is no number.
+
+    Example:
+        >>> metric = FPRAtTPR()
+        >>> metric.update(torch.tensor([0.1, 0.5, 0.4, 2.0]), torch.tensor([0, 0, 1, 1]))
+        >>> metric.compute()
+        tensor(0.5000, dtype=torch.float64)
+    """
+
+    higher_is_better = False
+    tpr: float
+
+    def __init__(
+        self, *, tpr: float = 0.95, validate_args: bool | None = None, **settings: Any
+    ) -> None:
+        super().__init__(validate_args, settings)
+        check_probability("tpr", tpr)
+        self._set(tpr=tpr)
+
+    def _measure(self, uncertainty: Tensor, errors: Tensor) -> Tensor:
+        return fpr_at_tpr(uncertainty, errors, tpr=self.tpr, validate_args=False)
+
+
+class SpearmanCorrelation(OfScores):
     """Rank correlation of uncertainty and error, :func:`~uncertainty_mm.metrics.functional.spearman` over batches.
 
     `update(uncertainty, errors)` takes what the function takes; `errors` may be any reference. It keeps two numbers of
