@@ -22,6 +22,7 @@ from uncertainty_mm.beliefs import BeliefRule
 from uncertainty_mm.data import MultimodalBatch
 from uncertainty_mm.decisions import DecisionRule
 from uncertainty_mm.encoder import PlaceReads, SequenceEncoder
+from uncertainty_mm.gaussian import DistanceKind
 from uncertainty_mm.metrics import functional as measures
 from uncertainty_mm.places import PlaceClassifier
 from uncertainty_mm.rules import Rule
@@ -274,9 +275,20 @@ def plain_decoupler(module, z, missing):
     return torch.stack(means, 1), torch.stack(stds, 1)
 
 
-def plain_supcon(_, rows, classes, bank, bank_classes, temperature=0.125):
+def plain_similarity(rows, keys, similarity):
+    if similarity == "cosine":
+        return rows @ keys.T
+    (mean, std), (others, their_std) = rows.chunk(2, -1), keys.chunk(2, -1)
+    far = {"compute_mode": "donot_use_mm_for_euclid_dist"}
+    spread = torch.cdist(std, their_std, **far) ** 2
+    if similarity == "sampled":
+        spread = (std**2).sum(1, keepdim=True) + (their_std**2).sum(1)
+    return -(torch.cdist(mean, others, **far) ** 2 + spread) / (2 * LATENT)
+
+
+def plain_supcon(_, rows, classes, bank, bank_classes, temperature=0.125, similarity="cosine"):
     keys, of_keys = torch.cat([rows, bank.detach()]), torch.cat([classes, bank_classes])
-    scores = rows @ keys.T / temperature
+    scores = plain_similarity(rows, keys, similarity) / temperature
     own = torch.eye(*scores.shape, dtype=torch.bool)
     normaliser = scores.masked_fill(own | (of_keys < 0), -1e300).logsumexp(1)
     positive = (classes.unsqueeze(1) == of_keys) & ~own & (of_keys >= 0)
@@ -290,9 +302,11 @@ def plain_distribution_supcon(module, latent, labels, missing):
     classes = torch.arange(present).view(1, module.num_modalities, module.num_labels)
     classes = torch.where(labels.unsqueeze(1) > 0, classes, classes + present)
     classes = classes.masked_fill(missing.unsqueeze(2), -1).flatten()
-    rows = F.normalize(torch.cat(latent, -1), dim=-1)
+    rows = torch.cat(latent, -1).flatten(0, 2)
+    if module.similarity == "cosine":
+        rows = F.normalize(rows, dim=-1)
     queue = module.queue.rows, module.queue.classes, module.temperature
-    return plain_supcon(None, rows.flatten(0, 2), classes, *queue)
+    return plain_supcon(None, rows, classes, *queue, module.similarity)
 
 
 def plain_queue(queue, rows, classes):
@@ -714,7 +728,10 @@ def decide(module, logits, std, confidence, missing):
 def properties_of(latent, missing):
     product = latent.inflated(1.0 + missing.to(latent.std.dtype)).product(missing)
     joint = latent.embedding("joint")
-    return product, latent.variance, latent.log_var, latent.kl_to_standard_normal(), joint
+    first = umm.DiagonalGaussian(*(x[:, :1] for x in latent))
+    distances = (latent.squared_distance(first, kind) for kind in get_args(DistanceKind))
+    own = latent.variance, latent.log_var, latent.kl_to_standard_normal(), joint
+    return product, *own, *distances
 
 
 def plain_properties(_, latent, missing):
@@ -722,7 +739,10 @@ def plain_properties(_, latent, missing):
     kl = torch.distributions.Normal(0, 1)
     kl = torch.distributions.kl_divergence(torch.distributions.Normal(mean, std), kl).sum(-1)
     joint = F.normalize(torch.cat(latent, -1), dim=-1)
-    return plain_product(latent, missing, 0), std**2, (std**2).log(), kl, joint
+    gap = (mean - mean[:, :1]) ** 2
+    spreads = (std - std[:, :1]) ** 2, std**2 + std[:, :1] ** 2
+    distances = ((gap + spread).sum(-1) for spread in spreads)
+    return plain_product(latent, missing, 0), std**2, (std**2).log(), kl, joint, *distances
 
 
 MODULES = {
@@ -964,6 +984,20 @@ MODULES = {
         "num_modalities=2",
     ),
 }
+for _similarity in get_args(DistanceKind):
+    MODULES[f"DistributionSupConLoss ({_similarity})"] = replace(
+        MODULES["DistributionSupConLoss"],
+        make=lambda sizes, _similarity=_similarity, **kwargs: umm.DistributionSupConLoss(
+            sizes.modalities,
+            sizes.labels,
+            LATENT,
+            queue_size=50,
+            temperature=0.125,
+            similarity=_similarity,
+            **kwargs,
+        ),
+        shown=f"similarity='{_similarity}'",
+    )
 for _rule in get_args(Rule):
     MODULES[f"GaussianFusion ({_rule})"] = Case(
         lambda _, _rule=_rule, **kwargs: umm.GaussianFusion(_rule, **kwargs),

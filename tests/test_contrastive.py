@@ -41,7 +41,7 @@ def random_batch(requires_grad=False, batch=BATCH, dtype=torch.float64):
     return latent, torch.randint(2, (batch, LABELS))
 
 
-def naive_rows(latent, labels, missing=None, use_mean=True, use_std=True):
+def naive_rows(latent, labels, missing=None, use_mean=True, use_std=True, plain=False):
     """[(cell, embedding, class, present)] in (B, M, Q) order without missing modalities."""
     rows = []
     batch, modalities, num_labels, _ = latent.mean.shape
@@ -51,14 +51,17 @@ def naive_rows(latent, labels, missing=None, use_mean=True, use_std=True):
                 if missing is not None and missing[b, m]:
                     continue
                 halves = [latent.mean[b, m, q]] * use_mean + [latent.std[b, m, q]] * use_std
-                embedding = torch.cat([half.double() / half.double().norm() for half in halves])
+                length = (lambda x: 1) if plain else torch.Tensor.norm
+                embedding = torch.cat([half.double() / length(half.double()) for half in halves])
                 present = bool(labels[b, q])
                 class_id = m * num_labels + q + (0 if present else modalities * num_labels)
                 rows.append(((b, m, q), embedding, class_id, present))
     return rows
 
 
-def naive_losses(rows, queued=(), anchors="present", temperature=0.07):
+def naive_losses(
+    rows, queued=(), anchors="present", temperature=0.07, similar=lambda x, y: torch.dot(x, y)
+):
     """{cell: loss} of every anchor with a positive; `queued` holds (embedding, class) pairs."""
     keys = [(embedding, class_id) for _, embedding, class_id, _ in rows] + list(queued)
     losses = {}
@@ -66,7 +69,7 @@ def naive_losses(rows, queued=(), anchors="present", temperature=0.07):
         if anchors == "present" and not present:
             continue
         others = [keys[j] for j in range(len(keys)) if j != i]
-        scores = [torch.dot(embedding, key) / temperature for key, _ in others]
+        scores = [similar(embedding, key) / temperature for key, _ in others]
         positives = [s for s, (_, c) in zip(scores, others, strict=True) if c == class_id]
         if positives:
             log_total = torch.logsumexp(torch.stack(scores), 0)
@@ -185,6 +188,115 @@ def test_size_of_mean_and_std_does_not_matter():
     latent, labels = random_batch()
     scaled = DiagonalGaussian(1000 * latent.mean, 0.01 * latent.std)
     close(build()(scaled, labels), mean_of(naive_losses(naive_rows(latent, labels))))
+
+
+# ---------------------------------------------------------------------------------------- distances
+
+
+def distance_loss(similarity, **kwargs):
+    return build(**{"embedding": "joint", "similarity": similarity} | kwargs)
+
+
+def similar_by(similarity):
+    """Minus the squared distance over 2K, of means and standard deviations behind each other."""
+
+    def similar(x, y):
+        total = (x[:LATENT] - y[:LATENT]).square().sum()
+        x, y = x[LATENT:], y[LATENT:]
+        spread = (x - y) ** 2 if similarity == "wasserstein" else x**2 + y**2
+        return -(total + spread.sum()) / (2 * LATENT)
+
+    return similar
+
+
+DISTANCES = ["wasserstein", "sampled"]
+
+
+@pytest.mark.parametrize("anchors", ["present", "all"])
+@pytest.mark.parametrize("similarity", DISTANCES)
+def test_distances_equal_the_loops(similarity, anchors):
+    missing = torch.cat([MISSING, MISSING[:1], MISSING[:1]])
+    unknown = torch.arange(6 * LABELS).view(6, LABELS) % 7 == 0
+    loss = distance_loss(similarity, anchors=anchors, queue_size=10, temperature=0.3)
+    bank = deque(maxlen=10)
+    for step in range(2):
+        latent, labels = random_batch(requires_grad=step == 1, batch=6)
+        rows = naive_rows(latent, labels, missing, plain=True)
+        rows = [row for row in rows if not unknown[row[0][0], row[0][2]]]
+        expected = mean_of(naive_losses(rows, bank, anchors, 0.3, similar_by(similarity)))
+        result = loss(latent, labels, missing, unknown=unknown)
+        close(result, expected.detach())
+        bank.extend(queued(rows))
+    for a, e in zip(gradient(result, *latent), gradient(expected, *latent), strict=True):
+        close(a, e)
+    close(contents(loss)[0], torch.stack([row for row, _ in bank]))
+
+
+@pytest.mark.parametrize("similarity", DISTANCES)
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_distances_pass_gradcheck(similarity, reduction):
+    labels = torch.tensor([[1], [0], [1]])
+    loss = DistributionSupConLoss(1, 1, 2, similarity=similarity, reduction=reduction).double()
+    loss(random_latent(3, 1, 1, 2), labels)
+    latent = random_latent(3, 1, 1, 2, requires_grad=True)
+
+    def forward(*latent):
+        return loss(DiagonalGaussian(*latent), labels, enqueue=False)
+
+    assert gradcheck(forward, tuple(latent))
+
+
+@pytest.mark.parametrize("similarity", DISTANCES)
+def test_distances_see_the_size_of_the_std(similarity):
+    latent, labels = random_batch()
+    wide = DiagonalGaussian(latent.mean, 3 * latent.std)
+    cosine, loss = build(), distance_loss(similarity, queue_size=0)
+    close(cosine(latent, labels, enqueue=False), cosine(wide, labels, enqueue=False))
+    assert (loss(latent, labels) - loss(wide, labels)).abs() > 0.01
+
+
+@pytest.mark.parametrize("similarity", DISTANCES)
+def test_equal_stds_and_means_of_one_length_are_a_cosine(similarity):
+    (latent, labels), cosine = random_batch(), build(embedding="mean")
+    length = latent.mean.norm(dim=-1, keepdim=True) / LATENT**0.5
+    even = DiagonalGaussian(latent.mean / length, torch.full_like(latent.std, 0.7))
+    for _ in range(2):
+        close(distance_loss(similarity)(even, labels), cosine(even, labels, enqueue=False))
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("similarity", DISTANCES)
+def test_distances_of_half_precision_are_finite_at_its_limits(similarity, dtype):
+    loss = distance_loss(similarity).to(dtype)
+    for size in (1.0, 6e4):
+        latent, labels = random_batch(dtype=dtype)
+        latent = DiagonalGaussian(*((size * x.clamp(-1, 1)).requires_grad_() for x in latent))
+        result = loss(latent, labels)
+        assert result.isfinite()
+        assert all(x.isfinite().all() for x in gradient(result, *latent))
+        assert result.dtype == torch.float32
+
+
+@pytest.mark.parametrize("similarity", DISTANCES)
+def test_distances_in_bfloat16_products_keep_the_squares(similarity):
+    batches = [random_batch() for _ in range(2)]
+    exact, rounded = (distance_loss(similarity, bf16_products=x) for x in (False, True))
+    for latent, labels in batches:
+        far = DiagonalGaussian(latent.mean + 3, latent.std)
+        a, b = (
+            loss.float()(DiagonalGaussian(*(x.float() for x in far)), labels)
+            for loss in (exact, rounded)
+        )
+        close(b, a, torch.bfloat16)
+
+
+def test_nothing_without_anchors_in_a_distance():
+    latent, _ = random_batch(requires_grad=True)
+    for bf16_products in (False, True):
+        loss = distance_loss("wasserstein", bf16_products=bf16_products)
+        value = loss(latent, torch.zeros(BATCH, LABELS))
+        assert value == 0
+        assert all((x == 0).all() for x in gradient(value, *latent))
 
 
 # ---------------------------------------------------------------------------------------- gradients
@@ -474,6 +586,13 @@ BAD = [
     Bad("temperature a word", made(temperature="1"), TypeError, "`temperature` .* but got '1'"),
     Bad("anchors", made(anchors="absent"), ValueError, r"`anchors` .* \['all', 'present'\], but"),
     Bad("embedding", made(embedding="std_mean"), ValueError, "`embedding` .* but got 'std_mean'"),
+    Bad("similarity", made(similarity="dot"), ValueError, "`similarity` .* but got 'dot'"),
+    Bad(
+        "embedding of a distance",
+        made(similarity="sampled", embedding="both"),
+        ValueError,
+        "`embedding` to be left alone with `similarity` = 'sampled', .* but got 'both'",
+    ),
     Bad("reduction", made(reduction=None), ValueError, "`reduction` .* but got None"),
     Bad("gather a word", made(gather="yes"), TypeError, "`gather` to be True or False"),
     Bad("group a number", made(process_group=3), TypeError, "`process_group` .* but got 3"),

@@ -127,6 +127,12 @@ def test_gathered_sum_equals_that_of_one_process(ranks):
     compare(ranks, "ragged", [random_batch() for _ in range(2)], queue_size=100, reduction="sum")
 
 
+@pytest.mark.parametrize("similarity", ["wasserstein", "sampled"])
+def test_gathered_distances_equal_those_of_one_process(ranks, similarity):
+    batches = [random_batch() for _ in range(2)]
+    compare(ranks, "ragged", batches, queue_size=100, similarity=similarity)
+
+
 @pytest.mark.parametrize("max_batch_size", [None, 20])
 @pytest.mark.parametrize("queue_size", [0, 7, 100])
 def test_gathered_queue_wraps_as_that_of_one_process(ranks, queue_size, max_batch_size):

@@ -10,7 +10,17 @@ from torch import nn
 from torch.autograd import gradcheck
 from torch.distributions import Independent, Normal, kl_divergence
 
-from support import HALF, close, gradient, poisoned, random_latent, record_validate_args, refuses
+from support import (
+    HALF,
+    Bad,
+    close,
+    gradient,
+    poisoned,
+    random_latent,
+    record_validate_args,
+    refused,
+    refuses,
+)
 from uncertainty_mm import DiagonalGaussian, GaussianDecoupler
 
 BATCH, MODALITIES, LABELS, IN, LATENT = 4, 3, 5, 6, 7
@@ -121,6 +131,58 @@ def test_joint_embedding_keeps_the_size_of_std_relative_to_the_mean():
 def test_embedding_of_an_unknown_kind_is_an_error():
     with pytest.raises(ValueError, match="`kind` to be one of"):
         random_latent(2, 3).embedding(True)
+
+
+def test_squared_distances_are_those_of_draws_and_of_quantiles():
+    one, other = random_latent(2, 1, 3), random_latent(4, 3)
+    steps = (torch.arange(2000).double() + 0.5) / 2000
+    normal = torch.distributions.Normal(0, 1).icdf(steps).view(-1, 1, 1, 1)
+    quantiles = (x.mean + x.std * normal for x in (one, other))
+    moved = (next(quantiles) - next(quantiles)).square().mean(0).sum(-1)  # the cheapest transport
+    torch.testing.assert_close(one.squared_distance(other), moved, rtol=0.01, atol=0.01)
+    apart = one.squared_distance(other, "sampled") - one.squared_distance(other)
+    close(apart, 2 * (one.std * other.std).sum(-1))
+    close(one.squared_distance(one), torch.zeros(2, 1))
+
+
+@pytest.mark.parametrize("kind", ["wasserstein", "sampled"])
+def test_gradients_of_squared_distances(kind):
+    pair = (random_latent(2, 3, requires_grad=True) for _ in range(2))
+    tensors = tuple(x for latent in pair for x in latent)
+    assert gradcheck(
+        lambda *x: DiagonalGaussian(*x[:2]).squared_distance(DiagonalGaussian(*x[2:]), kind),
+        tensors,
+    )
+
+
+PAIR = DiagonalGaussian(torch.zeros(2, 3), torch.ones(2, 3))
+BAD_DISTANCES = [
+    Bad("kind", lambda x: x.squared_distance(x, "cosine"), ValueError, "`kind` .* got 'cosine'"),
+    Bad("tuple", lambda x: x.squared_distance(tuple(x)), TypeError, "`other` to be .* got tuple"),
+    Bad(
+        "batch",
+        lambda x: x.squared_distance(DiagonalGaussian(*torch.ones(2, 4, 3))),
+        ValueError,
+        r"`other.mean` to be broadcastable with \(2, 3\), .* but got \(4, 3\)",
+    ),
+    Bad(
+        "width",
+        lambda x: x.squared_distance(DiagonalGaussian(*torch.ones(2, 2, 1))),
+        ValueError,
+        r"of its last size, but got \(2, 1\)",
+    ),
+    Bad(
+        "elsewhere",
+        lambda x: x.squared_distance(DiagonalGaussian(*(y.to("meta") for y in x))),
+        ValueError,
+        "`other.mean` to be on cpu, but got meta",
+    ),
+]
+
+
+@pytest.mark.parametrize("case", BAD_DISTANCES, ids=lambda case: case.name)
+def test_squared_distance_refuses(case):
+    refused(case, PAIR)
 
 
 def test_embedding_norms_are_those_of_unit_halves():
@@ -381,6 +443,7 @@ def other(**parts):
         DiagonalGaussian.to_distribution,
         DiagonalGaussian.embedding,
         DiagonalGaussian.product,
+        lambda latent: latent.squared_distance(latent),
     ],
 )
 @pytest.mark.parametrize(

@@ -11,6 +11,8 @@ rest is arranged around them:
 - Similarity is a dot product, so the positives need no mask: their mean score is the anchor's product with the mean of
   the class without itself. (A single positive is picked from its tile.)
 - Logarithms are to base 2: exp2 is several times faster than exp on a CPU, and the factor goes into the anchors.
+- A squared distance is a dot product as well: in the softmax over the keys the square of the anchor cancels, and half
+  the square of the key, negative, is one more feature of the key, which for an anchor counts as 1 (`has_offset`).
 """
 
 from __future__ import annotations
@@ -42,10 +44,12 @@ def supcon(
     temperature: float,
     reduction: Reduction,
     bf16_products: bool = False,
+    has_offset: bool = False,
 ) -> Tensor:
     """The loss for checked arguments; see :func:`uncertainty_mm.functional.supcon_loss`.
 
-    `anchor_mask` may be shorter than the batch: the other rows are keys alone, and have no entry in the result.
+    `anchor_mask` may be shorter than the batch: the other rows are keys alone, and have no entry in the result. With
+    `has_offset` the last feature of a key is added to its products with the anchors, whatever that of the anchor is.
     """
     if not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(
         embeddings
@@ -61,6 +65,7 @@ def supcon(
         temperature,
         reduction,
         bf16_products,
+        has_offset,
         needs_grad,
     )[0]
     return loss
@@ -76,6 +81,7 @@ def _forward(
     temperature: float,
     reduction: str,
     bf16_products: bool,
+    has_offset: bool,
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss and what its gradient needs; an operator, so that compilers take it as one step.
@@ -93,6 +99,7 @@ def _forward(
         temperature,
         reduction,
         bf16_products,
+        has_offset,
         None,
         needs_grad and scalar,
     )
@@ -110,6 +117,7 @@ def _(
     temperature: float,
     reduction: str,
     bf16_products: bool,
+    has_offset: bool,
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = torch.promote_types(embeddings.dtype, torch.float32)
@@ -129,6 +137,7 @@ def _backward(
     bank_classes: Tensor,
     temperature: float,
     bf16_products: bool,
+    has_offset: bool,
     weights: Tensor,
 ) -> Tensor:
     """Gradient of the weighted sum of the anchors' losses."""
@@ -141,6 +150,7 @@ def _backward(
         temperature,
         "none",
         bf16_products,
+        has_offset,
         weights,
         True,
     )[1]
@@ -156,6 +166,7 @@ def _(
     bank_classes: Tensor,
     temperature: float,
     bf16_products: bool,
+    has_offset: bool,
     weights: Tensor,
 ) -> Tensor:
     return torch.empty_like(embeddings, memory_format=torch.contiguous_format)
@@ -174,7 +185,7 @@ def _(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     embeddings, classes, anchor_mask, _, _, ctx.temperature, reduction, *rest = inputs
-    ctx.bf16_products, needs_grad = rest
+    ctx.bf16_products, ctx.has_offset, needs_grad = rest
     _, grad, bank, bank_classes = output
     ctx.dtype, ctx.scalar = embeddings.dtype, reduction != "none"
     if not needs_grad:
@@ -188,9 +199,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _differentiate(ctx: Any, grad_loss: Tensor, *_: object) -> tuple[Tensor | None, ...]:
     if ctx.scalar:
         (gradient,) = ctx.saved_tensors
-        return (_scale(gradient, grad_loss, ctx.dtype), *[None] * 8)
-    grad = _backward(*ctx.saved_tensors, ctx.temperature, ctx.bf16_products, grad_loss)
-    return (grad, *[None] * 8)
+        return (_scale(gradient, grad_loss, ctx.dtype), *[None] * 9)
+    settings = ctx.temperature, ctx.bf16_products, ctx.has_offset
+    return (_backward(*ctx.saved_tensors, *settings, grad_loss), *[None] * 9)
 
 
 def _refuse_double_backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
@@ -213,6 +224,7 @@ def _compute(
     temperature: float,
     reduction: str,
     bf16_products: bool,
+    has_offset: bool,
     weights: Tensor | None,
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -237,6 +249,10 @@ def _compute(
         inverse = num_positives.reciprocal()
         positives = _sum_of_others(rows, segment, _sums(bank, bank_segment, rows))[first]
         mean_positive = positives * inverse.unsqueeze(1)
+        queries = rows[first]
+        if has_offset:
+            queries = F.pad(queries[:, :-1], (0, 1), value=1)
+        positive = (queries * mean_positive).sum(1) / temperature
         if weights is None:
             weights = anchors.to(dtype)
             if reduction == "mean":
@@ -248,21 +264,25 @@ def _compute(
             valid,
             anchors,
             weights,
-            (rows[first] * mean_positive).sum(1) / temperature,
+            queries,
+            positive,
             single.masked_fill(~anchors, -1),
             bank,
             bank_classes,
             temperature,
             bf16_products,
+            has_offset,
             needs_grad,
         )
         losses = torch.maximum(losses, num_positives.log())  # below which only rounding leads
         losses = losses.masked_fill(~anchors, 0)
         if needs_grad:
             pull = (weights * slope).unsqueeze(1)
+            if has_offset:
+                mean_positive[:, -1] = 0  # of an anchor it is 1, whatever it was
             grad[first] -= pull * mean_positive
             pulls = torch.zeros_like(rows)
-            pulls[first] = rows[first] * (pull * inverse.unsqueeze(1))
+            pulls[first] = queries * (pull * inverse.unsqueeze(1))
             grad -= _sum_of_others(pulls, segment, rows.new_zeros(len(rows) + 1, rows.shape[1]))
             grad /= temperature
         loss = losses if reduction == "none" else (losses * weights).sum()
@@ -336,12 +356,14 @@ def _against_all(
     valid: Tensor,
     anchors: Tensor,
     weights: Tensor,
+    queries: Tensor,
     positive: Tensor,
     single: Tensor,
     bank: Tensor,
     bank_classes: Tensor,
     temperature: float,
     bf16_products: bool,
+    has_offset: bool,
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Losses of the anchors, how much each falls as its positives come nearer, and the gradient without that.
@@ -364,12 +386,13 @@ def _against_all(
     if bf16_products:
         size //= 2  # there are two tiles
     product_dtype = torch.bfloat16 if bf16_products else rows.dtype
+    rounded_scale = float(torch.tensor(scale, dtype=product_dtype, device="cpu"))
     width = max(num_rows, min(num_keys, bank.shape[0]))
     height = max(1, size // width)
     tile = rows.new_empty(min(height, places.shape[0]), width)
     product_tile = torch.empty_like(tile, dtype=product_dtype) if bf16_products else tile
     for place in places.split(height):
-        anchor = rows[place]
+        anchor = queries[place]
         scaled = (anchor * scale).to(product_dtype)
         # The maximum of no scores is the lowest number, not -inf: the difference of two of them is 0.
         highest = anchor.new_full((place.shape[0], 1), torch.finfo(anchor.dtype).min)
@@ -378,11 +401,13 @@ def _against_all(
         spot, pair = single[place].unsqueeze(1), torch.zeros_like(highest)
         factors = product_tile
         for keys, bias, is_batch in _key_tiles(rows, valid, bank, bank_classes, num_keys):
-            keys = keys.to(product_dtype)
+            exact, keys = keys, keys.to(product_dtype)
             probs, factors = (x[: place.shape[0], : keys.shape[0]] for x in (tile, product_tile))
             torch.mm(scaled, keys.t(), out=factors)
             if bf16_products:
                 probs.copy_(factors)
+                if has_offset:  # what rounding took from it, the same for all anchors
+                    probs += exact[:, -1] * scale - keys[:, -1].to(rows.dtype) * rounded_scale
             if bias is not None:
                 probs += bias
             if is_batch:  # itself; before the maximum is taken, which it would dominate
@@ -413,6 +438,8 @@ def _against_all(
             share = (weights[place] * slope[place]).unsqueeze(1) / total
             # the keys of the batch, whose tile came last
             grad += factors.t() @ (anchor * share).to(product_dtype)
+            if has_offset:
+                gathered[:, -1] = 0
             grad.index_add_(0, place, gathered * share)
     return result, slope, grad
 

@@ -24,13 +24,14 @@ from uncertainty_mm._recomputation import recomputing
 from uncertainty_mm._supcon import Reduction, supcon
 from uncertainty_mm.distributed import gather_rows, group_name, rank, sum_over_ranks, world_size
 from uncertainty_mm.functional import EmbeddingKind, embed
-from uncertainty_mm.gaussian import DiagonalGaussian, check_latent
+from uncertainty_mm.gaussian import DiagonalGaussian, DistanceKind, check_latent
 from uncertainty_mm.queue import EmbeddingQueue
 
 if TYPE_CHECKING:
     import torch.distributed as dist
 
 Anchors = Literal["present", "all"]
+Similarity = Literal["cosine", DistanceKind]
 
 
 class DistributionSupConLoss(Component):
@@ -55,10 +56,26 @@ class DistributionSupConLoss(Component):
     seems stuck at 5 or 6 may be as good as done. The default queue holds 8192 distributions: 97 samples with three
     modalities and 28 labels, 455 with 6 labels.
 
+    By default two distributions are as similar as their embeddings point in one direction. With a distance for a
+    `similarity`, minus :math:`d / 2K` takes the place of :math:`e^\top k`, where for Gaussians in :math:`K` dimensions
+
+    .. math::
+        d = \lVert \mu_1 - \mu_2 \rVert^2 + \begin{cases}
+        \lVert \sigma_1 - \sigma_2 \rVert^2 & \text{(wasserstein)} \\
+        \lVert \sigma_1 \rVert^2 + \lVert \sigma_2 \rVert^2 & \text{(sampled)}
+        \end{cases}
+
+    so that the size of every standard deviation counts. A temperature means what it means for the cosine: for means of
+    length :math:`\sqrt K`, as of :class:`~uncertainty_mm.GaussianDecoupler`, and equal standard deviations,
+    :math:`-d / 2K` is the cosine of the means, less a constant. What depends on the anchor alone cancels in the
+    softmax: `"sampled"` sees the standard deviations of keys, not of anchors, and a key of a large one is far from all.
+
     Under gradient checkpointing the recomputation sees the queue as the forward pass saw it, and does not enqueue
     again. If it cannot (two forward passes before the backward pass, a compiled loss that enqueues), it raises.
 
-    Source: Huang et al. 2025, arXiv 2502.13954, section 3.3.3; queue: He et al. 2020, arXiv 1911.05722.
+    Source: Huang et al. 2025, arXiv 2502.13954, section 3.3.3; queue: He et al. 2020, arXiv 1911.05722;
+    `"sampled"`: the closed-form sampled distance of Chun 2024, arXiv 2305.18171; `"wasserstein"`: Dowson and Landau
+    1982, doi 10.1016/0047-259X(82)90077-X.
 
     Args:
         num_modalities: Number of modalities :math:`M`.
@@ -70,7 +87,9 @@ class DistributionSupConLoss(Component):
             :math:`B^+`).
         embedding: What stands for a distribution: `"joint"`, mean and standard deviation divided by their common
             length, so that the size of the standard deviation counts (similarity in [-1, 1]); `"both"`, each divided by
-            its own (Eq. 4, the paper; similarity in [-2, 2]); `"mean"` or `"std"`, one alone.
+            its own (Eq. 4, the paper; similarity in [-2, 2]); `"mean"` or `"std"`, one alone. Of the cosine only.
+        similarity: `"cosine"`, the product of the embeddings; `"wasserstein"`, minus the squared distance in which mean
+            and standard deviation count alike; `"sampled"`, minus that of two draws, one of either, as expected.
         reduction: `"mean"` over the anchors that have a positive, `"sum"`, or `"none"`.
         gather: Under `torch.distributed`, take keys from all ranks, with gradient. After averaging over ranks, as
             `DistributedDataParallel` does, the gradient is that of one process on the joined batch, the value of the
@@ -111,6 +130,7 @@ class DistributionSupConLoss(Component):
     temperature: float
     anchors: Anchors
     embedding: EmbeddingKind
+    similarity: Similarity
     reduction: Reduction
     gather: bool
     process_group: str
@@ -128,6 +148,7 @@ class DistributionSupConLoss(Component):
         temperature: float = 0.07,
         anchors: Anchors = "all",
         embedding: EmbeddingKind = "joint",
+        similarity: Similarity = "cosine",
         reduction: Reduction = "mean",
         gather: bool = False,
         process_group: dist.ProcessGroup | None = None,
@@ -144,6 +165,12 @@ class DistributionSupConLoss(Component):
         check_positive("temperature", temperature)
         check_choice("anchors", anchors, get_args(Anchors))
         check_choice("embedding", embedding, get_args(EmbeddingKind))
+        check_choice("similarity", similarity, ("cosine", *get_args(DistanceKind)))
+        if similarity != "cosine" and embedding != "joint":
+            raise ValueError(
+                f"Expected `embedding` to be left alone with `similarity` = {similarity!r}, which has none, "
+                f"but got {embedding!r}"
+            )
         check_choice("reduction", reduction, get_args(Reduction))
         check_flag("gather", gather)
         if max_batch_size is not None:
@@ -157,6 +184,7 @@ class DistributionSupConLoss(Component):
             temperature=temperature,
             anchors=anchors,
             embedding=embedding,
+            similarity=similarity,
             reduction=reduction,
             gather=gather,
             process_group=group_name(process_group),  # a group can be neither copied nor saved
@@ -169,8 +197,13 @@ class DistributionSupConLoss(Component):
 
     def extra_repr(self) -> str:
         """The settings, for `repr`."""
+        likeness = (
+            f"embedding={self.embedding!r}"
+            if self.similarity == "cosine"
+            else f"similarity={self.similarity!r}"
+        )
         return (
-            f"temperature={self.temperature}, anchors={self.anchors!r}, embedding={self.embedding!r}, "
+            f"temperature={self.temperature}, anchors={self.anchors!r}, {likeness}, "
             f"reduction={self.reduction!r}, gather={self.gather}, max_batch_size={self.max_batch_size}, "
             f"bf16_products={self.bf16_products}"
         )
@@ -281,7 +314,16 @@ class DistributionSupConLoss(Component):
         if missing is not None or unknown is not None:
             left_out = (classes < 0).unsqueeze(3)
             mean, std = mean.masked_fill(left_out, 0), std.masked_fill(left_out, 0)
-        return embed(mean, std, self.embedding).flatten(0, 2), classes.flatten()
+        is_cosine = (
+            self.similarity == "cosine"
+        )  # for a distance the queue holds the Gaussians themselves
+        rows = embed(mean, std, self.embedding) if is_cosine else torch.cat([mean, std], -1)
+        return rows.flatten(0, 2), classes.flatten()
+
+    def _with_square(self, rows: Tensor) -> Tensor:
+        """What of the Gaussians is multiplied, and minus half the square that a product lacks to be a distance."""
+        multiplied = rows[:, : self.latent_dim] if self.similarity == "sampled" else rows
+        return torch.cat([multiplied, -0.5 * rows.square().sum(1, keepdim=True)], 1)
 
     def _gathers(self) -> bool:
         return self.gather and world_size(self.process_group) > 1
@@ -309,15 +351,21 @@ class DistributionSupConLoss(Component):
         bank_classes: Tensor,
         reduction: Reduction,
     ) -> Tensor:
+        temperature, is_distance = self.temperature, self.similarity != "cosine"
+        if is_distance:
+            bank = self._with_square(bank.to(embeddings.dtype))
+            embeddings = self._with_square(embeddings)
+            temperature *= self.latent_dim
         return supcon(
             embeddings,
             classes,
             anchors,
             bank,
             bank_classes,
-            self.temperature,
+            temperature,
             reduction,
             self.bf16_products,
+            is_distance,
         )
 
     def _gathered_loss(
