@@ -23,15 +23,20 @@ import numpy as np
 
 from uncertainty_mm.examples import sweep
 from uncertainty_mm.examples.baselines import classical
+from uncertainty_mm.examples.baselines.amp import Adversarial
 from uncertainty_mm.examples.baselines.bootstrap import (
     contributions,
     groups_of,
     paired_bootstrap,
     verdict,
 )
+from uncertainty_mm.examples.baselines.carat import Reconstruction
+from uncertainty_mm.examples.baselines.hhmpn import MessagePassing
 from uncertainty_mm.examples.baselines.misa import InvariantSpecific
+from uncertainty_mm.examples.baselines.mms2s import SequenceToSet
 from uncertainty_mm.examples.baselines.mult import CrossModal
 from uncertainty_mm.examples.baselines.networks import EarlyFusion, LateFusion, PooledMLP
+from uncertainty_mm.examples.baselines.tailor import CommonPrivate
 from uncertainty_mm.lightning.cli import one_line_errors
 
 CONFIGS = Path(__file__).with_name("configs")
@@ -41,6 +46,11 @@ NETWORKS = {
     "late": LateFusion,
     "mult": CrossModal,
     "misa": InvariantSpecific,
+    "mms2s": SequenceToSet,
+    "hhmpn": MessagePassing,
+    "tailor": CommonPrivate,
+    "amp": Adversarial,
+    "carat": Reconstruction,
 }
 LDDU = {"lddu": sweep.Arm()}
 ARMS = {name: sweep.Arm((), PooledMLP, CONFIGS) for name in classical.METHODS}
