@@ -23,15 +23,20 @@ import numpy as np
 
 from uncertainty_mm.examples import sweep
 from uncertainty_mm.examples.baselines import classical
+from uncertainty_mm.examples.baselines.amp import Adversarial
 from uncertainty_mm.examples.baselines.bootstrap import compare, groups_of, verdict
+from uncertainty_mm.examples.baselines.carat import Reconstruction
 from uncertainty_mm.examples.baselines.dfg import FusionGraph
+from uncertainty_mm.examples.baselines.hhmpn import MessagePassing
 from uncertainty_mm.examples.baselines.lsan import LabelAttention
 from uncertainty_mm.examples.baselines.misa import InvariantSpecific
 from uncertainty_mm.examples.baselines.ml_gcn import LabelGraph
+from uncertainty_mm.examples.baselines.mms2s import SequenceToSet
 from uncertainty_mm.examples.baselines.mult import CrossModal
 from uncertainty_mm.examples.baselines.networks import EarlyFusion, LateFusion, PooledMLP
 from uncertainty_mm.examples.baselines.raven import ShiftedWords
 from uncertainty_mm.examples.baselines.sgm import SequenceGeneration
+from uncertainty_mm.examples.baselines.tailor import CommonPrivate
 from uncertainty_mm.lightning.cli import one_line_errors
 
 CONFIGS = Path(__file__).with_name("configs")
@@ -46,6 +51,11 @@ NETWORKS = {
     "sgm": SequenceGeneration,
     "lsan": LabelAttention,
     "ml-gcn": LabelGraph,
+    "mms2s": SequenceToSet,
+    "hhmpn": MessagePassing,
+    "tailor": CommonPrivate,
+    "amp": Adversarial,
+    "carat": Reconstruction,
 }
 LDDU = {"lddu": sweep.Arm()}
 ARMS = {name: sweep.Arm((), PooledMLP, CONFIGS) for name in classical.METHODS}
