@@ -3,6 +3,9 @@
 import os
 import re
 
+from docutils import nodes
+from latex2mathml.converter import convert
+
 import uncertainty_mm
 
 project = "uncertainty-mm"
@@ -15,24 +18,26 @@ extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
     "sphinx.ext.doctest",
-    "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
     "sphinx_gallery.gen_gallery",
     "sphinxcontrib.bibtex",
 ]
-# study: included by uncertainty.md; tutorials: rendered into generated/tutorials
-exclude_patterns = ["_build", "study", "tutorials"]
+# study: included by other pages; laboratory: diaries; tutorials: rendered into generated/tutorials
+exclude_patterns = ["_build", "laboratory", "study", "tutorials"]
 default_role = "literal"  # `name` in a docstring is code
 html_theme = "furo"
 html_static_path = ["_static"]
 html_css_files = ["custom.css"]
+html_favicon = "_static/favicon.svg"
+html_math_renderer = "mathml"
+maximum_signature_line_length = 60  # one argument a line beyond
 html_title = f"uncertainty-mm {release}"
 bibtex_bibfiles = ["references.bib"]
 bibtex_default_style = "unsrt"
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
-myst_enable_extensions = ["deflist", "dollarmath"]
+myst_enable_extensions = ["attrs_block", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 
 # Every tutorial is run; one that raises fails the build.
@@ -53,6 +58,7 @@ plot_formats = [("png", 110)]
 plot_html_show_formats = False
 plot_html_show_source_link = False
 plot_include_source = False
+plot_working_directory = os.path.dirname(__file__)  # for the package `laboratory`
 plot_pre_code = "import numpy as np\nimport torch\nfrom matplotlib import pyplot as plt\n" + (
     "from uncertainty_mm import plots\ntorch.manual_seed(0)\n"
 )
@@ -111,7 +117,19 @@ def plain_aliases(app, what, name, obj, options, signature, returns):
     return alias.sub(r"\1", signature or "") or None, returns
 
 
+def mathml(display):
+    """Writes equations as MathML, which browsers draw without a script."""
+
+    def visit(translator, node):
+        latex = node.astext().replace(r"\_", "_")
+        translator.body.append(convert(latex, display=display))
+        raise nodes.SkipNode
+
+    return visit, None
+
+
 def setup(app):
     """Registers the hooks with Sphinx."""
+    app.add_html_math_renderer("mathml", mathml("inline"), mathml("block"))
     app.connect("autodoc-skip-member", skip_tuple_fields)
     app.connect("autodoc-process-signature", plain_aliases)

@@ -4,9 +4,13 @@ import doctest
 import re
 import runpy
 import shlex
+import sys
+from pathlib import Path
 
 import pytest
+import torch
 
+from examples_support import toy
 from pages import DOCS, blocks
 from support import NO_EXPORT_OF_ANY_BATCH, TORCH_2_6
 
@@ -39,6 +43,63 @@ def test_doctests_of_the_page(name):
 
 def test_every_page_with_arithmetic_is_found():
     assert {"conventions", "equations", "reproducibility", "howto/fusion"} <= PAGES.keys()
+
+
+PYTHON = {  # pages with code that only a test can give what it needs, and that test
+    "api/lightning": "test_lightning_of_the_page_trains",
+    "howto/serve": "test_onnx_of_the_page_answers_as_torch",
+}
+
+
+def test_all_code_of_the_pages_is_run():
+    shown = {
+        page.relative_to(DOCS).with_suffix("").as_posix()
+        for page in DOCS.rglob("*.md")
+        if blocks(page, "python") and page.parent.name != "laboratory"
+    }
+    assert shown == PYTHON.keys()
+    tests = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
+    assert all(f"def {name}(" in tests for name in PYTHON.values())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_lightning_of_the_page_trains(tmp_path, monkeypatch):
+    lightning = pytest.importorskip("lightning")
+    monkeypatch.chdir(tmp_path)
+    toy("mine.npz")
+
+    class Model(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(3, 3)
+
+        def training_step(self, batch, batch_idx):
+            return self.layer(batch.features["a"].mean(1)).square().mean()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    names = {"model": Model()}
+    [(_, source)] = blocks(DOCS / "api" / "lightning.md", "python")
+    exec(source.replace("max_epochs=10", "fast_dev_run=True"), names)
+    assert names["trainer"].global_step == 1
+
+
+def test_script_of_typicality_writes_its_table(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["typicality.py", str(toy(tmp_path / "toy.npz"))])
+    runpy.run_path(str(DOCS / "laboratory" / "typicality.py"))
+    rows = capsys.readouterr().out.splitlines()
+    assert len(rows) == 4
+    assert all(row.count("|") == 9 for row in rows)
+
+
+def test_code_of_the_pages_is_narrow():
+    for page in DOCS.rglob("*.md"):
+        for kind, source in blocks(page, "doctest", "testcode", "python"):
+            for line in source.splitlines():
+                prompt = line[:4] in (">>> ", "... ")
+                if prompt or kind != "doctest":  # not what is printed
+                    assert len(line) - 4 * prompt <= 80, f"{page.name}: {line}"
 
 
 # Those with a class of the package itself, not of a submodule.

@@ -79,7 +79,7 @@ for y, name in enumerate(SETS):
     for x, color, marker, label in zip(
         detection(name),
         ("tab:blue", "tab:red", "0.6"),
-        "oD|",
+        "oDs",
         ("spoilt, by typicality", "of another sample", "spoilt, by learned std"),
         strict=True,
     ):

@@ -10,7 +10,7 @@ A classifier of several labels from several modalities, composed from the layers
 
 The data are made: six labels that occur together or not, and three modalities, each a short sequence of noisy frames.
 How noisy a sequence is differs from sample to sample. Because the data are made, the best possible prediction is
-known too, and the model can be held against it at the end.
+known too, and the model can be compared with it at the end.
 """
 
 import torch

@@ -87,8 +87,8 @@ assert float(doubt[0, 1]) > 0.45
 # The first label was nearly certain, so its mixture is nearly the prediction from the means. The second was open, so
 # both predictions count about the same.
 #
-# Why not the paper's letter?
-# ---------------------------
+# Why not the gate of the paper?
+# ------------------------------
 #
 # Eq. 8 of the paper takes the true distance between the first prediction and the labels as the gate. That needs the
 # labels. At test time there are none; and in training, with a distance for each label, gate and first prediction

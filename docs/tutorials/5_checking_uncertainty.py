@@ -205,4 +205,4 @@ assert 1 > with_truth["entropy"] > with_truth["standard deviations"] > 0.3
 # It is one seed of a small model, trained for seconds on one made world. With `torch.manual_seed(1)` in the first
 # block one of the modalities fell to 0.31 in the third question. :doc:`/uncertainty` is the study: five seeds,
 # variants with one part changed, real data, and what remains open. There the standard deviations follow the noise
-# only with the repairs used here, and in the model to the letter of the paper they fall as noise rises.
+# only with the repairs used here, and with the paper's own equations they fall as noise rises.

@@ -104,7 +104,8 @@ def expected_threshold(
         F = \max_t \frac{2 \sum p \, [p > t]}{\sum [p > t] + \sum p}, \qquad t = \frac{F}{2}
 
     with sums over all samples and labels (micro F1), or over the samples of each label. Where all probabilities are 0,
-    or nothing is known, it is 0.5. Computed in float64 on the CPU. Probabilities that are not calibrated deserve :func:`best_threshold`.
+    or nothing is known, it is 0.5. Computed in float64 on the CPU. Probabilities that are not calibrated deserve
+    :func:`best_threshold`.
 
     Args:
         probs: Tensor (B, Q) of calibrated probabilities in [0, 1] (:class:`PlattScaling`), of a validation split.
