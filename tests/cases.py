@@ -539,6 +539,29 @@ def plain_ranking(module, confidence, correctness, mask):
     return total / max(len(pairs), 1)
 
 
+def plain_accuracy_uncertainty(module, probs, uncertainty, labels, unknown):
+    """One prediction after the other."""
+    places = [(b, q) for b, q in itertools.product(*map(range, probs.shape)) if not unknown[b, q]]
+    right = {(b, q): bool(probs[b, q] > 0.5) == bool(labels[b, q] > 0) for b, q in places}
+    groups = [[uncertainty[at].item() for at in places if right[at] == each] for each in (0, 1)]
+    means = [sum(group) / len(group) for group in groups if group]
+    total = {True: 0 * probs.sum(), False: 0 * uncertainty.sum()}
+    for at in places:
+        p, u = probs[at], uncertainty[at]
+        weight = torch.maximum(p, 1 - p) if right[at] else torch.minimum(p, 1 - p)
+        certain = u.item() <= sum(means) / len(means)
+        weight = weight * (1 - u.tanh() if certain else u.tanh())
+        total[right[at] == certain] = total[right[at] == certain] + weight
+    if total[True] == 0:
+        return torch.log1p(total[False] / torch.finfo(torch.float32).eps)
+    return -(total[True] / (total[True] + total[False])).log()
+
+
+def plain_monotone(_, full, subset, mask):
+    gaps = [b - a for a, b, out in zip(full, subset, mask, strict=True) if b > a and not out]
+    return sum(gaps, 0 * (full.sum() + subset.sum())) / max(int((~mask).sum()), 1)
+
+
 def plain_histogram(module, probs):
     columns = []
     for p, edges, frequency in zip(probs.T, module.edges, module.frequency, strict=True):
@@ -950,6 +973,26 @@ MODULES = {
         plain_ranking,
         "pairs='neighbours'",
         ranked,
+    ),
+    "AccuracyUncertaintyLoss": Case(
+        lambda _, **kwargs: umm.AccuracyUncertaintyLoss(**kwargs),
+        lambda sizes: (
+            draw_probs(sizes)[0],
+            0.7 * draw_probs(sizes)[0],
+            draw_labels(sizes),
+            torch.rand(sizes.batch, sizes.labels) < 0.2,
+        ),
+        plain_accuracy_uncertainty,
+        "threshold=None",
+        lambda loss, probs, uncertainty, labels, unknown: loss(
+            probs=probs, uncertainty=uncertainty, labels=labels, unknown=unknown
+        ),
+    ),
+    "MonotoneConfidenceLoss": Case(
+        lambda _, **kwargs: umm.MonotoneConfidenceLoss(**kwargs),
+        draw_scores,
+        plain_monotone,
+        run=lambda loss, full, subset, mask: loss(full=full, subset=subset, mask=mask),
     ),
     "CorrectnessTracker": Case(
         lambda sizes, **kwargs: umm.CorrectnessTracker(8, sizes.labels, prior=0.125, **kwargs),

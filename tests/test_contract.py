@@ -413,6 +413,7 @@ def test_inference_exports_with_any_batch_size():
 
 
 PUBLIC_NAMES = [
+    "AccuracyUncertaintyLoss",
     "BeliefFusion",
     "BetaCalibration",
     "BetaEvidenceLoss",
@@ -434,6 +435,7 @@ PUBLIC_NAMES = [
     "HistogramBinning",
     "IsotonicCalibration",
     "LogitPool",
+    "MonotoneConfidenceLoss",
     "PlattScaling",
     "SoftRankOrdinalityLoss",
     "TemperatureScaling",

@@ -8,7 +8,6 @@ import re
 import sys
 from pathlib import Path
 
-import torch
 from matplotlib import pyplot as plt
 
 from uncertainty_mm.data import MultimodalDataset, SyntheticMMER

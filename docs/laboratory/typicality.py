@@ -4,6 +4,7 @@ import sys
 from typing import get_args
 
 import torch
+
 from uncertainty_mm import Typicality
 from uncertainty_mm.data import read_npz
 from uncertainty_mm.data.transforms import Corruption, corrupted

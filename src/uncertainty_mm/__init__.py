@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from uncertainty_mm import functional
+from uncertainty_mm.accuracy_uncertainty import AccuracyUncertaintyLoss
 from uncertainty_mm.attention import EmotionQueryAttention
 from uncertainty_mm.beliefs import BeliefFusion, FusedBelief
 from uncertainty_mm.calibration import (
@@ -22,6 +23,7 @@ from uncertainty_mm.decisions import DecisionFusion, FusedDecision
 from uncertainty_mm.evidence import BetaEvidenceLoss
 from uncertainty_mm.fusion import FusedPrediction, UncertaintyGatedFusion
 from uncertainty_mm.gaussian import DiagonalGaussian, GaussianDecoupler
+from uncertainty_mm.monotone import MonotoneConfidenceLoss
 from uncertainty_mm.ordinality import SoftRankOrdinalityLoss
 from uncertainty_mm.queue import EmbeddingQueue
 from uncertainty_mm.ranking import CorrectnessRankingLoss
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AccuracyUncertaintyLoss",
     "BeliefFusion",
     "BetaCalibration",
     "BetaEvidenceLoss",
@@ -58,6 +61,7 @@ __all__ = [
     "HistogramBinning",
     "IsotonicCalibration",
     "LogitPool",
+    "MonotoneConfidenceLoss",
     "PlattScaling",
     "SoftRankOrdinalityLoss",
     "TemperatureScaling",
