@@ -11,7 +11,6 @@ from uncertainty_mm import functional
 from uncertainty_mm._checks import (
     check_choice,
     check_positive_int,
-    check_tensor,
     check_validate_args,
 )
 from uncertainty_mm._component import Component
@@ -127,11 +126,10 @@ class BetaEvidenceLoss(Component):
             ValueError: If shapes or devices disagree, evidence is negative or not finite, or labels are not 0 or 1.
             TypeError: If a dtype is wrong.
         """
-        check_tensor("evidence", evidence, "floating", "B Q 2", {"2": 2}, self.step.device)
         given = evidence, labels, unknown
         cost = functional.beta_evidence_loss(*given, validate_args=self.validate_args)
         divergence = functional.beta_evidence_kl(*given, validate_args=False)
-        weight = (self.step.to(cost.dtype) / self.annealing_steps).clamp_max(1)
+        weight = (self.step.to(cost) / self.annealing_steps).clamp_max(1)
         loss = cost + weight * divergence
         if self.reduction == "none":
             return loss
