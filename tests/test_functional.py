@@ -426,14 +426,14 @@ def test_supcon_is_at_least_the_logarithm_of_the_number_of_positives(bf16_produc
 
 OPERATORS = {
     "forward": lambda x, c, a, b, bc: torch.library.opcheck(
-        torch.ops.uncertainty_mm.supcon.default, (x, c, a, b, bc, 0.07, "mean", False, True)
+        torch.ops.uncertainty_mm.supcon.default, (x, c, a, b, bc, 0.07, "mean", False, True, True)
     ),
     "forward none": lambda x, c, a, b, bc: torch.library.opcheck(
-        torch.ops.uncertainty_mm.supcon.default, (x, c, a, b, bc, 0.07, "none", True, True)
+        torch.ops.uncertainty_mm.supcon.default, (x, c, a, b, bc, 0.07, "none", True, False, True)
     ),
     "backward": lambda x, c, a, b, bc: torch.library.opcheck(
         torch.ops.uncertainty_mm.supcon_backward.default,
-        (x.detach(), c, a, b, bc, 0.07, False, torch.rand(len(c))),
+        (x.detach(), c, a, b, bc, 0.07, False, True, torch.rand(len(c))),
     ),
     "scale": lambda x, *_: torch.library.opcheck(
         torch.ops.uncertainty_mm.supcon_scale.default,

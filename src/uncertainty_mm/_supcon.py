@@ -12,7 +12,9 @@ rest is arranged around them:
   the class without itself. (A single positive is picked from its tile.)
 - Logarithms are to base 2: exp2 is several times faster than exp on a CPU, and the factor goes into the anchors.
 - A squared distance is a dot product as well: in the softmax over the keys the square of the anchor cancels, and half
-  the square of the key, negative, is one more feature of the key, which for an anchor counts as 1 (`has_offset`).
+  the square of the key, negative, is added to its scores (`has_offset`). It is the last feature of the rows, which for
+  an anchor counts as 1, and is left out of the products: they are fastest with the sizes that people choose, and a
+  square would lose its digits in bfloat16.
 """
 
 from __future__ import annotations
@@ -373,10 +375,15 @@ def _against_all(
     logarithm of their number. With a `single` one it may be next to nothing, and a difference would leave nothing of
     it: it is log(1 + exp(L - s)), L the log-sum-exp of the other keys and s the score from the same tile.
     """
-    num_rows, dim = rows.shape
     scale = math.log2(math.e) / temperature
+    offset = bank_offset = None
+    if has_offset:
+        offset, bank_offset = (scale * x[:, -1].to(rows.dtype) for x in (rows, bank))
+        rows, bank, queries = (x[:, :-1].contiguous() for x in (rows, bank, queries))
+    num_rows, dim = rows.shape
     result, slope = torch.zeros_like(weights), torch.ones_like(weights)
     grad = rows.new_zeros(num_rows, dim) if needs_grad else rows.new_zeros(0)
+    to_offset = rows.new_zeros(num_rows, 1)
     on_cpu = rows.device.type == "cpu"
     places = torch.arange(anchors.shape[0], device=rows.device)
     if on_cpu:
@@ -386,7 +393,6 @@ def _against_all(
     if bf16_products:
         size //= 2  # there are two tiles
     product_dtype = torch.bfloat16 if bf16_products else rows.dtype
-    rounded_scale = float(torch.tensor(scale, dtype=product_dtype, device="cpu"))
     width = max(num_rows, min(num_keys, bank.shape[0]))
     height = max(1, size // width)
     tile = rows.new_empty(min(height, places.shape[0]), width)
@@ -400,14 +406,14 @@ def _against_all(
         gathered = torch.zeros_like(anchor)
         spot, pair = single[place].unsqueeze(1), torch.zeros_like(highest)
         factors = product_tile
-        for keys, bias, is_batch in _key_tiles(rows, valid, bank, bank_classes, num_keys):
-            exact, keys = keys, keys.to(product_dtype)
+        for keys, bias, is_batch in _key_tiles(
+            rows, valid, offset, bank, bank_classes, bank_offset, num_keys
+        ):
+            keys = keys.to(product_dtype)
             probs, factors = (x[: place.shape[0], : keys.shape[0]] for x in (tile, product_tile))
             torch.mm(scaled, keys.t(), out=factors)
             if bf16_products:
                 probs.copy_(factors)
-                if has_offset:  # what rounding took from it, the same for all anchors
-                    probs += exact[:, -1] * scale - keys[:, -1].to(rows.dtype) * rounded_scale
             if bias is not None:
                 probs += bias
             if is_batch:  # itself; before the maximum is taken, which it would dominate
@@ -439,22 +445,31 @@ def _against_all(
             # the keys of the batch, whose tile came last
             grad += factors.t() @ (anchor * share).to(product_dtype)
             if has_offset:
-                gathered[:, -1] = 0
+                to_offset += probs.t() @ share
             grad.index_add_(0, place, gathered * share)
-    return result, slope, grad
+    return result, slope, torch.cat([grad, to_offset], 1) if needs_grad and has_offset else grad
 
 
 def _key_tiles(
-    rows: Tensor, valid: Tensor, bank: Tensor, bank_classes: Tensor, num_keys: int
+    rows: Tensor,
+    valid: Tensor,
+    offset: Tensor | None,
+    bank: Tensor,
+    bank_classes: Tensor,
+    bank_offset: Tensor | None,
+    num_keys: int,
 ) -> Iterator[tuple[Tensor, Tensor | None, bool]]:
     """Keys, what is added to their scores (-inf for no key), and whether they are the batch, which comes last."""
-    for keys, classes in zip(bank.split(num_keys), bank_classes.split(num_keys), strict=True):
-        if keys.shape[0]:
-            yield keys.to(rows.dtype), _bias(classes >= 0, rows), False
-    yield rows, _bias(valid, rows), True
+    bias = _bias(bank_classes >= 0, bank_offset, rows)
+    for start in range(0, bank.shape[0], num_keys):
+        tile = slice(start, start + num_keys)
+        yield bank[tile].to(rows.dtype), None if bias is None else bias[tile], False
+    yield rows, _bias(valid, offset, rows), True
 
 
-def _bias(valid: Tensor, rows: Tensor) -> Tensor | None:
+def _bias(valid: Tensor, offset: Tensor | None, rows: Tensor) -> Tensor | None:
     if valid.device.type == "cpu" and valid.all():
-        return None
-    return torch.zeros_like(valid, dtype=rows.dtype).masked_fill(~valid, -math.inf)
+        return offset
+    if offset is None:
+        offset = torch.zeros_like(valid, dtype=rows.dtype)
+    return offset.masked_fill(~valid, -math.inf)
