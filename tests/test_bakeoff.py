@@ -80,7 +80,7 @@ def test_identities_are_those_promised():
         assert {name for name in every if (c := found[name][identity]) and c.holds} == rules
     refused = {name for name in every if found[name]["saying nothing is absent"] is None}
     assert refused == REFUSED
-    lines = identities.table().splitlines()
+    lines = identities.table(found).splitlines()
     assert len(lines) == 2 + len(every)
     assert {line.count("|") for line in lines} == {2 + len(identities.IDENTITIES)}
 

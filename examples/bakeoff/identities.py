@@ -9,6 +9,7 @@ is, or how much conflict is said. An empty cell: the rule has no such thing, or 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -166,14 +167,14 @@ def computed(seed: int = 0) -> dict[str, dict[str, Cell | None]]:
     return found
 
 
-def table() -> str:
-    """Markdown."""
+def table(found: Mapping[str, Mapping[str, Cell | None]]) -> str:
+    """Markdown, of what is :func:`computed`."""
     lines = ["| rule | " + " | ".join(IDENTITIES) + " |", "|---|" + "---|" * len(IDENTITIES)]
-    for name, cells in computed().items():
+    for name, cells in found.items():
         shown = ["" if cell is None else str(cell) for cell in cells.values()]
         lines.append(f"| {name} | " + " | ".join(shown) + " |")
     return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    print(table())
+    print(table(computed()))
