@@ -125,11 +125,15 @@ def test_split(task: Task) -> MultimodalDataset:
     configs = sorted(task.folder.parents[1].glob("*/*/config.yaml"))
     if not configs:
         raise UsageError(f"{task.folder.parents[1]}: needs the run of a network, which names data")
-    data = sweep.data_of(configs[0].parent).part("test")
-    if task.samples is not None and len(data) > task.samples:
-        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
-        data = data.select(order[: task.samples].sort().values)
-    return data
+    return drawn(sweep.data_of(configs[0].parent).part("test"), task.samples)
+
+
+def drawn(data: MultimodalDataset, samples: int | None) -> MultimodalDataset:
+    """At most so many samples, drawn at random, always the same ones; None takes all."""
+    if samples is None or len(data) <= samples:
+        return data
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
+    return data.select(order[:samples].sort().values)
 
 
 def models_of(task: Task, batches: int = 0) -> Iterator[tuple[str, Any]]:

@@ -26,6 +26,7 @@ TINY = (
 PROMISED = {
     "copies keep the value": {
         *("generalized_product", "mixture", "mixture_of_products", "barycenter", "norm_weighted"),
+        *("decision_mean", "decision_precision", "decision_energy", "decision_predictive"),
         "belief_average",
     },
     "copies keep the spread": {
@@ -37,7 +38,7 @@ PROMISED = {
     },
     "saying nothing is absent": {
         *("product", "generalized_product", "norm_weighted"),
-        *("belief_cumulative", "belief_dempster", "belief_discounted"),
+        *("decision_precision", "belief_cumulative", "belief_dempster", "belief_discounted"),
     },
     "Dempster's product": {"belief_dempster"},
 }
@@ -73,12 +74,13 @@ def test_identities_are_those_promised():
     found = identities.computed()
     every = {*found}
     rest = {"one alone is the result": every - {"product"}}
+    rest["conflict is said"] = {name for name in every if name.startswith(("decision", "belief"))}
     rest |= dict.fromkeys(("masked is absent", "any order", "none: the prior"), every)
     for identity, rules in (PROMISED | rest).items():
         assert {name for name in every if (c := found[name][identity]) and c.holds} == rules
     refused = {name for name in every if found[name]["saying nothing is absent"] is None}
     assert refused == REFUSED
-    lines = identities.table().splitlines()
+    lines = identities.table(found).splitlines()
     assert len(lines) == 2 + len(every)
     assert {line.count("|") for line in lines} == {2 + len(identities.IDENTITIES)}
 

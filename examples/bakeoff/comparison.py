@@ -9,7 +9,7 @@ A sweep (`sweep.py`) over rules of fusion (`rules.py`), and over losses (`losses
 checkpoint, calibration and thresholds (`model.py`; options in `configs/bakeoff.yaml`, and after `--` for all runs).
 
 It writes `bakeoff.md`, with mean and standard deviation over seeds and paired bootstrap intervals of the differences
-from `product`, and `bakeoff.svg`, which shows these intervals.
+from `product` (`bakeoff_DATA.md` is the part of a data set), and `bakeoff.svg`, which shows these intervals.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from uncertainty_mm.examples.bakeoff.measures import measure
 from uncertainty_mm.examples.bakeoff.model import FusionModel
 from uncertainty_mm.examples.bakeoff.report import DEFAULT, differences, figure, report
 from uncertainty_mm.examples.bakeoff.rules import RULES
-from uncertainty_mm.lightning.cli import one_line_errors
+from uncertainty_mm.lightning.cli import one_line_errors, write_text
 
 OPTIONS = {name: ["--model.rule", name] for name in RULES}
 OPTIONS |= {name: ["--model.rule", DEFAULT, "--model.loss", name] for name in LOSSES}
@@ -49,6 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if intervals:
             with replacing(args.output / "bakeoff.svg") as partial:
                 figure(intervals).savefig(partial, format="svg")
+        for name in dict.fromkeys(row["data"] for row in rows):
+            of_data = report([row for row in rows if row["data"] == name], intervals)
+            write_text(args.output / f"bakeoff_{name}.md", of_data)
         sweep.publish(args.output / "bakeoff.md", report(rows, intervals), failed)
 
 

@@ -11,13 +11,16 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from uncertainty_mm import (
+    AccuracyUncertaintyLoss,
     CorrectnessRankingLoss,
     CorrectnessTracker,
     DiagonalGaussian,
     DistributionSupConLoss,
+    MonotoneConfidenceLoss,
     SoftRankOrdinalityLoss,
 )
 from uncertainty_mm.data import MultimodalBatch
@@ -90,6 +93,43 @@ class CorrectnessRanking(nn.Module):
         return self.loss(confidence=confidence, correctness=correctness, mask=unseen | nothing)
 
 
+class AccuracyUncertainty(nn.Module):
+    """Certain where right, uncertain where wrong; the uncertainty of a label is its entropy, as in the paper."""
+
+    def __init__(self, modalities: int, labels: int, latent_dim: int, samples: int) -> None:
+        super().__init__()
+        self.loss = AccuracyUncertaintyLoss(validate_args=False)
+
+    def forward(self, model: nn.Module, output: Any, batch: MultimodalBatch) -> Tensor:
+        logits = output.logits.float()
+        probs = logits.sigmoid()
+        entropy = F.binary_cross_entropy_with_logits(logits, probs, reduction="none")
+        return self.loss(
+            probs=probs, uncertainty=entropy, labels=batch.labels, unknown=batch.unknown
+        )
+
+
+class MonotoneConfidence(nn.Module):
+    """Where all modalities are right, no surer without one of them, drawn for every sample."""
+
+    def __init__(self, modalities: int, labels: int, latent_dim: int, samples: int) -> None:
+        super().__init__()
+        self.loss = MonotoneConfidenceLoss(validate_args=False)
+
+    def forward(self, model: Any, output: Any, batch: MultimodalBatch) -> Tensor:
+        missing = output.missing
+        drawn = torch.rand(missing.shape, device=missing.device).masked_fill(missing, -1)
+        fewer = missing.scatter(1, drawn.argmax(1, keepdim=True), True)
+        full, subset = output.logits, model.rule(output.latent, fewer).logits
+        wrong = (full > 0) != (batch.labels > 0.5)
+        nothing = wrong | missing.all(1, keepdim=True)
+        if batch.unknown is not None:
+            nothing = nothing | batch.unknown
+        # |logit| / 2: the confidence max(p, 1 - p) is a half of tanh of it, plus a half
+        full, subset = ((x.float().abs() / 2).tanh() for x in (full, subset))
+        return self.loss(full=full / 2 + 0.5, subset=subset / 2 + 0.5, mask=nothing)
+
+
 class Bottleneck(nn.Module):
     """In training the rule sees a sample of the Gaussians, which are kept near N(0, 1) (Alemi et al. 2017)."""
 
@@ -103,7 +143,7 @@ class Bottleneck(nn.Module):
 
 
 class Loss(NamedTuple):
-    """A loss and its weight, that of its paper or of LDDU; none was tuned."""
+    """A loss and its weight beside the cross-entropy: that of LDDU, else 1, less for a bottleneck; none was tuned."""
 
     make: Callable[[int, int, int, int], nn.Module]
     weight: float
@@ -111,8 +151,12 @@ class Loss(NamedTuple):
 
 LOSSES: Mapping[str, Loss] = {
     "contrastive": Loss(Contrastive, 0.1),
+    "contrastive_wasserstein": Loss(partial(Contrastive, similarity="wasserstein"), 0.1),
+    "contrastive_sampled": Loss(partial(Contrastive, similarity="sampled"), 0.1),
     "ordinality_rank": Loss(partial(Ordinality, mode="rank"), 0.3),
     "ordinality_pearson": Loss(partial(Ordinality, mode="pearson"), 0.3),
     "correctness_ranking": Loss(CorrectnessRanking, 1.0),
+    "accuracy_uncertainty": Loss(AccuracyUncertainty, 1.0),
+    "monotone_confidence": Loss(MonotoneConfidence, 1.0),
     "bottleneck": Loss(Bottleneck, 1e-3),
 }

@@ -16,11 +16,12 @@ from uncertainty_mm.data import MultimodalDataset
 from uncertainty_mm.examples import sweep
 from uncertainty_mm.examples.bakeoff.model import FusionModel
 from uncertainty_mm.examples.baselines.bootstrap import sample_terms, scores
-from uncertainty_mm.examples.robustness import BATCH, Version, detection, remember, unease
+from uncertainty_mm.examples.robustness import BATCH, Version, detection, drawn, remember, unease
 from uncertainty_mm.examples.uncertainty_study import Answers, error_of, std_against_noise, truth
 from uncertainty_mm.lightning import mean_over_known
 from uncertainty_mm.metrics.functional import risk_coverage
 
+SPOILT = 1000  # samples that are spoilt, at most
 KINDS = ("noise", "dead", "scaled")  # of corruption, at the size of reference
 PREDICTION = ("miF1", "mAP", "Brier", "ECE", "Brier missing")
 UNCERTAINTY = ("AURC", "AURC std", "std ~ noise", "corruption", "conflict")
@@ -40,20 +41,21 @@ def measure(folder: Path, file: Path) -> dict[str, float]:
     model, data = FusionModel.load(folder / "best.ckpt"), module.part("test")
     row = {name: results["test"][name] for name in ("miF1", "mAP", "Brier", "ECE", "AURC")}
     row["parameters"] = results["parameters"]
-    remember(model, math.ceil(len(data) / BATCH))
-    found: dict[str, list[float]] = {}
-    for name, value in spoilt(model, data):
-        found.setdefault(name, []).append(value)
-    row |= {name: float(np.nanmean(values)) for name, values in found.items()}
     said = model.predict(data, BATCH)
-    if "fused_uncertainty" in said:
+    if "std_norm" in said:
         answers = Answers(model, data)
-        total = said["fused_uncertainty"][answers.there]
-        unknown = None if data.unknown is None else data.unknown[answers.there]
-        total = mean_over_known(total, unknown)
-        row["AURC std"] = float(risk_coverage(total, error_of(answers, data)).aurc)
         if known := truth(file):
             row["std ~ noise"] = std_against_noise(answers, known["noise"])
+        if "fused_uncertainty" in said:
+            unknown = None if data.unknown is None else data.unknown[answers.there]
+            total = mean_over_known(said["fused_uncertainty"][answers.there], unknown)
+            row["AURC std"] = float(risk_coverage(total, error_of(answers, data)).aurc)
+    some = drawn(data, SPOILT)
+    remember(model, math.ceil(len(some) / BATCH))
+    found: dict[str, list[float]] = {}
+    for name, value in spoilt(model, some):
+        found.setdefault(name, []).append(value)
+    row |= {name: float(np.nanmean(values)) for name, values in found.items()}
     return row | {"ms a step": milliseconds(model, module.part("train"), module.batch_size)}
 
 

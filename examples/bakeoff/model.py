@@ -128,6 +128,11 @@ class FusionModel(Baseline):
             "modality": masked_mean(alone, batch.unknown),
         }
         total = losses["cls"] + losses["modality"]
+        if fused.confidence_logits is not None:
+            wrong = costs(fused.confidence_logits, None, truth_given(fused.modality_logits, each))
+            wrong = wrong.masked_fill(missing.unsqueeze(2), 0).mean(1)
+            losses["confidence"] = masked_mean(wrong, batch.unknown)
+            total = total + losses["confidence"]
         if self.loss is not None:
             losses["compared"] = self.loss(self, output, batch)
             total = total + self.loss_weight * losses["compared"]
@@ -140,3 +145,9 @@ def costs(logits: Tensor, evidence: Tensor | None, target: Tensor) -> Tensor:
         return F.binary_cross_entropy_with_logits(logits.float(), target, reduction="none")
     flat = beta_evidence_loss(evidence.flatten(0, -3), target.flatten(0, -2), validate_args=False)
     return flat.view_as(target)
+
+
+def truth_given(logits: Tensor, target: Tensor) -> Tensor:
+    """The probability that a prediction gives to the truth."""
+    probs = logits.detach().float().sigmoid()
+    return target * probs + (1 - target) * (1 - probs)

@@ -42,9 +42,9 @@ def report(rows: Sequence[sweep.Row], intervals: Intervals) -> str:
             }
             for measure in BETTER
         }
-        price = {name: {arm: mean(here, arm, name) for arm in arms_of(here)} for name in PRICE}
-        said = [name for name in UNCERTAINTY if any(name in row for row in here)]
-        return [*sweep.table(here, PREDICTION, notes), "", *sweep.table(here, said, price)]
+        said = {name: cells(here, name) for name in UNCERTAINTY if any(name in row for row in here)}
+        price = {name: {arm: price_of(here, arm, name) for arm in arms_of(here)} for name in PRICE}
+        return [*sweep.table(here, PREDICTION, notes), "", *sweep.table(here, (), said | price)]
 
     return sweep.by_data(rows, tables)
 
@@ -54,7 +54,16 @@ def arms_of(rows: Sequence[sweep.Row]) -> list[str]:
     return list(dict.fromkeys(row["arm"] for row in rows))
 
 
-def mean(rows: Sequence[sweep.Row], arm: str, name: str) -> str:
+def cells(rows: Sequence[sweep.Row], name: str) -> dict[str, str]:
+    """Mean and standard deviation over seeds of every arm that has such a measure."""
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        if name in row:
+            found.setdefault(row["arm"], []).append(row[name])
+    return {arm: sweep.cell(values) for arm, values in found.items()}
+
+
+def price_of(rows: Sequence[sweep.Row], arm: str, name: str) -> str:
     """A mean over seeds, to three digits or whole."""
     value = float(np.mean([row[name] for row in rows if row["arm"] == arm]))
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

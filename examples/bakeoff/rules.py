@@ -13,8 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from uncertainty_mm import BeliefFusion, DiagonalGaussian, GaussianFusion, UncertaintyGatedFusion
+from uncertainty_mm import (
+    BeliefFusion,
+    DecisionFusion,
+    DiagonalGaussian,
+    GaussianFusion,
+    UncertaintyGatedFusion,
+)
 from uncertainty_mm.beliefs import BeliefRule
+from uncertainty_mm.decisions import DecisionRule
 from uncertainty_mm.examples.baselines.base import mean_over_steps
 from uncertainty_mm.functional import expected_distance, reduced_chi2
 from uncertainty_mm.rules import Rule
@@ -30,6 +37,8 @@ class Fused(NamedTuple):
     conflict: Tensor | None = None  # (B, Q)
     evidence: Tensor | None = None  # (B, Q, 2); it is trained as such instead of the logits
     modality_evidence: Tensor | None = None  # (B, M, Q, 2)
+    # (B, M, Q), trained towards the probability that the modality gives to the truth
+    confidence_logits: Tensor | None = None
 
 
 class Readout(nn.Module):
@@ -124,8 +133,44 @@ class OfBeliefs(nn.Module):
         )
 
 
+class OfDecisions(nn.Module):
+    """An average of what the modalities say, by `DecisionFusion`; the standard deviations are those of the readout."""
+
+    def __init__(self, modalities: int, labels: int, latent_dim: int, rule: DecisionRule) -> None:
+        super().__init__()
+        self.readout = Readout(modalities, labels, latent_dim)
+        self.confidence = None
+        if rule == "predictive":
+            self.confidence = Readout(modalities, labels, latent_dim)
+        self.fusion = DecisionFusion(rule, validate_args=False)
+
+    def forward(self, latent: DiagonalGaussian, missing: Tensor) -> Fused:
+        logits = self.readout(latent.mean).squeeze(3)
+        if self.fusion.rule == "precision":
+            std = self.readout.std(latent.std).squeeze(3)
+            fused = self.fusion(logits, std=std, missing=missing)
+            precision = (fused.weights / std.square().clamp_min(1e-9)).sum(1)
+            said = {"uncertainty": precision.clamp_min(1e-9).rsqrt(), "modality_uncertainty": std}
+        elif self.confidence is not None:
+            confidence_logits = self.confidence(latent.mean).squeeze(3)
+            confidence = confidence_logits.sigmoid()
+            fused = self.fusion(logits, confidence=confidence.detach(), missing=missing)
+            said = {
+                "uncertainty": 1 - (fused.weights * confidence).sum(1),
+                "modality_uncertainty": 1 - confidence,
+                "confidence_logits": confidence_logits,
+            }
+        else:
+            fused, said = self.fusion(logits, missing=missing), {}
+        if self.fusion.rule == "energy":
+            energy = F.softplus(logits).sum(2, keepdim=True)
+            said["modality_uncertainty"] = (1 / energy).expand_as(logits)
+        return Fused(fused.logits, logits, conflict=fused.conflict, **said)
+
+
 RULES: Mapping[str, Callable[[int, int, int], nn.Module]] = {
     **{name: partial(OfGaussians, rule=name) for name in get_args(Rule)},
     "gated": Gated,
+    **{f"decision_{name}": partial(OfDecisions, rule=name) for name in get_args(DecisionRule)},
     **{f"belief_{name}": partial(OfBeliefs, rule=name) for name in get_args(BeliefRule)},
 }
