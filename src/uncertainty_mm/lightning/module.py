@@ -294,11 +294,13 @@ class MultilabelModule(Component, L.LightningModule):
             check_finite(f"features[{name!r}]", x)
             batch[name] = x.unsqueeze(0)
             padding[name] = torch.full((1, len(x)), not there, device=self.threshold.device)
-        training = self.training
-        self.eval()
         empty = MultimodalBatch(batch, padding, torch.zeros(1, 0), torch.zeros(1).long())
+        training = self.training
+        if any(part.training for part in self.modules()):  # to set all takes longer
+            self.eval()
         answer = self.predict_step(empty, 0)
-        self.train(training)
+        if training:
+            self.train()
         answer["predicted"] = answer["probs"] > self.threshold
         return {key: value[0] for key, value in answer.items()}
 
