@@ -325,7 +325,10 @@ class LDDU(MultilabelModule):
     # --- Losses ------------------------------------------------------------------------------------------------------
 
     def losses(self, output: Output, batch: MultimodalBatch) -> dict[str, Tensor]:
-        """The losses of Eq. 16, of the modalities alone, of the distance to the prior, and their weighted sum."""
+        """The losses of Eq. 16, of the modalities alone, of the distance to the prior, and their weighted sum.
+
+        The contrastive and the ordinality loss are left out where their weight is 0.
+        """
         target, unknown = self.targets(batch), batch.unknown
         each = target.unsqueeze(1).expand_as(output.modality_logits)
         by_modality = F.binary_cross_entropy_with_logits(
@@ -335,10 +338,13 @@ class LDDU(MultilabelModule):
             "cls": masked_bce(output.logits, target, unknown),  # Eq. 9
             "dir": masked_bce(output.dir_logits, target, unknown),  # Eq. 3
             "modality": masked_mean(by_modality.mean(1), unknown),
-            "scl": self.contrastive_loss(output, batch),
-            "ocl": self.ordinality_loss(output, batch),
-            "kl": output.latent.kl_to_standard_normal().mean(),
         }
+        # the two that cost time; every parameter has another loss besides
+        if self.weights["scl"]:
+            losses["scl"] = self.contrastive_loss(output, batch)
+        if self.weights["ocl"]:
+            losses["ocl"] = self.ordinality_loss(output, batch)
+        losses["kl"] = output.latent.kl_to_standard_normal().mean()
         if output.place_logits is not None:
             losses["places"] = masked_bce(output.place_logits, target, unknown)
         total = torch.stack([self.weights[name] * loss for name, loss in losses.items()]).sum()

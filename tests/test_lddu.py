@@ -358,6 +358,16 @@ def test_contrastive_loss_is_that_of_the_first_samples(build, rows, samples):
         assert torch.equal(*queues)
 
 
+def test_a_loss_of_weight_0_is_not_computed(build):
+    batch = small_batch()
+    model = build(scl_weight=0.0, ocl_weight=0.0)
+    losses = model.losses(read(model, batch), batch)
+    assert losses.keys() == {"cls", "dir", "modality", "kl", "places", "total"}
+    assert model.contrastive.queue.length == 0
+    losses["total"].backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
 def test_gaussians_are_pulled_towards_the_prior(build):
     """The mean divergence, a modality that is missing having none; its gradient makes large deviations smaller."""
     batch, totals = without(small_batch(), "b"), []

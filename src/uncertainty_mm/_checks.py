@@ -6,6 +6,7 @@ makes the host wait; :func:`checks_values` says when that is acceptable.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Mapping
 from numbers import Integral, Real
 
@@ -161,8 +162,9 @@ def check_finite(name: str, tensor: Tensor, left_out: Tensor | None = None) -> N
     """Raises for NaN and infinity, except where `left_out` (broadcastable) is True."""
     if tensor.numel() == 0:
         return
-    low, high = tensor.detach().aminmax()  # one pass without a temporary; NaN propagates
-    if torch.isfinite(low) and torch.isfinite(high):
+    # One pass without a temporary: a sum is finite only if all is. One that overflows says nothing.
+    dtype = torch.promote_types(tensor.dtype, torch.float32)
+    if math.isfinite(tensor.detach().sum(dtype=dtype).item()):
         return
     bad = ~torch.isfinite(tensor)
     if left_out is not None:
@@ -173,14 +175,20 @@ def check_finite(name: str, tensor: Tensor, left_out: Tensor | None = None) -> N
         )
 
 
+def _extremes(tensor: Tensor) -> tuple[float, float]:
+    """Smallest and largest value, both NaN if any is; one pass without a temporary."""
+    smallest, largest = tensor.detach().aminmax()
+    return smallest.item(), largest.item()
+
+
 def check_range(
     name: str, tensor: Tensor, low: float, high: float, left_out: Tensor | None = None
 ) -> None:
     """Raises unless all values are in [low, high]; NaN fails."""
     if tensor.numel() == 0:
         return
-    smallest, largest = tensor.detach().aminmax()  # one pass without a temporary; NaN propagates
-    if smallest >= low and largest <= high:
+    smallest, largest = _extremes(tensor)
+    if low <= smallest and largest <= high:
         return
     outside = ~((tensor >= low) & (tensor <= high))
     if left_out is not None:
@@ -197,8 +205,12 @@ def check_labels(
     hint: str = "mark a label that is not known in `unknown` (True: leave out)",
 ) -> None:
     """Raises unless all values are 0 or 1, except where `unknown` is True; -1 and NaN with a hint at it."""
-    if labels.dtype is torch.bool:
+    if labels.dtype is torch.bool or labels.numel() == 0:
         return
+    if labels.dtype in _INTEGER:
+        smallest, largest = _extremes(labels)
+        if smallest >= 0 and largest <= 1:
+            return
     wrong = (labels != 0) & (labels != 1)
     if unknown is not None:
         wrong = wrong & ~unknown
@@ -241,9 +253,14 @@ def check_std(
     name: str, std: Tensor, left_out: Tensor | None = None, infinite: bool = False
 ) -> None:
     """Raises unless all values are at least 0 and, unless `infinite` ones are welcome, finite."""
+    if std.numel() == 0:
+        return
+    smallest, largest = _extremes(std)
+    if smallest >= 0 and (infinite or largest < math.inf):
+        return
     if not infinite:
         check_finite(name, std, left_out)
-    check_range(name, std, 0, float("inf"), left_out)
+    check_range(name, std, 0, math.inf, left_out)
 
 
 def check_gaussians(

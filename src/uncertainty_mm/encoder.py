@@ -49,14 +49,20 @@ class PackedSteps:
         counted = checks_values(padding)
         self.rows = rows[~padding.flatten()] if counted else rows
         self.left_out = None if counted else padding.flatten().unsqueeze(1)
+        self.whole = counted and len(self.rows) == padding.numel()  # nothing to move
 
     def pack(self, x: Tensor) -> Tensor:
         """(B, S, D) -> (N, D), 0 where padding is packed too."""
-        x = x.flatten(0, 1).index_select(0, self.rows)
+        x = x.flatten(0, 1)
+        if self.whole:
+            return x
+        x = x.index_select(0, self.rows)
         return x if self.left_out is None else x.masked_fill(self.left_out, 0)
 
     def unpack(self, x: Tensor) -> Tensor:
         """(N, D) -> (B, S, D), 0 where nothing was packed."""
+        if self.whole:
+            return x.unflatten(0, self.shape)
         padded = x.new_zeros(math.prod(self.shape), x.shape[1])
         padded = padded.index_copy_(0, self.rows, x)
         return padded.view(*self.shape, x.shape[1])

@@ -314,7 +314,8 @@ class MultilabelModule(Component, L.LightningModule):
             batch[name] = x.unsqueeze(0)
             padding[name] = torch.full((1, len(x)), not there, device=self.threshold.device)
         training = [part for part in self.modules() if part.training]
-        self.eval()
+        for part in training:
+            part.training = False
         empty = MultimodalBatch(batch, padding, torch.zeros(1, 0), torch.zeros(1).long())
         answer = self.predict_step(empty, 0)
         for part in training:
