@@ -10,6 +10,8 @@ import pytest
 from pages import DOCS, blocks
 from support import NO_EXPORT_OF_ANY_BATCH, TORCH_2_6
 
+# They train, or export for other run times.
+LONG = {"howto/serve", "howto/thresholds", "uncertainty"}
 PAGES = {
     page.relative_to(DOCS).with_suffix("").as_posix(): page
     for page in sorted(DOCS.rglob("*.md"))
@@ -18,7 +20,10 @@ PAGES = {
 
 
 @pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning")  # torch 2.11
-@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.long] if name in LONG else []) for name in PAGES],
+)
 def test_doctests_of_the_page(name):
     if TORCH_2_6 and name == "howto/serve":
         pytest.skip(NO_EXPORT_OF_ANY_BATCH)
