@@ -15,8 +15,8 @@ from uncertainty_mm import _bfloat16
 sys.path.insert(0, str(Path(__file__).parent))
 
 # `pytest --hypothesis-profile=thorough tests/test_properties.py` takes the better part of an hour.
-settings.register_profile("ci", derandomize=True, deadline=None, max_examples=50)
-settings.register_profile("local", deadline=None, max_examples=25)
+settings.register_profile("ci", derandomize=True, deadline=None, max_examples=20)
+settings.register_profile("local", deadline=None, max_examples=20)
 settings.register_profile("thorough", deadline=None, max_examples=10_000)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
 

@@ -8,10 +8,10 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 import uncertainty_mm as umm
 from cases import MODULES, run_steps
+from support import processes
 from uncertainty_mm import distributed, functional
 
 START, JOB, COLLECTIVE = 120, 60, 30  # seconds that each may take
@@ -48,7 +48,7 @@ class Ranks:
     """A pool of processes that form one process group."""
 
     def __init__(self, world_size, meeting_point):
-        context = mp.get_context("spawn")
+        context = processes()
         self.world_size = world_size
         self.connections, self.processes = [], []
         for rank in range(world_size):

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import torch.multiprocessing as mp
 from torch.utils import _pytree as pytree
 
 from uncertainty_mm import DiagonalGaussian, _recomputation
@@ -47,6 +48,15 @@ def all_close(actual, expected, dtype):
         own = x.dtype if x.is_floating_point() else torch.float64
         # a loss comes back in float32 from half precision, a share of the tracker in the default dtype
         close(x.double(), y, max(dtype if x.is_floating_point() else own, own, key=TOLERANCE.get))
+
+
+def processes():
+    """How tests start processes: each fresh, and where that can be had without the seconds that imports take."""
+    if "forkserver" not in mp.get_all_start_methods():
+        return mp.get_context("spawn")
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "uncertainty_mm", "lightning", "torchmetrics"])
+    return context
 
 
 def no_default_device():

@@ -1,6 +1,5 @@
 """On an accelerator, and on a pretended one where there is none: the host never waits, and results are the CPU's."""
 
-import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 
 import pytest
@@ -10,7 +9,7 @@ from torch.utils import backend_registration
 import accelerator
 from cases import CASES, in_turn
 from examples_support import need_extras
-from support import HALF
+from support import HALF, processes
 
 PRETENDABLE = hasattr(backend_registration, "_setup_privateuseone_for_python_backend")
 DEVICES = [
@@ -31,8 +30,7 @@ DEVICES = [
 @pytest.fixture(scope="module")
 def elsewhere():
     """A process of its own, started when first asked, in which the pretended device is known."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, context, accelerator.register) as pool:
+    with ProcessPoolExecutor(1, processes(), accelerator.register) as pool:
         yield pool
 
 
@@ -125,11 +123,15 @@ def model(request):
     return (MODELS | MORE_MODELS)[request.param], request.param
 
 
-@pytest.mark.parametrize("kernel", ["default", "foreach", "fused"])
-def test_training_of_a_model_never_waits(on, model, kernel):
-    if kernel != "default" and model[1] != "LDDU":
-        pytest.skip("one optimiser is enough")
-    on(accelerator.train_model, *model, kernel)
+def test_training_of_a_model_never_waits(on, model):
+    on(accelerator.train_model, *model, "default")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kernel", ["foreach", "fused"])
+def test_training_with_other_optimisers_never_waits(on, kernel):
+    need_extras()
+    on(accelerator.train_model, MODELS["LDDU"], "LDDU", kernel)
 
 
 def test_prediction_of_a_model_never_waits(on, model):
@@ -137,8 +139,9 @@ def test_prediction_of_a_model_never_waits(on, model):
 
 
 @pytest.mark.parametrize("on_nan", ["stop", "skip"])
-def test_guard_waits_once_a_step(on, model, on_nan):
-    on(accelerator.guard_model, *model, on_nan)
+def test_guard_waits_once_a_step(on, on_nan):
+    need_extras()
+    on(accelerator.guard_model, MODELS["LDDU"], "LDDU", on_nan)
 
 
 METRICS = ["AUGRC", "AURC", "CoverageAtRisk", "DetectionAUROC", "FPRAtTPR"]

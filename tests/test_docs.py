@@ -14,6 +14,8 @@ from examples_support import toy
 from pages import DOCS, blocks
 from support import NO_EXPORT_OF_ANY_BATCH, TORCH_2_6
 
+# They train, or export for other run times.
+LONG = {"howto/serve", "howto/thresholds", "uncertainty"}
 PAGES = {
     page.relative_to(DOCS).with_suffix("").as_posix(): page
     for page in sorted(DOCS.rglob("*.md"))
@@ -22,7 +24,10 @@ PAGES = {
 
 
 @pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning")  # torch 2.11
-@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.long] if name in LONG else []) for name in PAGES],
+)
 def test_doctests_of_the_page(name):
     if TORCH_2_6 and name == "howto/serve":
         pytest.skip(NO_EXPORT_OF_ANY_BATCH)

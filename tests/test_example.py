@@ -212,8 +212,8 @@ def test_built_in_data_get_the_small_model_unless_told_otherwise(run, tmp_path, 
         assert cli._configs_before(told) == []
 
 
-@pytest.mark.parametrize("options", [["--model.gate=oracle"], ["--trainer.precision=bf16-mixed"]])
-def test_options_train(run, finished, tmp_path, options):
+def test_options_train(run, finished, tmp_path):
+    options = ["--model.gate=oracle", "--trainer.precision=bf16-mixed"]
     run("--data.path", finished.data, *FAST, *options, "--output", tmp_path / "out")
     assert results_of(tmp_path / "out")["test"]["Brier"] < 0.5
     assert (
@@ -282,7 +282,9 @@ def interrupt(patch, owner, name, when=lambda module: True):
     return pytest.raises(RuntimeError, match="power cut")
 
 
-@pytest.mark.parametrize("place", ["in the third epoch", "in the evaluation"])
+@pytest.mark.parametrize(
+    "place", ["in the third epoch", pytest.param("in the evaluation", marks=pytest.mark.long)]
+)
 def test_resumed_run_equals_the_uninterrupted_one(run, example, finished, tmp_path, place):
     """The checkpoint is all that the command names; the folder was moved."""
     first, moved = tmp_path / "resumed", tmp_path / "moved"

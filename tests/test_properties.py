@@ -23,7 +23,6 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from scipy.stats import entropy, rankdata, spearmanr
 from sklearn.metrics import jaccard_score, roc_auc_score
 from torch.nn import functional as F
-from torchmetrics.functional.classification import binary_calibration_error
 
 from cases import ordered
 from support import close, poisoned, random_latent
@@ -854,17 +853,6 @@ def test_prediction_measures_equal_scikit_learn_and_scipy(data):
         close(measures.sample_jaccard(probs, labels).mean(), mean)
     expected = [sum(entropy([p, 1 - p]) for p in row) for row in probs.tolist()]
     close(measures.predictive_entropy(probs), expected)
-
-
-@given(predictions(max_labels=1), st.integers(1, 20), st.sampled_from(["l1", "l2", "max"]))
-def test_calibration_error_equals_torchmetrics(data, bins, norm):
-    probs, labels = data
-    edges = torch.arange(bins + 1).double() / bins
-    probs = torch.where(torch.isclose(probs, edges).any(1, keepdim=True), 0.5 / bins, probs)
-    if len(probs):
-        expected = binary_calibration_error(probs[:, 0], labels[:, 0], n_bins=bins, norm=norm)
-        actual = measures.calibration_error(probs, labels, n_bins=bins, norm=norm)
-        close(actual, expected, torch.float32)  # torchmetrics has edges in float32
 
 
 scores = st.lists(st.tuples(st.integers(0, 1), st.one_of(ties, st.floats(-1e6, 1e6))), max_size=15)
