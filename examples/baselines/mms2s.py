@@ -105,7 +105,8 @@ class SequenceToSet(Baseline):
         """In place of the cross-entropy, that of the set; of all sets that agree with it on the known labels."""
         unknown = torch.zeros_like(batch.labels) if batch.unknown is None else batch.unknown
         known = ~unknown.bool()
-        differs = self.sets.members != (self.targets(batch) > 0.5).unsqueeze(1)
+        drawn = self.targets(batch).bernoulli() > 0  # a set, where labels are soft
+        differs = self.sets.members != drawn.unsqueeze(1)
         differs = (differs & known.unsqueeze(1)).any(2)
         likelihood = output.hidden.masked_fill(differs, -torch.inf).logsumexp(1)
         return {"cls": -likelihood.sum() / known.sum().clamp_min(1)}  # as large as of each label

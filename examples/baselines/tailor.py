@@ -11,7 +11,7 @@ where the paper has a ladder of them; orthogonal is the cosine of the two; the w
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,6 @@ from uncertainty_mm.examples.baselines.base import (
     Output,
     Sizes,
     Transformer,
-    Vectors,
     mean_over_steps,
     mlp,
 )
@@ -56,7 +55,9 @@ class Refinement(nn.Module):
         )
         self.discriminators = nn.ModuleList(mlp(dim, dim, self.modalities, 0.0) for _ in range(2))
 
-    def forward(self, encoded: Vectors, padding: Vectors) -> tuple[Vectors, Tensor, Tensor]:
+    def forward(
+        self, encoded: Sequence[Tensor], padding: Sequence[Tensor]
+    ) -> tuple[Sequence[Tensor], Tensor, Tensor]:
         """Private steps (B, S_m, D) by modality; common and private means, (B, M, D), normalised."""
         private = [layer(x) for layer, x in zip(self.private, encoded, strict=True)]
         parts = [self.common(x) for x in encoded], private
@@ -90,7 +91,7 @@ class CommonPrivate(Baseline):
         self.tailor = mlp(sizes.dim, sizes.dim, sizes.dim, sizes.dropout)
         self.head = LabelHead(sizes)
 
-    def fuse(self, encoded: Vectors, padding: Vectors) -> Output:
+    def fuse(self, encoded: Sequence[Tensor], padding: Sequence[Tensor]) -> Output:
         private_steps, common, private = self.refinement(encoded, padding)
         missing = torch.stack([mask.all(1) for mask in padding], dim=1)
         left_out = torch.cat([*padding, missing], dim=1)
