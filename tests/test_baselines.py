@@ -124,6 +124,17 @@ def test_batches_without_a_modality_have_finite_gradients(name):
         assert all(grad.isfinite().all() for grad in grads)
 
 
+@pytest.mark.parametrize("name", NETWORKS)
+def test_half_precision_is_near(name):
+    model, batch = network(name).eval(), inputs()
+    expected = loss_of(model, batch)["total"]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = loss_of(model, batch)["total"]
+    found.backward()
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
+
+
 def test_late_fusion_is_the_mean_of_what_each_modality_says():
     model = network("late").eval()
     features, padding, *_ = inputs()

@@ -56,7 +56,7 @@ class Generator(nn.Module):
         steps, keys, padding, hidden, cell, context, expected = state
         word = self.embedding(last)
         gate = self.gate(torch.cat([word, expected], dim=1)).sigmoid()
-        heard = self.dropout(torch.lerp(word, expected, gate))
+        heard = self.dropout(word + gate * (expected - word))
         *gates, new = self.lstm(torch.cat([heard, context, hidden], dim=1)).chunk(4, dim=1)
         take, keep, show = (gate.sigmoid() for gate in gates)
         cell = keep * cell + take * new.tanh()
