@@ -1,6 +1,6 @@
-"""Draws the figure of the front page: python docs/laboratory/front.py RUN
+"""Draws the figure of the front page.
 
-RUN is the folder of `python examples/lddu_full.py --output RUN`, with the built-in data and seed 0. The third panel is
+RUN of `python docs/laboratory/front.py RUN` is the folder of `python examples/lddu_full.py --output RUN`, with the built-in data and seed 0. The third panel is
 read from the tables in docs/study, which `examples/robustness.py` writes.
 """
 
@@ -8,7 +8,6 @@ import re
 import sys
 from pathlib import Path
 
-import torch
 from matplotlib import pyplot as plt
 
 from uncertainty_mm.data import MultimodalDataset, SyntheticMMER

@@ -30,7 +30,7 @@ NAMES = {
 def tables(path):
     """Tables of a page, each a list of rows by column."""
     found, head = [], None
-    for line in path.read_text().splitlines() + [""]:
+    for line in [*path.read_text().splitlines(), ""]:
         cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
         if not line.startswith("|"):
             head = None
