@@ -51,6 +51,7 @@ sphinx_gallery_conf = {
     "doc_module": ("uncertainty_mm",),  # names in the code lead to the API pages
     "show_signature": False,
     "write_computation_times": False,
+    "min_reported_time": 3600,  # no build times on the pages
 }
 
 # Figures of pages are drawn when these are built.
