@@ -125,7 +125,10 @@ def test_page_of_a_component_has_its_parts(page):
 
 # ------------------------------------------------------------------------- the example's options
 
-TEXTS = [page.read_text() for page in (*sorted(DOCS.rglob("*.md")), DOCS.parent / "README.md")]
+TEXTS = [
+    re.sub(r"\\\n +", "", page.read_text())  # one line for each command
+    for page in (*sorted(DOCS.rglob("*.md")), DOCS.parent / "README.md")
+]
 COMMANDS = dict.fromkeys(  # each once, in order
     command.partition("  #")[0]
     for text in TEXTS
