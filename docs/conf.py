@@ -37,6 +37,7 @@ bibtex_bibfiles = ["references.bib"]
 bibtex_default_style = "unsrt"
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
+copybutton_line_continuation_character = "\\"
 myst_enable_extensions = ["attrs_block", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 
@@ -51,6 +52,7 @@ sphinx_gallery_conf = {
     "doc_module": ("uncertainty_mm",),  # names in the code lead to the API pages
     "show_signature": False,
     "write_computation_times": False,
+    "min_reported_time": 3600,  # no build times on the pages
 }
 
 # Figures of pages are drawn when these are built.

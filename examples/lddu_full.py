@@ -20,7 +20,7 @@ seen, its standard deviation how sure that is. Three ideas shape these Gaussians
 The defaults are what was measured to work; `--config paper` has the paper's values and equations as far as they go, and
 names the rest. Ours, where the paper is silent: standardised features, the size of a sequence as an input of its own,
 normalisation before the sublayers, labels that scale and shift their Z, dropout, clipped gradients, early stopping,
-calibration, a prediction from every modality alone, so that its own errors can be held against its standard deviation,
+calibration, a prediction from every modality alone, so that its own errors can be compared with its standard deviation,
 a prediction that reads the steps at their places, a pool of the three predictions, variances that grow where a sequence
 is unlike the training data, and a probability that it is of another sample.
 """
@@ -112,7 +112,7 @@ class LDDU(MultilabelModule):
             `"mean"` and `"std"` leave one branch alone.
         predictions: Which predictions the pool weighs, on the validation split: Eq. 8 (`"fused"`), Eq. 3 (`"first"`),
             and that by place, from which no other part learns (`"places"`). The paper: the first of these alone.
-        targets: Whose errors the standard deviations are held against: the joint prediction's (`"sample"`, the paper),
+        targets: Whose errors the standard deviations are compared with: the joint prediction's (`"sample"`, the paper),
             or each modality's own, ranked among the samples (`"modality"`), among samples and modalities (`"pooled"`),
             or `"both"`.
         scl_weight: Weight beta of Eq. 16, contrastive loss (the paper: 0.8).

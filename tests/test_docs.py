@@ -67,7 +67,9 @@ def test_all_code_of_the_pages_is_run():
     assert all(f"def {name}(" in tests for name in PYTHON.values())
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"
+)
 def test_lightning_of_the_page_trains(tmp_path, monkeypatch):
     lightning = pytest.importorskip("lightning")
     monkeypatch.chdir(tmp_path)
@@ -103,7 +105,8 @@ def test_code_of_the_pages_is_narrow():
         for kind, source in blocks(page, "doctest", "testcode", "python"):
             for line in source.splitlines():
                 prompt = line[:4] in (">>> ", "... ")
-                if prompt or kind != "doctest":  # not what is printed
+                shown = prompt or kind != "doctest"  # not what is printed
+                if shown and not source.startswith(":hide:"):
                     assert len(line) - 4 * prompt <= 80, f"{page.name}: {line}"
 
 
@@ -127,7 +130,10 @@ def test_page_of_a_component_has_its_parts(page):
 
 # ------------------------------------------------------------------------- the example's options
 
-TEXTS = [page.read_text() for page in (*sorted(DOCS.rglob("*.md")), DOCS.parent / "README.md")]
+TEXTS = [
+    re.sub(r"\\\n +", "", page.read_text())  # one line for each command
+    for page in (*sorted(DOCS.rglob("*.md")), DOCS.parent / "README.md")
+]
 COMMANDS = dict.fromkeys(  # each once, in order
     command.partition("  #")[0]
     for text in TEXTS

@@ -1,7 +1,7 @@
-"""Draws the figure of the front page: python docs/laboratory/front.py RUN
+"""Draws the figure of the front page.
 
-RUN is the folder of `python examples/lddu_full.py --output RUN`, with the built-in data and seed 0. The third panel is
-read from the tables in docs/study, which `examples/robustness.py` writes.
+RUN of `python docs/laboratory/front.py RUN` is the folder of `python examples/lddu_full.py --output RUN`, with the
+built-in data and seed 0. The third panel is read from the tables in docs/study, which `examples/robustness.py` writes.
 """
 
 import re

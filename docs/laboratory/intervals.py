@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from matplotlib import pyplot as plt
+from matplotlib.ticker import MaxNLocator
 
 STUDY = Path(__file__).resolve().parents[1] / "study"
 SETS = {
@@ -30,7 +31,7 @@ NAMES = {
 def tables(path):
     """Tables of a page, each a list of rows by column."""
     found, head = [], None
-    for line in path.read_text().splitlines() + [""]:
+    for line in [*path.read_text().splitlines(), ""]:
         cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
         if not line.startswith("|"):
             head = None
@@ -58,7 +59,8 @@ def against_others(kind, title):
                 ax.plot(x, y, "o", color="tab:blue", mfc=None if sure else "white", ms=5)
         ax.axvline(0, color="0.6", zorder=0)
         ax.set_title(SETS[name], fontsize=10)
-        ax.locator_params(axis="x", nbins=3)
+        ax.xaxis.set_major_locator(MaxNLocator(2))
+        ax.xaxis.set_major_formatter("{x:g}")
         ax.spines[["top", "right"]].set_visible(False)
     axes[0].set_yticks(range(len(arms)), [NAMES[arm] for arm in arms])
     axes[0].invert_yaxis()

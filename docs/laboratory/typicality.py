@@ -1,4 +1,4 @@
-"""Writes the table of what typicality sees: python docs/laboratory/typicality.py FILE.npz ..."""
+"""Writes the table of what typicality detects: `python docs/laboratory/typicality.py FILE.npz ...`."""
 
 import sys
 from typing import get_args
@@ -22,6 +22,7 @@ def ask(method, data, name):
 
 
 def tells(method, data, name, kind):
+    """AUROC of clean against spoilt sequences."""
     clean, spoilt = (ask(method, x, name) for x in (data, corrupted(data, name, kind)))
     wrong = torch.arange(2 * len(clean)) >= len(clean)
     return auroc(torch.cat([clean, spoilt]), wrong).item()

@@ -66,7 +66,7 @@ class BeliefFusion(Component):
     nothing, except that it is averaged.
 
     Source: Jøsang 2016, doi 10.1007/978-3-319-42337-1 (opinions, cumulative and averaging fusion, degree of conflict,
-    trust discounting); Dempster 1967, doi 10.1214/aoms/1177698950. That trust is the product over the others is ours.
+    trust discounting); Dempster 1967, doi 10.1214/aoms/1177698950. The product over the others as trust is new here.
 
     Args:
         rule: One of the four.

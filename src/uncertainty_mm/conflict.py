@@ -64,7 +64,7 @@ class Conflict(FittedComponent):
     not grow with the square of the columns. Columns that never varied in :meth:`fit` say nothing, and are left out.
 
     Source: Neyman and Pearson 1933, doi 10.1098/rsta.1933.0009 (the ratio); Church and Hanks 1990 (pointwise mutual
-    information); Chen et al. 2010, doi 10.1109/TSP.2010.2053029 (shrinkage); their use for modalities is ours.
+    information); Chen et al. 2010, doi 10.1109/TSP.2010.2053029 (shrinkage); their use for modalities is new here.
 
     Args:
         modality_dims: Number :math:`P_m` of columns of every modality by name, in the order of the modality axis.

@@ -127,7 +127,7 @@ class SequenceEncoder(Component):
     noisy, a sequence is.
 
     Source: Huang et al. 2025, arXiv 2502.13954, section 3.2 (linear layer, positions, Transformer); Vaswani et al.
-    2017, arXiv 1706.03762; standardisation, the order of normalisation and the separate size are ours.
+    2017, arXiv 1706.03762; standardisation, the order of normalisation and the separate size are additions.
 
     Args:
         in_dim: Size of a step.
@@ -310,7 +310,7 @@ class PlaceReads(Component):
     fixed times of a day. Each of the :math:`R` readings is one learned number a step, the same for all features: a
     linear layer on the flattened sequence takes `in_dim` times as many for one number of output.
 
-    Source: ours.
+    Source: none; it is new here.
 
     Args:
         in_dim: Size of a step.

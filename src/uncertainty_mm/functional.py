@@ -639,7 +639,7 @@ def soft_rank(
     0.7 ms for 128 scores, 8 ms and 5 MiB for 16,384, where a matrix of pairs took 0.2 ms, 6 s and 2 GiB.
 
     Source: Qin, Liu and Li 2010, doi 10.1007/s10791-009-9124-x (the approximation of positions, with the logistic
-    function; :math:`F` is ours).
+    function; :math:`F` is new here).
 
     Args:
         scores: Tensor (B,).

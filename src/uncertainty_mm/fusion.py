@@ -75,7 +75,7 @@ class UncertaintyGatedFusion(Component):
     The paper does not multiply but concatenates the means of all modalities, and the standard deviations, and lets the
     second classifier shape what it reads: `combine="concat", detach_std=False`.
 
-    Source: Huang et al. 2025, arXiv 2502.13954, section 3.4.1; the product and `detach_std` are ours.
+    Source: Huang et al. 2025, arXiv 2502.13954, section 3.4.1; the product and `detach_std` are not in it.
 
     Args:
         num_modalities: Number of modalities :math:`M`.

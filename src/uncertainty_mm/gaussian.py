@@ -358,7 +358,7 @@ class GaussianDecoupler(Component):
     :math:`[\sigma_{\min}, 10^4 + \sigma_{\min}]`, and the gradient fades like :math:`|r|^{-3}` instead of
     exponentially, so an encoder that starts far outside still finds back.
 
-    Source: Huang et al. 2025, arXiv 2502.13954, section 3.3.2 (the bound is ours; the released code has none).
+    Source: Huang et al. 2025, arXiv 2502.13954, section 3.3.2 (without a bound, as in the released code).
 
     Args:
         num_modalities: Number of modalities :math:`M`.

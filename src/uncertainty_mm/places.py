@@ -30,7 +30,7 @@ class PlaceClassifier(Component):
     places, as in an image, it sees what label queries, which ask by content, cannot; where they are not, it is a weak
     prediction, and a :class:`~uncertainty_mm.LogitPool` beside others finds that out.
 
-    Source: ours.
+    Source: none; it is new here.
 
     Args:
         modality_dims: Size of a step by modality.

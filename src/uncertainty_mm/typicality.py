@@ -67,7 +67,7 @@ class Typicality(Component):
     left out.
 
     Source: Lee et al. 2018, arXiv 1807.03888 (Mahalanobis distance, in the latent space of a classifier); Chen et al.
-    2010, doi 10.1109/TSP.2010.2053029 (shrinkage); the summary and the factor are ours.
+    2010, doi 10.1109/TSP.2010.2053029 (shrinkage); the summary and the factor are this library's own.
 
     Args:
         modality_dims: Feature size :math:`D_m` of every modality by name, in the order of the modality axis.

@@ -25,7 +25,7 @@ class PlattScaling(Component):
     then nothing is changed. Both are saved with the model; no optimizer touches them, and no averaging of weights.
 
     Source: Platt 1999, "Probabilistic Outputs for Support Vector Machines"; Guo et al. 2017, arXiv 1706.04599; the
-    priors of :meth:`fit` are ours.
+    priors of :meth:`fit` are additions.
 
     Args:
         num_labels: Number of labels :math:`Q`.

@@ -26,7 +26,7 @@ class LogitPool(Component):
     too sure or too careful even where the experts are not: :class:`~uncertainty_mm.PlattScaling` is to follow.
 
     Source: Genest and Zidek 1986, doi 10.1214/ss/1177013825 (logarithmic opinion pool); Hinton 2002,
-    doi 10.1162/089976602760128018 (product of experts); the prior of :meth:`fit` is ours.
+    doi 10.1162/089976602760128018 (product of experts); the prior of :meth:`fit` is an addition.
 
     Args:
         num_experts: Number of predictions :math:`E`.
