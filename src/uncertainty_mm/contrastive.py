@@ -51,8 +51,8 @@ class DistributionSupConLoss(Component):
     grows with the number of anchors times the number of keys; memory does not
     (:func:`~uncertainty_mm.functional.supcon_loss`).
 
-    What to expect: the loss starts at the logarithm of the number of keys (9 for the default queue, once full) or
-    above, rises while the queue fills, and cannot fall below the logarithm of the number of positives, so a loss that
+    What to expect: the loss starts near the logarithm of the number of keys (9 for the default queue, once full),
+    rises while the queue fills, and cannot fall below the logarithm of the number of positives, so a loss that
     seems stuck at 5 or 6 may be as good as done. The default queue holds 8192 distributions: 97 samples with three
     modalities and 28 labels, 455 with 6 labels.
 
