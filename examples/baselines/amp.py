@@ -4,9 +4,9 @@
 
 The steps that the labels of a sample read most, in the modality that they read most, are hidden, so that the others
 learn to tell as well. And the parameters are moved to where the loss is larger, e = rho g / |g| with the gradient g, so
-that a minimum is flat. What differs: labels read the steps of all modalities by one attention, whose weights say which
-are read most; the three losses weigh the same; e is of length rho over all parameters together, as in Foret et al.
-(2021, arXiv 2010.01412).
+that a minimum is flat. What differs: labels read steps and weigh modalities by attention, whose weights say what is
+read most; the three losses weigh the same; e is of length rho over all parameters together, as in Foret et al. (2021,
+arXiv 2010.01412).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from uncertainty_mm.data import MultimodalBatch
 from uncertainty_mm.examples.baselines.base import Baseline, Output, Sizes, Vectors, mlp
-from uncertainty_mm.examples.baselines.labels import LabelHead, LabelQueries
+from uncertainty_mm.examples.baselines.labels import LabelHead, LabelQueries, ModalityAttention
 from uncertainty_mm.lightning import masked_bce
 
 SHARE = 0.3  # of the steps of the modality that is read most
@@ -40,17 +40,21 @@ def most_read(weights: Tensor, padding: Vectors, share: float = SHARE) -> list[T
 
 
 class Adversarial(Baseline):
-    """Labels read all modalities by one attention, in spite of two adversaries."""
+    """Labels ask steps and weigh modalities, in spite of two adversaries."""
 
     def build(self, sizes: Sizes) -> None:
-        self.queries = LabelQueries(1, sizes)
+        self.queries = LabelQueries(sizes.modalities, sizes)
+        self.modality = ModalityAttention(sizes.dim)
         self.hidden = mlp(sizes.dim, sizes.dim, sizes.dim, sizes.dropout)
         self.head = LabelHead(sizes)
 
     def fuse(self, encoded: Vectors, padding: Vectors) -> Output:
-        steps, mask = torch.cat([*encoded], dim=1), torch.cat([*padding], dim=1)
-        read, weights = self.queries([steps], [mask], need_weights=True)
-        return Output(self.head(self.hidden(read.squeeze(1))), {}, weights["0"])
+        missing = torch.stack([mask.all(1) for mask in padding], dim=1)
+        read, steps = self.queries(encoded, padding, need_weights=True)
+        weights = self.modality.weights(read, missing)
+        logits = self.head(self.hidden((weights * read).sum(1)))
+        each = zip(weights.unbind(1), steps.values(), strict=True)
+        return Output(logits, {}, torch.cat([of * among for of, among in each], dim=2))
 
     def perturbed(self, loss: Tensor, radius: float = RADIUS) -> dict[str, Tensor]:
         """The parameters, moved by `radius` in all along the gradient of a loss."""

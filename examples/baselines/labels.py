@@ -32,11 +32,15 @@ class ModalityAttention(nn.Module):
         super().__init__()
         self.score = nn.Linear(dim, 1, bias=False)
 
-    def forward(self, x: Tensor, missing: Tensor) -> Tensor:
+    def weights(self, x: Tensor, missing: Tensor) -> Tensor:
+        """Weights (B, M, Q, 1), which sum to 1 over the modalities that are there."""
         missing = missing[:, :, None, None]
         left_out = missing & ~missing.all(1, keepdim=True)  # a softmax needs one
         weights = self.score(x).masked_fill(left_out, -float("inf")).softmax(1)
-        return (weights.masked_fill(missing, 0) * x).sum(1)
+        return weights.masked_fill(missing, 0)
+
+    def forward(self, x: Tensor, missing: Tensor) -> Tensor:
+        return (self.weights(x, missing) * x).sum(1)
 
 
 class LabelHead(nn.Linear):
