@@ -47,11 +47,11 @@ class OneSequence(Baseline):
         only = self.hparams["modality"]
         if only is not None:
             self.encoder = nn.ModuleDict({only: self.encoder[only]})
-        self.mark = nn.Parameter(torch.zeros(len(self.encoder), sizes.dim))
+        self.modality = nn.Parameter(torch.zeros(len(self.encoder), sizes.dim))  # a mark for each
         self.transformer = Transformer(sizes.dim, sizes.heads, sizes.dropout)
 
     def read(self, encoded: Vectors, padding: Vectors) -> tuple[Tensor, Tensor]:
         """The sequence (B, S, D), 0 at padding, and its padding (B, S)."""
-        steps = [x + mark for x, mark in zip(encoded, self.mark, strict=True)]
+        steps = [x + mark for x, mark in zip(encoded, self.modality, strict=True)]
         mask = torch.cat([*padding], dim=1)
         return self.transformer(torch.cat(steps, dim=1), mask), mask
