@@ -105,6 +105,11 @@ MODELS = {
     "PooledMLP": "baselines.networks",
     "CrossModal": "baselines.mult",
     "InvariantSpecific": "baselines.misa",
+    "SequenceToSet": "baselines.mms2s",
+    "MessagePassing": "baselines.hhmpn",
+    "CommonPrivate": "baselines.tailor",
+    "Adversarial": "baselines.amp",
+    "Reconstruction": "baselines.carat",
 }
 MORE_MODELS = {
     "FusionGraph": "baselines.dfg",

@@ -58,9 +58,10 @@ class LabelSets(nn.Module):
     def forward(self, said: Tensor) -> Tensor:
         """Log-probabilities (B, 2^Q) of the sets, from those (B, 2^Q, Q + 1) of what is said next, last the end."""
         reached = said.new_zeros(len(said), 1)  # the empty set is where all begin
+        labels = torch.arange(self.members.shape[1], device=said.device)
         steps = zip(self.members.split(self.counts), self.before.split(self.counts), strict=True)
         for members, before in list(steps)[1:]:
-            come = reached[:, before] + said[:, before, torch.arange(members.shape[1])]
+            come = reached[:, before] + said[:, before, labels]
             come = come.masked_fill(~members, -torch.inf).logsumexp(2)
             reached = torch.cat([reached, come], dim=1)
         return reached + said[:, :, -1]
