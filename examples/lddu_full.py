@@ -325,10 +325,7 @@ class LDDU(MultilabelModule):
     # --- Losses ------------------------------------------------------------------------------------------------------
 
     def losses(self, output: Output, batch: MultimodalBatch) -> dict[str, Tensor]:
-        """The losses of Eq. 16, of the modalities alone, of the distance to the prior, and their weighted sum.
-
-        The contrastive and the ordinality loss are left out where their weight is 0.
-        """
+        """The losses of Eq. 16, of the modalities alone, of the distance to the prior, and their weighted sum."""
         target, unknown = self.targets(batch), batch.unknown
         each = target.unsqueeze(1).expand_as(output.modality_logits)
         by_modality = F.binary_cross_entropy_with_logits(
@@ -339,11 +336,8 @@ class LDDU(MultilabelModule):
             "dir": masked_bce(output.dir_logits, target, unknown),  # Eq. 3
             "modality": masked_mean(by_modality.mean(1), unknown),
         }
-        # the two that cost time; every parameter has another loss besides
-        if self.weights["scl"]:
-            losses["scl"] = self.contrastive_loss(output, batch)
-        if self.weights["ocl"]:
-            losses["ocl"] = self.ordinality_loss(output, batch)
+        costly = {"scl": self.contrastive_loss, "ocl": self.ordinality_loss}  # not at weight 0
+        losses |= {n: loss(output, batch) for n, loss in costly.items() if self.weights[n]}
         losses["kl"] = output.latent.kl_to_standard_normal().mean()
         if output.place_logits is not None:
             losses["places"] = masked_bce(output.place_logits, target, unknown)

@@ -62,8 +62,7 @@ class PackedSteps:
     def unpack(self, x: Tensor) -> Tensor:
         """(N, D) -> (B, S, D), 0 where nothing was packed."""
         if self.whole:
-            steps: Tensor = x.unflatten(0, self.shape)
-            return steps
+            return x.view(*self.shape, x.shape[1])
         padded = x.new_zeros(math.prod(self.shape), x.shape[1])
         padded = padded.index_copy_(0, self.rows, x)
         return padded.view(*self.shape, x.shape[1])
