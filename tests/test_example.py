@@ -18,7 +18,7 @@ import torch
 
 from endurance import content, same
 from examples_support import EXAMPLES, QUIET, TINY, need_extras, toy
-from pages import DOCS, blocks
+from pages import DOCS
 from uncertainty_mm.data import MultimodalDataset, read, write_folder
 
 need_extras()
@@ -255,16 +255,6 @@ def test_one_label_some_unknown_and_longer_test_sequences(run, tmp_path):
     test = parts["test"].labels[:, 0].numpy()[known]
     score = metrics.f1_score(test, probs[known] > threshold)
     assert results_of(tmp_path / "out")["test"]["miF1"] == pytest.approx(score, abs=1e-4)
-
-
-def test_start_page_makes_data_to_train_on(run, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    names = {}
-    for _, source in blocks(DOCS / "start.md", "testcode"):
-        exec(source, names)
-    capsys.readouterr()
-    run("--data.path=mine.npz", "--config=small", "--trainer.fast_dev_run=true", *FAST)
-    assert "Acc" in capsys.readouterr().out
 
 
 # --- Resumed ----------------------------------------------------------------------------------------------------------

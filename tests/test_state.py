@@ -118,7 +118,7 @@ def unfitted():
     """Calibrations as they are made: there is nothing to fit on the meta device."""
     with contextlib.ExitStack() as stack:
         for kind in (
-            *map(calibration.__dict__.get, calibration.__all__[:-1]),
+            *(x for x in map(calibration.__dict__.get, calibration.__all__) if isinstance(x, type)),
             Conflict,
             ConformalRiskControl,
             Typicality,
