@@ -332,17 +332,3 @@ ONE = torch.ones(1, 2, 3)
 )
 def test_bad_input_is_refused(case):
     refused(case, None)
-
-
-def print_table():
-    """A row for each identity, a column for each rule."""
-    rows = [["", *RULES]]
-    for identity in IDENTITIES:
-        held = ["yes" if identity(rule) else "no" for rule in RULES]
-        rows.append([identity.__name__.replace("_", " "), *held])
-    for row in rows:
-        print("| " + " | ".join(row) + " |")
-
-
-if __name__ == "__main__":
-    print_table()
