@@ -3,9 +3,6 @@
 import os
 import re
 
-from docutils import nodes
-from latex2mathml.converter import convert
-
 import uncertainty_mm
 
 project = "uncertainty-mm"
@@ -121,6 +118,9 @@ def plain_aliases(app, what, name, obj, options, signature, returns):
 
 def mathml(display):
     """Writes equations as MathML, which browsers draw without a script."""
+    # only here: the tests read this file for `doctest_global_setup`, where Sphinx is not installed
+    from docutils import nodes
+    from latex2mathml.converter import convert
 
     def visit(translator, node):
         latex = node.astext().replace(r"\_", "_")
