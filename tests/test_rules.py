@@ -368,17 +368,3 @@ def test_validate_args_reaches_the_checks(monkeypatch):
 )
 def test_bad_input_is_refused(case):
     refused(case, None)
-
-
-def print_table():
-    """A row for each identity, a column for each rule."""
-    rows = [["", *RULES]]
-    for identity in IDENTITIES:
-        held = ["yes" if identity(GaussianFusion(rule)) else "no" for rule in RULES]
-        rows.append([identity.__name__.replace("_", " "), *held])
-    for row in rows:
-        print("| " + " | ".join(row) + " |")
-
-
-if __name__ == "__main__":
-    print_table()
