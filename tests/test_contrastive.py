@@ -246,6 +246,21 @@ def test_distances_pass_gradcheck(similarity, reduction):
     assert gradcheck(forward, tuple(latent))
 
 
+@pytest.mark.parametrize("bf16_products", [False, True])
+@pytest.mark.parametrize("similarity", DISTANCES)
+def test_distances_do_not_depend_on_where_the_means_are(similarity, bf16_products):
+    settings = {"similarity": similarity, "temperature": 1.0, "bf16_products": bf16_products}
+    here, there = (distance_loss(**settings) for _ in range(2))
+    for _ in range(2):  # the second time with a queue
+        latent, labels = random_batch()
+        mean = latent.mean.float().mul(1024).round().div(1024)  # whose digits 4096 leaves alone
+        result, moved = (
+            loss(DiagonalGaussian(mean + shift, latent.std.float()), labels)
+            for loss, shift in ((here, 0), (there, 4096))
+        )
+        torch.testing.assert_close(moved, result, atol=0, rtol=1e-4)
+
+
 @pytest.mark.parametrize("similarity", DISTANCES)
 def test_distances_see_the_size_of_the_std(similarity):
     latent, labels = random_batch()

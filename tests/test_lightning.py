@@ -621,6 +621,20 @@ def test_the_latest_step_within_one_standard_error_of_the_best_is_kept():
     assert rooms.OneStandardError().update(1, base[:0]) == -1
 
 
+def test_a_step_that_is_validated_again_leaves_the_best_one():
+    rule = rooms.OneStandardError()
+    given = [(10, 0.1), (20, 0.9), (20, 0.9), (30, 0.8)]
+    assert [rule.update(n, torch.tensor([x, x])) for n, x in given] == [10] * 4
+
+
+def test_losses_that_are_not_finite_are_never_the_best():
+    for bad in (math.nan, math.inf):
+        rule, first = rooms.OneStandardError(), torch.tensor([bad, 0.1])
+        assert rule.update(1, first) == 1
+        assert rule.update(3, torch.tensor([5.0, 5.0])) == 3
+        assert rule.update(4, first) == 3
+
+
 def test_one_sample_says_nothing_of_chance():
     rule = rooms.OneStandardError()
     assert [rule.update(i, torch.tensor([x])) for i, x in enumerate((1.0, 1.1, 0.9))] == [0, 0, 2]
@@ -683,6 +697,42 @@ def test_any_model_is_trained_tested_and_predicts(data, tmp_path):
     with np.load(tmp_path / "p.npz") as file:
         score = ((file["probs"] > file["threshold"]) == file["labels"]).mean()
     assert score > 0.6
+
+
+class Diverges(Pooled):
+    """In the second epoch one prediction is NaN; as on an accelerator, nobody looks at values."""
+
+    def observed(self, output):
+        logits = super().observed(output)["logits"]
+        if self.current_epoch == 1:
+            logits = logits.index_fill(0, torch.tensor([0]), math.nan)
+        return {"logits": logits}
+
+    def calibrate(self, seen):
+        pass
+
+
+def test_a_prediction_that_is_not_finite_is_not_chosen(data, monkeypatch):
+    monkeypatch.setattr("uncertainty_mm.lightning.module.evaluate", lambda *_: {"miF1": 0.5})
+    model = Diverges(data.modality_dims, data.label_names, lr=0.01)
+    num_labels = len(data.label_names)
+    model.pool = LogitPool(1, num_labels, validate_args=False)
+    model.calibration = PlattScaling(num_labels, validate_args=False)
+    trainer = trainer_with(max_epochs=2)
+    trainer.fit(model, data)
+    metrics = trainer.callback_metrics
+    assert metrics["val/nll"] == math.inf
+    assert metrics["val/chosen"] == trainer.global_step / 2
+
+
+def test_a_second_training_chooses_anew(data):
+    model = Pooled(data.modality_dims, data.label_names, lr=0.05)
+    trainer_with(max_epochs=1).fit(model, data)
+    model._selection._best.zero_()  # nothing can be better
+    again = trainer_with(max_epochs=1)
+    again.fit(model, data)
+    assert again.callback_metrics["val/chosen"] == again.global_step
+    assert model._selection._best.sum() > 0
 
 
 def test_predictions_of_several_processes_are_refused(data, tmp_path):

@@ -320,8 +320,9 @@ class DistributionSupConLoss(Component):
         rows = embed(mean, std, self.embedding) if is_cosine else torch.cat([mean, std], -1)
         return rows.flatten(0, 2), classes.flatten()
 
-    def _with_square(self, rows: Tensor) -> Tensor:
+    def _with_square(self, rows: Tensor, centre: Tensor) -> Tensor:
         """What of the Gaussians is multiplied, and minus half the square that a product lacks to be a distance."""
+        rows = rows - centre  # changes no distance, but products would lose digits to it
         multiplied = rows[:, : self.latent_dim] if self.similarity == "sampled" else rows
         return torch.cat([multiplied, -0.5 * rows.square().sum(1, keepdim=True)], 1)
 
@@ -353,8 +354,10 @@ class DistributionSupConLoss(Component):
     ) -> Tensor:
         temperature, is_distance = self.temperature, self.similarity != "cosine"
         if is_distance:
-            bank = self._with_square(bank.to(embeddings.dtype))
-            embeddings = self._with_square(embeddings)
+            centre = embeddings.detach().sum(0) / (classes >= 0).sum().clamp_min(1)
+            centre[self.latent_dim :] = 0  # a standard deviation is squared by itself
+            bank = self._with_square(bank.to(embeddings.dtype), centre)
+            embeddings = self._with_square(embeddings, centre)
             temperature *= self.latent_dim
         return supcon(
             embeddings,

@@ -129,6 +129,11 @@ class MultilabelModule(Component, L.LightningModule):
                 raise UsageError("soft_labels: the training split has none")
             self._largest = max(1.0, float(soft_labels.nan_to_num(0).max()))  # NaN: not known
 
+    def on_train_start(self) -> None:
+        """Chooses the checkpoint anew, unless a training goes on."""
+        if self.trainer.global_step == 0:
+            self._selection = OneStandardError()
+
     def configure_optimizers(self) -> Any:
         """Adam with linear warm-up and cosine decay (appendix A.1 of the LDDU paper)."""
         optimizer = torch.optim.AdamW(
@@ -219,6 +224,7 @@ class MultilabelModule(Component, L.LightningModule):
         # It picks the checkpoint: a mean over all labels, which says more than counts of those on the right side.
         target = labels.masked_fill(unknown, 0)
         each = F.binary_cross_entropy_with_logits(calibrated.float(), target, reduction="none")
+        each = each.nan_to_num(torch.inf, torch.inf)  # a prediction of NaN is not an unknown label
         losses = each.masked_fill(unknown, torch.nan).nanmean(1)
         order, groups = seen["indices"].argsort(stable=True), self._groups_of(seen)
         losses = mean_by(None if groups is None else groups[order], losses[order])

@@ -41,19 +41,19 @@ class OneStandardError:
         """Compares a step with the best one so far.
 
         Args:
-            step: Number of the step; one that is not later than the latest begins a new training.
+            step: Number of the step; one that is earlier than the latest begins a new training.
             losses: Tensor (N,), a loss for each validation sample or group, in the same order at every step.
 
         Returns:
             The step to keep.
         """
         losses = losses.detach().cpu().double()
-        if step <= self._latest or (self._best is not None and len(self._best) != len(losses)):
+        if step < self._latest or (self._best is not None and len(self._best) != len(losses)):
             self._best = None
         self._latest = step
         if not len(losses):
             return self.chosen
-        if self._best is None or losses.mean() < self._best.mean():
+        if self._best is None or self._best.mean().isnan() or losses.mean() < self._best.mean():
             self.chosen, self._best = step, losses
         else:
             excess = losses - self._best
