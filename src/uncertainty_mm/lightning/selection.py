@@ -23,6 +23,7 @@ class OneStandardError:
 
     Example:
         >>> import torch
+        >>> from uncertainty_mm.lightning import OneStandardError
         >>> rule = OneStandardError()
         >>> rule.update(10, torch.tensor([0.5, 0.3, 0.4]))
         10
