@@ -180,6 +180,7 @@ def alone(work: Work, run: Run) -> None:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(log.fileno(), stream.fileno())
     sys.stdout.reconfigure(line_buffering=True)
+    os.environ |= dict.fromkeys(THREADS, "1")  # where somebody else started the server
     torch.set_num_threads(1)
     carry_out(work, run)
 

@@ -280,7 +280,10 @@ def check_lightning(case, averaged_by_lightning):
     model, twin, saved, prefix = averaged_by_lightning[case]
     averaged = {x: saved["state_dict"][prefix + x] for x in kept(twin)}
     assert same(averaged, kept(twin))  # as it was when training began
-    twin(3), twin(4)
+    optimizer = torch.optim.SGD(twin.parameters(), lr=1e-3)
+    for step in (3, 4):
+        train(twin, [step])
+        optimizer.step()
     assert same({x: saved["current_model_state"][prefix + x] for x in kept(twin)}, kept(twin))
     assert same(kept(model), kept(twin))
 
@@ -655,7 +658,7 @@ def check_parametrized(case):
 @pytest.mark.parametrize("name", in_turn(NAMES))
 @pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning")  # torch 2.6, of itself
 def test_state_survives_or_is_refused(name, title, check, request):
-    words = REFUSED.get((name, title))
+    words = REFUSED.get((name.partition(" (")[0], title))  # whatever the similarity
     code = (check.func if isinstance(check, functools.partial) else check).__code__
     wanted = {"averaged_by_lightning", "spawned", "tmp_path_factory"} & {
         *code.co_varnames[: code.co_argcount]
