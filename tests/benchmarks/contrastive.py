@@ -1,14 +1,16 @@
-"""Implementations of one loss on one input, for timing in process and for memory in a fresh process.
+"""Implementations of one contrastive loss on one input, for timing in process and for memory in a fresh process.
 
-`python supcon_cases.py NAME ANCHORS QUEUE` prints the peak extra memory of one forward and backward pass in MB.
+`python contrastive.py NAME ANCHORS QUEUE` prints the peak extra memory of one forward and backward pass in MB.
 """
 
 import math
+import subprocess
 import sys
 from functools import partial
 
 import torch
 import torch.nn.functional as F
+from measuring import peak_mb
 
 from uncertainty_mm.functional import supcon_loss
 
@@ -121,18 +123,10 @@ def floor(inputs):
     return run
 
 
-def status(field):
-    with open("/proc/self/status") as file:
-        return int(next(line for line in file if line.startswith(field)).split()[1]) / 1024
-
-
-def peak_extra_mb(run):
-    """Peak resident memory during `run` above that before it (Linux)."""
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # forget the peak so far
-    before = status("VmRSS")
-    run()
-    return status("VmHWM") - before
+def memory(name, anchors, queue):
+    """Peak extra memory of one step in MB, on the processor in a process of its own."""
+    command = [sys.executable, __file__, name, anchors, str(queue)]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 if __name__ == "__main__":
@@ -142,4 +136,4 @@ if __name__ == "__main__":
     step(name, small)()
     if name == "dense, compiled":
         step(name, Inputs(anchors, queue))()
-    print(peak_extra_mb(step(name, Inputs(anchors, queue))))
+    print(peak_mb(step(name, Inputs(anchors, queue)), "cpu"))
