@@ -3,11 +3,12 @@
     z^m_q = E_m(u^m_q),   r^m_q = R_m(mean of z^n_q over n != m),   L = L_con(z, E(r)) + |u - R(z)|^2 + |u - r|^2
 
 u^m_q is what label q reads in modality m by attention. In the space of z a contrastive loss with a queue draws together
-what has the same modality, label and answer; there each modality is rebuilt from the others. One classifier aggregates
-the vectors u and r of all labels. It also sees them shuffled, each label's from any sample (its target comes along) and
-any modality, and so meets labels together that the data never show together. What differs: the rows of the queue stand
-for the paper's prototypes, the mean of all predictions for its choice of the most telling modality; what is missing is
-rebuilt from the modalities that are there; the weights of the losses are ours.
+what has the same modality, label and answer; there each modality is rebuilt from the others. Each label takes the most
+telling modality, and one classifier aggregates what they took: of the vectors u, and in training of the vectors r too.
+It also sees them shuffled, each label's from any sample (its target comes along) and any modality, and so meets labels
+together that the data never show together. What differs: the rows of the queue stand for the paper's prototypes, and a
+softmax for its choice of the most telling modality; what is missing is rebuilt from the modalities that are there; the
+weights of the losses are ours. A prediction comes from the vectors u alone: those that are rebuilt know less.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from uncertainty_mm import EmbeddingQueue
 from uncertainty_mm.data import MultimodalBatch
 from uncertainty_mm.examples.baselines.base import Baseline, Output, Sizes, Vectors, mlp
-from uncertainty_mm.examples.baselines.labels import LabelQueries
+from uncertainty_mm.examples.baselines.labels import LabelQueries, ModalityAttention
 from uncertainty_mm.functional import supcon_loss
 from uncertainty_mm.lightning import masked_bce, masked_mean
 
@@ -49,17 +50,21 @@ def shuffled(x: Tensor) -> tuple[Tensor, Tensor]:
 class Reconstruction(Baseline):
     """Label vectors of each modality, rebuilt from the others, shuffled and aggregated."""
 
+    rows = 512  # at most so many vectors of a batch, those of its first samples, are in the contrastive loss
+
     def build(self, sizes: Sizes) -> None:
         dim, modalities = sizes.dim, range(sizes.modalities)
         self.queries = LabelQueries(sizes.modalities, sizes)
         self.latent = nn.ModuleList(mlp(dim, dim, dim, sizes.dropout) for _ in modalities)
         self.rebuild = nn.ModuleList(mlp(dim, dim, dim, sizes.dropout) for _ in modalities)
         self.queue = EmbeddingQueue(4096, dim, validate_args=False)
+        self.telling = ModalityAttention(dim)
         self.head = mlp(sizes.labels * dim, dim, sizes.labels, sizes.dropout)
 
-    def aggregate(self, views: Tensor) -> Tensor:
-        """Logits (B, Q) of vectors (B, V, Q, D): mean over the views of what all labels' vectors say together."""
-        return self.head(views.flatten(2)).mean(1)
+    def aggregate(self, vectors: Tensor) -> Tensor:
+        """Logits (B, Q) of vectors (B, M, Q, D): what all labels say together, each by its most telling modality."""
+        none = torch.zeros(vectors.shape[:2], dtype=torch.bool, device=vectors.device)
+        return self.head(self.telling(vectors, none).flatten(1))
 
     def fuse(self, encoded: Vectors, padding: Vectors) -> Output:
         missing = torch.stack([mask.all(1) for mask in padding], dim=1)
@@ -70,8 +75,7 @@ class Reconstruction(Baseline):
         rebuilt = each(self.rebuild, mean_of_others(z, missing))
         again = F.normalize(each(self.latent, rebuilt), dim=3)
         where = [mask[:, :, None, None] for mask in (missing, alone)]
-        views = [torch.where(where[0], rebuilt, read), torch.where(where[1], read, rebuilt)]
-        views = torch.cat(views, dim=1)
+        views = torch.where(where[0], rebuilt, read), torch.where(where[1], read, rebuilt)
 
         def distance(x: Tensor, left_out: Tensor) -> Tensor:
             return 0.1 * masked_mean((x - read.detach()).square().mean((2, 3)), left_out)
@@ -82,16 +86,17 @@ class Reconstruction(Baseline):
             "rebuilt": distance(rebuilt, left_out),
         }
         hidden = views, torch.stack([z, again]), torch.stack([missing, left_out])
-        return Output(self.aggregate(views), losses, hidden)
+        return Output(self.aggregate(views[0]), losses, hidden)
 
     def auxiliary(self, output: Output, batch: MultimodalBatch) -> Mapping[str, Tensor]:
         views, latent, left_out = output.hidden
         target = self.targets(batch)
         unknown = torch.zeros_like(target) if batch.unknown is None else batch.unknown
         unknown = unknown.bool()
-        mixed, sample = shuffled(views)
+        again = masked_bce(self.aggregate(views[1]), target, unknown)
+        mixed, sample = shuffled(torch.cat(views, dim=1))
         mixed = masked_bce(
-            self.aggregate(mixed), target.gather(0, sample), unknown.gather(0, sample)
+            self.head(mixed.flatten(2)).mean(1), target.gather(0, sample), unknown.gather(0, sample)
         )
 
         modalities, labels = latent.shape[2:4]
@@ -99,10 +104,12 @@ class Reconstruction(Baseline):
         classes = classes + modalities * labels * (target > 0.5).unsqueeze(1)  # (B, M, Q)
         left_out = left_out.unsqueeze(3) | unknown.unsqueeze(1)
         classes = torch.where(left_out, -1, classes)  # of the two kinds of z
-        rows, names, queue = latent.flatten(0, 3), classes.flatten(), self.queue
+        some, queue = slice(max(1, self.rows // (2 * modalities * labels))), self.queue
+        rows, names = latent[:, some].flatten(0, 3), classes[:, some].flatten()
         contrast = supcon_loss(
             rows, names, bank=queue.rows, bank_classes=queue.classes, validate_args=False
         )
         if self.training:
             queue.enqueue(latent[0].flatten(0, 2), classes[0].flatten())
-        return {**output.auxiliary, "shuffled": mixed, "contrast": 0.1 * contrast}
+        weighted = {"again": 0.3 * again, "shuffled": 0.3 * mixed, "contrast": 0.1 * contrast}
+        return {**output.auxiliary, **weighted}
