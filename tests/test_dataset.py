@@ -291,6 +291,23 @@ def test_every_loader_gives_the_same_batches(name, unknown):
         same_batch(batch, data.batch(range(start, start + 4)))
 
 
+@pytest.mark.parametrize("kind", [MultimodalDataset, lambda *x: Augmented(*x)])
+def test_a_trimmed_batch_ends_where_its_longest_sequence_does(kind):
+    padding = {"a": torch.arange(5) >= torch.tensor([[2], [3], [0], [0], [5]])}
+    features = {"a": torch.randn(5, 5, 3)}
+    data = kind(features, padding, torch.zeros(5, 2), ["first", "second"])
+    steps = []
+    for batch, whole in zip(data.loader(2, trim=True), data.loader(2), strict=True):
+        count = batch.features["a"].shape[1]
+        assert whole.features["a"].shape[1] == 5
+        assert torch.equal(batch.features["a"], whole.features["a"][:, :count])
+        assert torch.equal(batch.padding_mask["a"], whole.padding_mask["a"][:, :count])
+        assert whole.padding_mask["a"][:, count:].all()
+        steps.append(count)
+    assert steps == [3, 1, 5]
+    assert data[1].trimmed().features["a"].shape == (3, 3)
+
+
 def same_batch(actual, expected):
     for part, other in zip(actual, expected, strict=True):
         if isinstance(other, dict):

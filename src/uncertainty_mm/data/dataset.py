@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -62,6 +63,19 @@ class MultimodalBatch(NamedTuple):
             return None if part is None else part.to(device, non_blocking=non_blocking)
 
         return MultimodalBatch(*map(moved, self))
+
+    def trimmed(self) -> MultimodalBatch:
+        """The batch without the steps at the end that are padding in all of its sequences; at least one step stays.
+
+        The features are views. The host waits for an accelerator that holds the batch.
+        """
+        features, padding_mask = {}, {}
+        for name, mask in self.padding_mask.items():
+            steps = (~mask).reshape(-1, mask.shape[-1]).any(0).nonzero()
+            longest = int(steps[-1]) + 1 if len(steps) else 1
+            features[name] = self.features[name][..., :longest, :]
+            padding_mask[name] = mask[..., :longest]
+        return self._replace(features=features, padding_mask=padding_mask)
 
 
 class FeatureStatistics(NamedTuple):
@@ -435,7 +449,9 @@ class MultimodalDataset(Dataset[MultimodalBatch]):
             unknown,
         )
 
-    def loader(self, batch_size: int | None = 1, **options: Any) -> DataLoader[MultimodalBatch]:
+    def loader(
+        self, batch_size: int | None = 1, *, trim: bool = False, **options: Any
+    ) -> DataLoader[MultimodalBatch]:
         """A `torch.utils.data.DataLoader` of batches.
 
         A batch is taken at once, unless a subclass overrides `__getitem__`, or a `collate_fn` is given: then samples
@@ -443,6 +459,7 @@ class MultimodalDataset(Dataset[MultimodalBatch]):
 
         Args:
             batch_size: Samples in a batch. A `batch_sampler` decides itself.
+            trim: Whether a batch ends where its longest sequence does (:meth:`MultimodalBatch.trimmed`).
             options: Passed to `DataLoader`: `shuffle`, `sampler`, `batch_sampler`, `num_workers`, `drop_last`,
                 `pin_memory`, ...
 
@@ -453,8 +470,11 @@ class MultimodalDataset(Dataset[MultimodalBatch]):
         data: Dataset[MultimodalBatch] = _WholeBatches(self) if whole else self
         if options.get("batch_sampler") is not None:
             batch_size = 1  # what torch wants to see then
+        collate = options.pop("collate_fn", None) or self.collate
+        if trim:
+            collate = partial(_collate_trimmed, collate)
         # by name: Lightning makes another loader of these arguments, with another `batch_size`
-        return DataLoader(data, batch_size=batch_size, **{"collate_fn": self.collate} | options)
+        return DataLoader(data, batch_size=batch_size, collate_fn=collate, **options)
 
     def _like(self, **changes: Any) -> MultimodalDataset:
         """The data set with other tensors, of the same class: what a subclass does to samples is kept."""
@@ -651,6 +671,10 @@ def _collated(samples: Sequence[MultimodalBatch], **_: Any) -> Any:
 
 # What torch offers for types of one's own; without it `default_collate` fails at the fields that are None.
 default_collate_fn_map[MultimodalBatch] = _collated
+
+
+def _collate_trimmed(collate: Callable[[Any], MultimodalBatch], samples: Any) -> MultimodalBatch:
+    return collate(samples).trimmed()
 
 
 class _WholeBatches(Dataset[MultimodalBatch]):

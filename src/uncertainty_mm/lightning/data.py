@@ -139,6 +139,7 @@ class MultimodalDataModule(L.LightningDataModule):
     def _loader(self, data: MultimodalDataset, sampler: Any) -> DataLoader[MultimodalBatch]:
         return data.loader(
             self.batch_size,
+            trim=True,
             sampler=sampler,
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
