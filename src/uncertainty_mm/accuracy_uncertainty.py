@@ -72,10 +72,6 @@ class AccuracyUncertaintyLoss(Component):
         check_validate_args(validate_args)
         self._set(threshold=threshold, validate_args=validate_args)
 
-    def extra_repr(self) -> str:
-        """The settings, for `repr`."""
-        return f"threshold={self.threshold}"
-
     def forward(
         self,
         *,

@@ -169,10 +169,6 @@ class EmotionQueryAttention(Component):
             }
         )
 
-    def extra_repr(self) -> str:
-        """The settings, for `repr`."""
-        return f"scale={self.scale:g}, dropout={self.dropout}"
-
     def missing(
         self, features: Mapping[str, Tensor], padding_mask: Mapping[str, Tensor] | None = None
     ) -> Tensor:

@@ -95,10 +95,6 @@ class BeliefFusion(Component):
         check_validate_args(validate_args)
         self._set(rule=rule, validate_args=validate_args)
 
-    def extra_repr(self) -> str:
-        """The settings, for `repr`."""
-        return f"rule={self.rule!r}"
-
     def forward(self, evidence: Tensor, missing: Tensor | None = None) -> FusedBelief:
         """Fuses the modalities of every label.
 

@@ -140,10 +140,6 @@ class Conflict(FittedComponent):
             getattr(self, name).zero_()
         self.covariance.fill_diagonal_(1)
 
-    def extra_repr(self) -> str:
-        """The settings, for `repr`."""
-        return f"{self.modality_dims}, num_directions={self.num_directions}, prior={self.prior:g}"
-
     def _ranks(self) -> list[int]:
         """Directions of each modality."""
         return [min(dim, self.num_directions) for dim in self.modality_dims.values()]

@@ -67,10 +67,6 @@ class ConformalRiskControl(Component):
         """Forgets the fit: everything is predicted."""
         self.threshold.zero_()
 
-    def extra_repr(self) -> str:
-        """The settings, for `repr`."""
-        return f"risk={self.risk}"
-
     def forward(self, probs: Tensor) -> Tensor:
         """Predicts sets.
 

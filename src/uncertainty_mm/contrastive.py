@@ -195,19 +195,6 @@ class DistributionSupConLoss(Component):
         width = latent_dim * (2 if embedding in ("joint", "both") else 1)
         self.queue = EmbeddingQueue(queue_size, width, validate_args=validate_args)
 
-    def extra_repr(self) -> str:
-        """The settings, for `repr`."""
-        likeness = (
-            f"embedding={self.embedding!r}"
-            if self.similarity == "cosine"
-            else f"similarity={self.similarity!r}"
-        )
-        return (
-            f"temperature={self.temperature}, anchors={self.anchors!r}, {likeness}, "
-            f"reduction={self.reduction!r}, gather={self.gather}, max_batch_size={self.max_batch_size}, "
-            f"bf16_products={self.bf16_products}"
-        )
-
     def forward(
         self,
         latent: DiagonalGaussian,

@@ -174,11 +174,6 @@ class CorrectnessTracker(Component):
         self._calls = _Calls()
         self.reset_parameters()
 
-    def extra_repr(self) -> str:
-        """The settings, for `repr`."""
-        labels = "" if self.num_labels is None else f", num_labels={self.num_labels}"
-        return f"num_samples={self.num_samples}{labels}, prior={self.prior}"
-
     def _check_indices(self, indices: Tensor, sizes: dict[str, int]) -> None:
         check_tensor("indices", indices, "integer", "B", sizes, self.last.device)
         if checks_values(indices, self.validate_args) and indices.numel():

@@ -125,10 +125,6 @@ class DecisionFusion(Component):
         check_validate_args(validate_args)
         self._set(rule=rule, validate_args=validate_args)
 
-    def extra_repr(self) -> str:
-        """The settings, for `repr`."""
-        return f"rule={self.rule!r}"
-
     def forward(
         self,
         logits: Tensor,

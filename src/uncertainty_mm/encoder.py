@@ -216,11 +216,6 @@ class SequenceEncoder(Component):
         self.mean.zero_()
         self.std.fill_(1)
 
-    def extra_repr(self) -> str:
-        """The settings, for `repr`."""
-        names = "in_dim", "max_steps", "hidden_dim", "num_heads"
-        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
-
     def standardize(self, mean: Tensor, std: Tensor) -> None:
         """Sets the statistics by which features are standardised, those of the training data.
 
@@ -356,11 +351,6 @@ class PlaceReads(Component):
     def reset_parameters(self) -> None:
         """Gives the parameter its initial distribution."""
         nn.init.normal_(self.weight, std=self.max_steps**-0.5)
-
-    def extra_repr(self) -> str:
-        """The settings, for `repr`."""
-        names = "in_dim", "max_steps", "num_reads"
-        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
 
     def forward(self, x: Tensor, padding: Tensor) -> Tensor:
         """Reads a batch of sequences.

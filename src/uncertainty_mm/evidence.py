@@ -85,10 +85,6 @@ class BetaEvidenceLoss(Component):
         self._keep(step=torch.empty((), dtype=torch.int64))
         self.reset_parameters()
 
-    def extra_repr(self) -> str:
-        """The settings, for `repr`."""
-        return f"annealing_steps={self.annealing_steps}, reduction={self.reduction!r}"
-
     def reset_parameters(self) -> None:
         """Goes back to step 0."""
         self.step.zero_()

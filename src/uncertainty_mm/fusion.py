@@ -167,10 +167,6 @@ class UncertaintyGatedFusion(Component):
         if self.combine == "product":
             nn.init.zeros_(self.prior_mean)
 
-    def extra_repr(self) -> str:
-        """The settings, for `repr`."""
-        return f"mean_weight={self.mean_weight!r}, combine={self.combine!r}, detach_std={self.detach_std}"
-
     def forward(
         self, latent: DiagonalGaussian, uncertainty: Tensor, missing: Tensor | None = None
     ) -> FusedPrediction:

@@ -335,7 +335,7 @@ class _ModalityLinear(nn.Module):
         nn.init.uniform_(self.bias, -bound, bound)
 
     def extra_repr(self) -> str:
-        """The settings, for `repr`."""
+        """The sizes, for `repr`."""
         modalities, out_dim, in_dim = self.weight.shape
         return f"num_modalities={modalities}, in_dim={in_dim}, out_dim={out_dim}"
 
@@ -437,10 +437,6 @@ class GaussianDecoupler(Component):
         self.encoder = nn.Sequential(*layers)
         self.mean_head = _ModalityLinear(num_modalities, size, latent_dim)
         self.log_var_head = _ModalityLinear(num_modalities, size, latent_dim)
-
-    def extra_repr(self) -> str:
-        """The settings, for `repr`."""
-        return f"min_std={self.min_std:g}, normalize_mean={self.normalize_mean}"
 
     def forward(self, z: Tensor, missing: Tensor | None = None) -> DiagonalGaussian:
         """Encodes the vectors of all modalities and labels.

@@ -127,13 +127,6 @@ class SoftRankOrdinalityLoss(Component):
             validate_args=validate_args,
         )
 
-    def extra_repr(self) -> str:
-        """The settings, for `repr`."""
-        return (
-            f"mode={self.mode!r}, pairs={self.pairs}, temperature={self.temperature}, "
-            f"gather={self.gather}"
-        )
-
     def forward(
         self,
         *,

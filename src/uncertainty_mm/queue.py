@@ -124,10 +124,6 @@ class EmbeddingQueue(Component):
         self._passes = _Passes()
         self.reset_parameters()
 
-    def extra_repr(self) -> str:
-        """The settings, for `repr`."""
-        return f"size={self.size}, dim={self.dim}"
-
     @property
     def length(self) -> int:
         """Number of rows in the queue (on an accelerator, makes the host wait)."""

@@ -61,10 +61,6 @@ class CorrectnessRankingLoss(Component):
         check_validate_args(validate_args)
         self._set(pairs=pairs, validate_args=validate_args)
 
-    def extra_repr(self) -> str:
-        """The settings, for `repr`."""
-        return f"pairs={self.pairs!r}"
-
     def forward(
         self, *, confidence: Tensor, correctness: Tensor, mask: Tensor | None = None
     ) -> Tensor:

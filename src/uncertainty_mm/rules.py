@@ -146,12 +146,6 @@ class GaussianFusion(Component):
         for logits in self.parameters():
             nn.init.zeros_(logits)
 
-    def extra_repr(self) -> str:
-        """The settings, for `repr`."""
-        names = ("num_modalities", "num_labels", "latent_dim")
-        sizes = [f"{name}={getattr(self, name)}" for name in names if getattr(self, name)]
-        return ", ".join([f"rule={self.rule!r}", *sizes])
-
     def forward(self, latent: DiagonalGaussian, missing: Tensor | None = None) -> FusedGaussian:
         """Fuses the modalities of every label.
 

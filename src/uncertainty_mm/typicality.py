@@ -127,10 +127,6 @@ class Typicality(Component):
         self._set(covariance=covariance, validate_args=validate_args)
         self.modality = nn.ModuleDict({name: _Modality(dim) for name, dim in modality_dims.items()})
 
-    def extra_repr(self) -> str:
-        """The settings, for `repr`."""
-        return f"level={self.level:g}, power={self.power:g}, covariance={self.covariance!r}"
-
     def forward(
         self, features: Mapping[str, Tensor], padding_mask: Mapping[str, Tensor] | None = None
     ) -> Tensor:

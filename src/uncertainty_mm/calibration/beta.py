@@ -73,10 +73,6 @@ class BetaCalibration(Component):
         self.b.fill_(1)
         self.c.zero_()
 
-    def extra_repr(self) -> str:
-        """The settings, for `repr`."""
-        return f"num_labels={self.num_labels}"
-
     def forward(self, probs: Tensor) -> Tensor:
         r"""Calibrates probabilities.
 

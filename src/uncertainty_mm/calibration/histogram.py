@@ -89,10 +89,6 @@ class HistogramBinning(Component):
         self.edges.copy_((steps / self.num_bins).expand_as(self.edges))
         self.frequency.fill_(-1)
 
-    def extra_repr(self) -> str:
-        """The settings, for `repr`."""
-        return f"num_labels={self.num_labels}, num_bins={self.num_bins}, binning={self.binning!r}"
-
     def forward(self, probs: Tensor) -> Tensor:
         """Calibrates probabilities.
 

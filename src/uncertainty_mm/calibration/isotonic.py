@@ -76,10 +76,6 @@ class IsotonicCalibration(Component):
             state.fill_(1)
             state[:, 0] = 0
 
-    def extra_repr(self) -> str:
-        """The settings, for `repr`."""
-        return f"num_labels={self.num_labels}, max_knots={self.max_knots}"
-
     def forward(self, probs: Tensor) -> Tensor:
         """Calibrates probabilities.
 

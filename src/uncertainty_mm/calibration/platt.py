@@ -85,10 +85,6 @@ class PlattScaling(Component):
         self.scale.fill_(1)
         self.shift.zero_()
 
-    def extra_repr(self) -> str:
-        """The settings, for `repr`."""
-        return f"num_labels={self.num_labels}, per_label={self.per_label}, shift={self.with_shift}"
-
     def forward(self, logits: Tensor) -> Tensor:
         """Calibrates logits.
 

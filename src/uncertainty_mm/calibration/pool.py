@@ -72,10 +72,6 @@ class LogitPool(Component):
         """Forgets the fit: equal weights."""
         self.weight.fill_(1 / self.num_experts)
 
-    def extra_repr(self) -> str:
-        """The settings, for `repr`."""
-        return f"num_experts={self.num_experts}, num_labels={self.num_labels}"
-
     def forward(self, logits: Tensor) -> Tensor:
         """Pools logits.
 

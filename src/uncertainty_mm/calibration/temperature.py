@@ -66,10 +66,6 @@ class TemperatureScaling(Component):
         """Forgets the fit: nothing is changed."""
         self.temperature.fill_(1)
 
-    def extra_repr(self) -> str:
-        """The settings, for `repr`."""
-        return f"num_labels={self.num_labels}, per_label={self.per_label}"
-
     def forward(self, logits: Tensor) -> Tensor:
         """Calibrates logits.
 
