@@ -102,8 +102,8 @@ class EmotionQueryAttention(Component):
         out_dim: Size of an output vector.
         scale: Factor of the scores; None is `proj_dim ** -0.5`, 1.0 is Eq. 1 to the letter.
         dropout: Probability that an attention weight is dropped in training.
-        validate_args: Look at values (NaN, infinity): on the CPU only (None), never (False), or everywhere (True), at
-            the price of a wait for an accelerator.
+        validate_args: Check values (NaN, infinity) on the CPU only (None), never (False), or everywhere (True), which
+            makes the host wait for an accelerator.
 
     Attributes:
         label_embedding: `nn.Embedding` of shape (Q, label_dim).
@@ -201,10 +201,10 @@ class EmotionQueryAttention(Component):
 
         Args:
             features: Sequences (B, S_m, D_m) by modality name. Lengths may differ; a modality may be absent.
-            padding_mask: Bool masks (B, S_m) by modality name, True means leave out; a modality without a mask is
-                used whole, and the mask of an absent modality is not read. What stands at padded steps, NaN
-                included, has no influence. The `attention_mask` of Hugging Face means the opposite, 1 for keep:
-                `padding_mask = attention_mask == 0`.
+            padding_mask: Bool masks (B, S_m) by modality name, True at the steps to leave out; a modality without a
+                mask is used whole, and the mask of an absent modality is not read. Values at padded steps are ignored,
+                even NaN. The `attention_mask` of Hugging Face means the opposite, 1 for keep: `padding_mask =
+                attention_mask == 0`.
             need_weights: Also return the attention weights (before dropout), which costs the fused kernel.
 
         Returns:

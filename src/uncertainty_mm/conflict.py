@@ -70,8 +70,9 @@ class Conflict(FittedComponent):
         modality_dims: Number :math:`P_m` of columns of every modality by name, in the order of the modality axis.
         num_directions: At most so many principal directions of the standardised rows of each modality count.
         prior: Share :math:`\varrho` in (0, 1) of the samples that have a foreign modality.
-        validate_args: Look at values (NaN, infinity) in a forward pass: None on the CPU only (elsewhere it costs a
-            wait), False never, True everywhere. Where values are not looked at, NaN gives NaN.
+        validate_args: Check values (NaN, infinity) in a forward pass on the CPU only (None), never (False), or
+            everywhere (True), which makes the host wait for an accelerator. Where values are not checked, NaN gives
+            NaN.
 
     Attributes:
         shift: Mean (P,) of the columns of all modalities, one after the other.
@@ -149,7 +150,7 @@ class Conflict(FittedComponent):
 
         Args:
             rows: Floating tensors (B, P_m) by modality name, as given to :meth:`fit`. A modality may be absent.
-            missing: Bool tensor (B, M), True where a modality is missing. What stands there has no influence.
+            missing: Bool tensor (B, M), True where a modality is missing. Values there are ignored.
 
         Returns:
             Tensor (B, M) in [0, 1] in at least float32; the sum over the modalities is at most 1. 0 where a modality is

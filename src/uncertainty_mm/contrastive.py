@@ -103,9 +103,9 @@ class DistributionSupConLoss(Component):
             ranks ask each other for the largest batch at every step, for which the host waits, and which cannot be
             compiled with `fullgraph=True`.
         bf16_products: Compute the matrix products in bfloat16; see :func:`~uncertainty_mm.functional.supcon_loss`.
-        validate_args: Look at values (NaN, labels other than 0 and 1): None on the CPU only, False never, True
-            everywhere. Where values are not looked at, a label is present above 0.5, and what is not finite does not
-            enter the queue.
+        validate_args: Check values (NaN, labels other than 0 and 1) on the CPU only (None), never (False), or
+            everywhere (True). Where values are not checked, a label above 0.5 counts as present, and what is not finite
+            does not enter the queue.
 
     Attributes:
         queue: The :class:`~uncertainty_mm.EmbeddingQueue` of earlier distributions.
@@ -210,9 +210,9 @@ class DistributionSupConLoss(Component):
             latent: Gaussians of shape (B, M, Q, K).
             labels: Tensor (B, Q) of 0 and 1, any real dtype.
             missing: Bool tensor (B, M), True where a modality is missing: its distributions are neither anchors nor
-                keys and do not enter the queue. What `latent` holds there has no influence.
-            unknown: Bool tensor (B, Q), True where a label is not known: likewise. What `labels` holds there has no
-                influence.
+                keys and do not enter the queue. Values of `latent` there are ignored.
+            unknown: Bool tensor (B, Q), True where a label is not known: likewise. Values of `labels` there are
+                ignored.
             enqueue: Whether the batch enters the queue, in the order of `latent`; None means in training mode.
 
         Returns:

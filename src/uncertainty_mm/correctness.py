@@ -115,9 +115,9 @@ class CorrectnessTracker(Component):
         num_samples: Number of samples of the data set; a sample is named by its position in it.
         num_labels: None keeps one history a sample, a number :math:`Q` one for every label of a sample.
         prior: Share reported for what has not been seen yet, in [0, 1].
-        validate_args: Look at values (indices in range, correctness in [0, 1]): None on the CPU only (elsewhere it
-            costs a wait), False never, True everywhere. Where they are not looked at, correctness that is not finite
-            is left out, and other values are clamped to [0, 1].
+        validate_args: Check values (indices in range, correctness in [0, 1]) on the CPU only (None), never (False), or
+            everywhere (True), which makes the host wait for an accelerator. Where they are not checked, correctness
+            that is not finite is left out, and other values are clamped to [0, 1].
 
     Raises:
         ValueError: If an argument is out of range.
@@ -198,8 +198,8 @@ class CorrectnessTracker(Component):
                 often, in the order of the batch.
             correct: Tensor (B,), or (B, Q) with `num_labels`: bool, or float in [0, 1] for soft correctness (at least
                 0.5 is correct as far as forgetting is concerned).
-            mask: Bool tensor of the shape of `correct`, True leaves the entry out. What stands there has no influence.
-            unknown: Bool tensor (B, Q), with `num_labels` only: True leaves out a label that is not known, as `mask`.
+            mask: Bool tensor of the shape of `correct`, True to leave the entry out. Values there are ignored.
+            unknown: Bool tensor (B, Q), with `num_labels` only: True where a label is not known, as `mask`.
 
         Raises:
             ValueError: If shapes or devices disagree, or values are out of range; the history is then unchanged.

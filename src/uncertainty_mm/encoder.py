@@ -249,7 +249,7 @@ class SequenceEncoder(Component):
 
         Args:
             x: Tensor (B, S, in_dim), S at most `max_steps`.
-            padding: Bool tensor (B, S), True where a step is to be left out. What stands there has no influence.
+            padding: Bool tensor (B, S), True where a step is to be left out. Values there are ignored.
 
         Returns:
             Tensor (B, S, hidden_dim), 0 at padded steps.
@@ -357,7 +357,7 @@ class PlaceReads(Component):
 
         Args:
             x: Tensor (B, S, in_dim), S at most `max_steps`.
-            padding: Bool tensor (B, S), True where a step is to be left out. What stands there has no influence.
+            padding: Bool tensor (B, S), True where a step is to be left out. Values there are ignored.
 
         Returns:
             Tensor (B, num_reads * in_dim), the readings one after the other; 0 where all steps are padding.

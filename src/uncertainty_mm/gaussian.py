@@ -186,7 +186,7 @@ class DiagonalGaussian(NamedTuple):
         arXiv 1802.05335.
 
         Args:
-            missing: Bool tensor (B, M), True where a modality is missing. What stands there has no influence.
+            missing: Bool tensor (B, M), True where a modality is missing. Values there are ignored.
             prior_mean: Mean of the prior, broadcastable to (B, Q, K); None for 0. Its standard deviation is 1.
 
         Returns:
@@ -370,8 +370,8 @@ class GaussianDecoupler(Component):
         normalize_mean: Give every mean the length :math:`\sqrt K`. It then says what was seen but not how clearly; only
             the standard deviation can, which makes it mean something where it acts
             (:meth:`DiagonalGaussian.product`). The paper does not.
-        validate_args: Look at values (NaN, infinity): on the CPU only (None), never (False), or everywhere (True), at
-            the price of a wait for an accelerator.
+        validate_args: Check values (NaN, infinity) on the CPU only (None), never (False), or everywhere (True), which
+            makes the host wait for an accelerator.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -443,7 +443,7 @@ class GaussianDecoupler(Component):
 
         Args:
             z: Tensor (B, M, Q, in_dim).
-            missing: Bool tensor (B, M), True where a modality is missing. What `z` holds there has no influence.
+            missing: Bool tensor (B, M), True where a modality is missing. Values of `z` there are ignored.
 
         Returns:
             Gaussians of shape (B, M, Q, latent_dim); exactly the prior, mean 0 and standard deviation 1, where missing.

@@ -71,7 +71,8 @@ class SoftRankOrdinalityLoss(Component):
             the gradient is that of one process on the joined batch. All ranks must call it, and the host waits for the
             largest size. Without it, samples are ordered within the batch of each rank, which is another objective.
         process_group: Ranks that `gather` joins; None is all of them.
-        validate_args: Look at values: None on the CPU only (elsewhere it costs a wait), False never, True everywhere.
+        validate_args: Check values on the CPU only (None), never (False), or everywhere (True), which makes the host
+            wait for an accelerator.
 
     Raises:
         ValueError: If an argument is out of range or unknown.
@@ -142,7 +143,7 @@ class SoftRankOrdinalityLoss(Component):
             distance: Tensor (B,) in [0, 1], how far the prediction is from the labels.
             correctness: Tensor (B,) in [0, 1], the share of correct predictions so far, of
                 :class:`CorrectnessTracker`; receives no gradient.
-            mask: Bool tensor (B,), True leaves the sample out (no history yet). What stands there has no influence.
+            mask: Bool tensor (B,), True to leave the sample out (no history yet). Values there are ignored.
 
         Returns:
             Scalar in at least float32; 0 with zero gradient for fewer than two samples.

@@ -77,7 +77,7 @@ class EmbeddingQueue(Component):
     Args:
         size: Number of rows that are remembered; 0 for none.
         dim: Number of features of a row :math:`E`.
-        validate_args: Look at values (NaN, infinity): None on the CPU only, False never, True everywhere.
+        validate_args: Check values (NaN, infinity) on the CPU only (None), never (False), or everywhere (True).
 
     Attributes:
         rows: Tensor (size, E).

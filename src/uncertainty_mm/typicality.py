@@ -75,9 +75,9 @@ class Typicality(Component):
         power: :math:`p`, at least 0.
         covariance: `"oas"`: shrunk towards a multiple of the identity, by as much as the number of rows suggests;
             `"empirical"`: that of the rows, its pseudo-inverse where they are too few.
-        validate_args: Look at values (NaN, infinity) in a forward pass: None on the CPU only (elsewhere it costs a
-            wait), False never, True everywhere. Where values are not looked at, a step that is not finite does not
-            count.
+        validate_args: Check values (NaN, infinity) in a forward pass on the CPU only (None), never (False), or
+            everywhere (True), which makes the host wait for an accelerator. Where values are not checked, a step that
+            is not finite does not count.
 
     Attributes:
         modality: `nn.ModuleDict` with the fitted state of every modality, float32 whatever the module is cast to. It is
@@ -134,8 +134,8 @@ class Typicality(Component):
 
         Args:
             features: Sequences (B, S_m, D_m) by modality name, as given to :meth:`fit`. A modality may be absent.
-            padding_mask: Bool masks (B, S_m) by modality name, True means leave out; a modality without a mask is used
-                whole. What stands at padded steps, NaN included, has no influence.
+            padding_mask: Bool masks (B, S_m) by modality name, True at the steps to leave out; a modality without a
+                mask is used whole. Values at padded steps are ignored, even NaN.
 
         Returns:
             Tensor (B, M) in at least float32, at least 1; exactly 1 where a modality is missing or not fitted.
