@@ -983,7 +983,7 @@ MODULES = {
             torch.rand(sizes.batch, sizes.labels) < 0.2,
         ),
         plain_accuracy_uncertainty,
-        "threshold=None",
+        "^AccuracyUncertaintyLoss",
         lambda loss, probs, uncertainty, labels, unknown: loss(
             probs=probs, uncertainty=uncertainty, labels=labels, unknown=unknown
         ),

@@ -421,8 +421,9 @@ def test_missing_modality_does_not_influence_the_loss_or_the_queue(value):
 
 def test_defaults_are_those_of_the_contract():
     assert repr(DistributionSupConLoss(MODALITIES, LABELS, LATENT)) == (
-        "DistributionSupConLoss(\n  temperature=0.07, anchors='all', embedding='joint', reduction='mean', "
-        "gather=False, max_batch_size=None, bf16_products=False\n"
+        f"DistributionSupConLoss(\n  num_modalities={MODALITIES}, num_labels={LABELS}, latent_dim={LATENT}, "
+        "temperature=0.07, anchors='all', embedding='joint', similarity='cosine', reduction='mean', "
+        "gather=False, bf16_products=False\n"
         "  (queue): EmbeddingQueue(size=8192, dim=10)\n)"
     )
 

@@ -1,4 +1,4 @@
-"""bfloat16 only where it saves time: a processor that has to emulate it is many times slower than in float32."""
+"""Uses bfloat16 only where it saves time: a processor that emulates it is many times slower than with float32."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ import torch
 
 @cache
 def is_native() -> bool:
-    """Whether this processor multiplies bfloat16 by instructions of its own, and torch's library has them."""
+    """Whether this processor has instructions to multiply bfloat16, and torch's library uses them."""
     asked = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)  # not in builds without it
     if asked is None or not asked():
         return False
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return True
-    # there it says so for all of AVX-512, which without these instructions takes twice the time of float32
+    # there the answer is yes for any AVX-512, which without these instructions takes twice the time of float32
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def is_native_or_warns() -> bool:
-    """The same, and says once why float32 takes the place of what was asked for."""
+    """The same, with one warning that float32 is used instead if it is not."""
     if not is_native():
         _warn()
     return is_native()

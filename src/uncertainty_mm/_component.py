@@ -12,13 +12,13 @@ from torch import Tensor, nn
 class FixedSettings:
     """A setting is checked once, by the constructor, and read-only from then on: `loss.reduction = "maen"` raises."""
 
-    _settings: frozenset[str] = frozenset()
+    _settings: tuple[str, ...] = ()
 
     def _set(self, **settings: object) -> None:
         """Stores checked settings, which are read-only afterwards."""
         for name, value in settings.items():
             object.__setattr__(self, name, value)
-        object.__setattr__(self, "_settings", self._settings | settings.keys())
+        object.__setattr__(self, "_settings", (*self._settings, *settings))
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self._settings:
@@ -45,6 +45,15 @@ class Component(FixedSettings, nn.Module):
         for name, value in states.items():
             object.__setattr__(self, name, value)
         object.__setattr__(self, "_states", (*self._states, *states))
+
+    def extra_repr(self) -> str:
+        """The settings that were given a value, for `repr`."""
+        settings = {name: getattr(self, name) for name in self._settings}
+        return ", ".join(
+            f"{name}={value:g}" if isinstance(value, float) else f"{name}={value!r}"
+            for name, value in settings.items()
+            if value not in (None, "")
+        )
 
     def _check_remembers(self) -> None:
         """Refuses to change the state of all from within a copy that sees a part of the batch."""

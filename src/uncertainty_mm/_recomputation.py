@@ -1,6 +1,6 @@
-"""What gradient checkpointing does to a forward pass: it may be computed again, by the backward pass.
+"""Detects that gradient checkpointing repeats a forward pass during the backward pass.
 
-torch tells neither in public, so this file is the only one that asks its private parts.
+torch has no public interface for this, so this file is the only one that uses its private parts.
 """
 
 from __future__ import annotations
@@ -11,32 +11,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# torch 2.6 has nothing of the kind: there a pass is never known to be outside of all checkpointed functions.
+# torch 2.6 lacks it, so there every pass may be inside a checkpointed function.
 _top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 
 
 def recomputing() -> bool:
-    """Whether a forward pass is computed again: nothing else computes one during a backward pass."""
+    """Whether a forward pass is being repeated; nothing else runs one during a backward pass."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def function_hook() -> weakref.ref[Any] | None:
-    """The hook of the checkpointed function around this code, alive as long as its graph.
+    """The hook of the checkpointed function around this code, which lives as long as its graph.
 
-    None outside of all functions, and in reentrant ones, which have no hooks.
+    None outside of checkpointed functions, and in reentrant ones, which have no hooks.
     """
     hooks = None if _top_hooks is None else _top_hooks(True)
     return None if hooks is None else weakref.ref(hooks[1])
 
 
 def may_be_recomputed() -> bool:
-    """Whether a checkpointed function may be around this code: the reentrant ones run without gradients."""
+    """Whether a checkpointed function may be around this code; reentrant ones run it without gradients."""
     return _top_hooks is None or not torch.is_grad_enabled() or _top_hooks(True) is not None
 
 
 @torch.library.custom_op("uncertainty_mm::in_first_pass", mutates_args=())
 def in_first_pass(tensor: Tensor, refusal: str) -> Tensor:
-    """A copy; an error in a recomputation, which what a compiler makes of Python does not notice."""
+    """A copy, or an error in a recomputation; an operator, because compiled Python code cannot notice one."""
     if recomputing():
         raise RuntimeError(refusal)
     return tensor.clone(memory_format=torch.contiguous_format)

@@ -1,20 +1,20 @@
 """The kernel of :func:`uncertainty_mm.functional.supcon_loss`.
 
-The necessary work is three matrix products: scores of the anchors with the keys, and the gradient of either side. The
-rest is arranged around them:
+Three matrix products are necessary: the scores of the anchors with the keys, and the gradients of both sides. The rest
+is arranged around them:
 
-- Scores are made in tiles that stay in the cache and are reduced at once (an online softmax, as in fused attention), so
-  that memory grows with N * E and not with N * (N + Q).
-- The gradient of log sum exp with respect to an anchor is the softmax-weighted mean of the keys. It is accumulated
-  along with the sum, tile by tile. The keys of the batch come last, when the sum of a row is known, and receive their
+- Scores are computed in tiles that stay in the cache and are reduced at once (an online softmax, as in fused
+  attention), so that memory grows with N * E and not with N * (N + Q).
+- The gradient of log-sum-exp with respect to an anchor is the softmax-weighted mean of the keys, which is accumulated
+  with the sum, tile by tile. The keys of the batch come last, when the sum of a row is known, and so receive their
   gradient from the same tile.
-- Similarity is a dot product, so the positives need no mask: their mean score is the anchor's product with the mean of
-  the class without itself. (A single positive is picked from its tile.)
-- Logarithms are to base 2: exp2 is several times faster than exp on a CPU, and the factor goes into the anchors.
-- A squared distance is a dot product as well: in the softmax over the keys the square of the anchor cancels, and half
-  the square of the key, negative, is added to its scores (`has_offset`). It is the last feature of the rows, which for
-  an anchor counts as 1, and is left out of the products: they are fastest with the sizes that people choose, and a
-  square would lose its digits in bfloat16.
+- Similarity is a dot product, so the positives need no mask: their mean score is the product of the anchor and the mean
+  of its class without itself. (A single positive is picked from its tile.)
+- Logarithms are to base 2, because exp2 is several times faster than exp on a CPU; the factor goes into the anchors.
+- A squared distance is a dot product as well: in the softmax over the keys the square of the anchor cancels, and minus
+  half the square of the key is added to its scores (`has_offset`). This offset is the last feature of the rows, where
+  an anchor has a 1. It is kept out of the products, which are fastest with the sizes that users choose, and where it
+  would lose digits in bfloat16.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from uncertainty_mm import _bfloat16
 
 Reduction = Literal["none", "mean", "sum"]
 
-# Entries of a tile of scores, and keys of the bank in it. Of the sizes tried on a CPU these were the fastest: such a
-# tile of 8 MiB in float32 (4 MiB for the bank) stays in the cache. An accelerator wants more work at once.
+# Entries of a tile of scores, and keys of the bank in it. These were the fastest of the sizes tried on a CPU, because a
+# tile of 8 MiB in float32 (4 MiB for the bank) stays in the cache. An accelerator needs larger tiles.
 _CPU_TILE, _CPU_KEYS = 2**21, 1024
 _ACCELERATOR_TILE, _ACCELERATOR_KEYS = 2**26, 2**14
 
@@ -50,8 +50,8 @@ def supcon(
 ) -> Tensor:
     """The loss for checked arguments; see :func:`uncertainty_mm.functional.supcon_loss`.
 
-    `anchor_mask` may be shorter than the batch: the other rows are keys alone, and have no entry in the result. With
-    `has_offset` the last feature of a key is added to its products with the anchors, whatever that of the anchor is.
+    `anchor_mask` may be shorter than the batch: the remaining rows are keys only, without an entry in the result. With
+    `has_offset` the last feature of a key is added to its products with the anchors; that of an anchor is ignored.
     """
     if not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(
         embeddings
@@ -86,10 +86,10 @@ def _forward(
     has_offset: bool,
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss and what its gradient needs; an operator, so that compilers take it as one step.
+    """Loss and what its gradient needs, as an operator that compilers do not look into.
 
-    For a scalar loss that is the gradient itself. For `"none"` it is the bank: copied here, because the queue may be
-    overwritten before the backward pass, to which a compiler may put off any other copy.
+    A scalar loss returns its gradient. For `"none"` the bank is returned, copied here because the queue may be
+    overwritten before the backward pass, until which a compiler might delay any other copy.
     """
     scalar = reduction != "none"
     loss, grad = _compute(
@@ -176,7 +176,7 @@ def _(
 
 @torch.library.custom_op("uncertainty_mm::supcon_scale", mutates_args=())
 def _scale(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The backward pass of a scalar loss; an operator of its own because it has no derivative."""
+    """The backward pass of a scalar loss, a separate operator because it has no derivative."""
     return (gradient * factor).to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
@@ -276,12 +276,12 @@ def _compute(
             has_offset,
             needs_grad,
         )
-        losses = torch.maximum(losses, num_positives.log())  # below which only rounding leads
+        losses = torch.maximum(losses, num_positives.log())  # only rounding leads below it
         losses = losses.masked_fill(~anchors, 0)
         if needs_grad:
             pull = (weights * slope).unsqueeze(1)
             if has_offset:
-                mean_positive[:, -1] = 0  # of an anchor it is 1, whatever it was
+                mean_positive[:, -1] = 0  # for an anchor this feature is the constant 1
             grad[first] -= pull * mean_positive
             pulls = torch.zeros_like(rows)
             pulls[first] = queries * (pull * inverse.unsqueeze(1))
@@ -292,20 +292,20 @@ def _compute(
 
 
 def _without_empty_slots(bank: Tensor, bank_classes: Tensor) -> tuple[Tensor, Tensor]:
-    """Drops empty slots where their number can be asked for; elsewhere they only lose what they hold."""
+    """Drops empty slots on a CPU; on an accelerator, where counting them would wait, sets them to 0."""
     full = bank_classes >= 0
     if bank.device.type != "cpu":
         return bank.masked_fill(~full.unsqueeze(1), 0), bank_classes
     length = int(full.sum())
-    if full[:length].all():  # a queue fills up from the front: no copy
+    if full[:length].all():  # no copy, since a queue fills up from the front
         return bank[:length], bank_classes[:length]
     return bank[full], bank_classes[full]
 
 
 def _segments(classes: Tensor, bank_classes: Tensor) -> tuple[Tensor, Tensor]:
-    """Where each row of batch and bank finds its class: at its first place among the sorted classes of the batch.
+    """Index of the class of each row of batch and bank: its first position among the sorted classes of the batch.
 
-    Keys of a class that the batch does not have go to one more place, behind all others.
+    Keys of a class that the batch does not have get one more index, after all others.
     """
     num_rows = classes.shape[0]
     ordered = classes.sort().values
@@ -316,7 +316,7 @@ def _segments(classes: Tensor, bank_classes: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _positives(segment: Tensor, bank_segment: Tensor) -> tuple[Tensor, Tensor]:
-    """Number of positives of each row, and which key (the bank's first) is the only one, -1 where there are others."""
+    """Number of positives of each row, and the index of a single positive among bank and batch, otherwise -1."""
     keys = torch.cat([bank_segment, segment])
     places = torch.arange(keys.shape[0], device=keys.device)
     empty = places.new_zeros(segment.shape[0] + 1)
@@ -334,10 +334,10 @@ def _sums(bank: Tensor, bank_segment: Tensor, rows: Tensor) -> Tensor:
 
 
 def _sum_of_others(rows: Tensor, segment: Tensor, totals: Tensor) -> Tensor:
-    """For each row, the sum of the other rows of its class and of the class in `totals`, which changes.
+    """For each row, the sum of the other rows of its class and of its class in `totals`, which is changed in place.
 
-    A row is taken off the sum of its class, except the longest of the class, which is kept out of that sum: what is
-    taken off is never longer than what is left, so that no digits are lost.
+    A row is subtracted from the sum of its class. The longest row of the class is kept out of that sum, so that what is
+    subtracted is never longer than what is left, and no digits are lost.
     """
     num_rows = rows.shape[0]
     places = torch.arange(num_rows, device=rows.device)
@@ -347,7 +347,7 @@ def _sum_of_others(rows: Tensor, segment: Tensor, totals: Tensor) -> Tensor:
     chosen = segment.new_full((num_rows + 1,), num_rows - 1)
     chosen = chosen.scatter_reduce(0, segment, candidate, "amin")[segment]
     is_other = (chosen != places).unsqueeze(1).to(rows.dtype)
-    # products and index_select: on a CPU a tenth of the time of masked_fill and of indexing
+    # on a CPU products and index_select take a tenth of the time of masked_fill and indexing
     shorter = rows * is_other
     others = totals.index_add_(0, segment, shorter).index_select(0, segment)
     return others.sub_(shorter).add_(rows.index_select(0, chosen).mul_(is_other))
@@ -368,12 +368,12 @@ def _against_all(
     has_offset: bool,
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses of the anchors, how much each falls as its positives come nearer, and the gradient without that.
+    """Losses of the anchors, their slopes with respect to the positive score, and the rest of the gradient.
 
-    The gradient is that of the weighted sum of the losses, times the temperature.
-    With several positives the loss is the log-sum-exp over the keys, less the mean score `positive`, and at least the
-    logarithm of their number. With a `single` one it may be next to nothing, and a difference would leave nothing of
-    it: it is log(1 + exp(L - s)), L the log-sum-exp of the other keys and s the score from the same tile.
+    The gradient is that of the weighted sum of the losses, times the temperature. With several positives the loss is
+    the log-sum-exp over the keys minus the mean score `positive`, and at least the logarithm of their number. With a
+    `single` positive it may be so small that a difference would lose all digits, so it is log(1 + exp(L - s)), where L
+    is the log-sum-exp of the other keys and s the score from the same tile.
     """
     scale = math.log2(math.e) / temperature
     offset = bank_offset = None
@@ -416,7 +416,7 @@ def _against_all(
                 probs.copy_(factors)
             if bias is not None:
                 probs += bias
-            if is_batch:  # itself; before the maximum is taken, which it would dominate
+            if is_batch:  # excludes the anchor itself, which would dominate the maximum
                 probs.scatter_(1, place.unsqueeze(1), -math.inf)
             if any_single:
                 inside = (spot >= 0) & (spot < keys.shape[0])
@@ -442,7 +442,7 @@ def _against_all(
         slope[place] = torch.where(is_single, lead.sigmoid(), 1).squeeze(1)
         if needs_grad:
             share = (weights[place] * slope[place]).unsqueeze(1) / total
-            # the keys of the batch, whose tile came last
+            # the last tile held the keys of the batch
             grad += factors.t() @ (anchor * share).to(product_dtype)
             if has_offset:
                 to_offset += probs.t() @ share
@@ -459,7 +459,7 @@ def _key_tiles(
     bank_offset: Tensor | None,
     num_keys: int,
 ) -> Iterator[tuple[Tensor, Tensor | None, bool]]:
-    """Keys, what is added to their scores (-inf for no key), and whether they are the batch, which comes last."""
+    """Keys, the bias of their scores (-inf for an empty slot), and whether they are the batch, which comes last."""
     bias = _bias(bank_classes >= 0, bank_offset, rows)
     for start in range(0, bank.shape[0], num_keys):
         tile = slice(start, start + num_keys)

@@ -44,7 +44,8 @@ class AccuracyUncertaintyLoss(Component):
         threshold: Uncertainty up to which a prediction is certain. None computes it for every batch as the paper does
             once, after some epochs: halfway between the mean uncertainties of accurate and of inaccurate predictions
             (where there is one kind only, the mean).
-        validate_args: Look at values: None on the CPU only (elsewhere it costs a wait), False never, True everywhere.
+        validate_args: Check values on the CPU only (None), never (False), or everywhere (True), which makes the host
+            wait for an accelerator.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -72,10 +73,6 @@ class AccuracyUncertaintyLoss(Component):
         check_validate_args(validate_args)
         self._set(threshold=threshold, validate_args=validate_args)
 
-    def extra_repr(self) -> str:
-        """The settings, for `repr`."""
-        return f"threshold={self.threshold}"
-
     def forward(
         self,
         *,
@@ -90,9 +87,10 @@ class AccuracyUncertaintyLoss(Component):
             probs: Tensor (B, Q) of probabilities in [0, 1]. Above 0.5 the label is predicted.
             uncertainty: Tensor (B, Q) of at least 0, on a scale on which `tanh` tells values apart: the entropy of
                 every label in nats, as in the paper, or what lies about in [0, 1].
-            labels: Tensor (B, Q) of 0 and 1, any real dtype. Where values are not looked at, a label is 1 above 0.5.
-            unknown: Bool tensor (B, Q), True where a label is not known; a whole row leaves the sample out. What
-                stands there has no influence.
+            labels: Tensor (B, Q) of 0 and 1, any real dtype. Where values are not checked, a label above 0.5 counts as
+                present.
+            unknown: Bool tensor (B, Q), True where a label is not known; a whole row leaves the sample out. Values
+                there are ignored.
 
         Returns:
             Scalar of at least 0, in at least float32; 0 with zero gradient if nothing is known.

@@ -27,7 +27,7 @@ from uncertainty_mm.functional import at_least_float32
 
 
 class _ModalityAttention(nn.Module):
-    """The projections of one modality; the table of label embeddings is shared and comes from outside."""
+    """The projections of one modality; the label embeddings are shared and are passed in."""
 
     def __init__(self, in_dim: int, label_dim: int, proj_dim: int, out_dim: int) -> None:
         super().__init__()
@@ -48,12 +48,12 @@ class _ModalityAttention(nn.Module):
         """Vectors (B, Q, out_dim) and, if needed, weights (B, Q, S)."""
         if mask is not None:
             sequence = sequence.masked_fill(mask.unsqueeze(-1), 0)
-            # A softmax over nothing is 0/0: rows without any step attend to zeros and are zeroed below.
+            # A softmax over no step is 0/0, so wholly padded rows attend to zeros and are zeroed below.
             mask = mask & ~missing.unsqueeze(-1)
         key = self.key(sequence)
         query = self.query(labels).expand(sequence.shape[0], -1, -1)
         weights = key.new_empty(0)
-        # the fused kernel of a CPU overflows in float16 in torch 2.6
+        # the fused CPU kernel of torch 2.6 overflows in float16
         unsafe = key.dtype is torch.float16 and key.device.type == "cpu"
         if need_weights or unsafe or sequence.shape[1] == 0:
             device = key.device.type if key.device.type != "meta" else "cpu"  # it has no autocast
@@ -78,17 +78,17 @@ class _ModalityAttention(nn.Module):
 
 
 class EmotionQueryAttention(Component):
-    r"""One vector for every label and modality, gathered by learned label queries.
+    r"""Reads each modality's sequence once per label, and so gives one vector for every label and modality.
 
-    Every label owns an embedding, shared by the modalities, that asks each modality's sequence for what concerns this
-    label. For the label embeddings :math:`L` and the sequence :math:`O^m` of modality :math:`m`
+    Every label has a learned embedding, shared by the modalities, which serves as the query of an attention over the
+    steps of a sequence. For the label embeddings :math:`L` and the sequence :math:`O^m` of modality :math:`m`
 
     .. math::
         A^m &= \operatorname{softmax}\bigl(s\, (L W_q^m) (O^m W_k^m)^\top\bigr) \qquad &\text{(Eq. 1)} \\
         Z^m &= \bigl(A^m\, O^m W_k^m\bigr) W_o^m \qquad &\text{(Eq. 2)}
 
-    with the softmax over the steps that are not padding (biases omitted). Keys and values are the same projection of
-    the sequence, as Eq. 2 writes it.
+    where the softmax runs over the steps that are not padding (biases are omitted). As in Eq. 2, the same projection
+    of the sequence gives both keys and values.
 
     Source: Huang et al. 2025, arXiv 2502.13954, section 3.3.1. Eq. 1 has :math:`s = 1`; the default
     :math:`s = 1/\sqrt{\text{proj\_dim}}` keeps the scores in a range where the softmax still learns.
@@ -100,10 +100,10 @@ class EmotionQueryAttention(Component):
         label_dim: Size of a label embedding.
         proj_dim: Size of queries and keys.
         out_dim: Size of an output vector.
-        scale: Factor of the scores; None is `proj_dim ** -0.5`, 1.0 is Eq. 1 to the letter.
+        scale: Factor of the scores; None for `proj_dim ** -0.5`. Eq. 1 as printed has 1.0.
         dropout: Probability that an attention weight is dropped in training.
-        validate_args: Look at values (NaN, infinity): on the CPU only (None), never (False), or everywhere (True), at
-            the price of a wait for an accelerator.
+        validate_args: Check values (NaN, infinity) on the CPU only (None), never (False), or everywhere (True), which
+            makes the host wait for an accelerator.
 
     Attributes:
         label_embedding: `nn.Embedding` of shape (Q, label_dim).
@@ -169,16 +169,12 @@ class EmotionQueryAttention(Component):
             }
         )
 
-    def extra_repr(self) -> str:
-        """The settings, for `repr`."""
-        return f"scale={self.scale:g}, dropout={self.dropout}"
-
     def missing(
         self, features: Mapping[str, Tensor], padding_mask: Mapping[str, Tensor] | None = None
     ) -> Tensor:
         """Which modalities are absent from `features` or padded from end to end.
 
-        It looks at names, shapes and masks; the values of the features are not read, nor any parameter.
+        Only names, shapes and masks are read, neither the values of the features nor any parameter.
 
         Args:
             features: As for :meth:`forward`.
@@ -201,20 +197,20 @@ class EmotionQueryAttention(Component):
         *,
         need_weights: bool = False,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        """Gathers every label's vector from every modality.
+        """Computes the vector of every label from every modality.
 
         Args:
             features: Sequences (B, S_m, D_m) by modality name. Lengths may differ; a modality may be absent.
-            padding_mask: Bool masks (B, S_m) by modality name, True means leave out; a modality without a mask is
-                used whole, and the mask of an absent modality is not read. What stands at padded steps, NaN
-                included, has no influence. The `attention_mask` of Hugging Face means the opposite, 1 for keep:
-                `padding_mask = attention_mask == 0`.
-            need_weights: Also return the attention weights (before dropout), which costs the fused kernel.
+            padding_mask: Bool masks (B, S_m) by modality name, True at the steps to leave out. All steps of a modality
+                without a mask are used, and the mask of an absent modality is not read. Values at padded steps are
+                ignored, even NaN. The `attention_mask` of Hugging Face means the opposite, so pass
+                `attention_mask == 0`.
+            need_weights: Also return the attention weights (before dropout); the fused kernel is then not used.
 
         Returns:
-            Tensor (B, M, Q, out_dim), zero where a modality is missing. With `need_weights` a pair of it and the
-            weights (B, Q, S_m) by name of the modalities in `features`; a row of weights sums to 1, or is 0 where
-            the modality is wholly padded.
+            Tensor (B, M, Q, out_dim), zero where a modality is missing. With `need_weights`, a pair of this tensor and
+            a dictionary of weights (B, Q, S_m) by modality name, for the modalities in `features`; a row of weights
+            sums to 1, or is 0 where the modality is wholly padded.
 
         Raises:
             ValueError: If shapes, devices or names disagree, or an unpadded feature is not finite.
@@ -223,7 +219,7 @@ class EmotionQueryAttention(Component):
         check_flag("need_weights", need_weights)
         check_features(features, padding_mask, self.modality_dims)
         missing = missing_modalities(features, padding_mask, self.modality_dims)
-        # by the forward pass of the table, which may be sharded outside of it
+        # through the table's own forward pass, because its weight may be sharded elsewhere
         labels = self.label_embedding(torch.arange(self.num_labels, device=missing.device))
         outputs: list[Tensor | None] = []
         weights: dict[str, Tensor] = {}

@@ -70,8 +70,8 @@ class BeliefFusion(Component):
 
     Args:
         rule: One of the four.
-        validate_args: Look at values (NaN, negative evidence): on the CPU only (None), never (False), or everywhere
-            (True), at the price of a wait for an accelerator.
+        validate_args: Check values (NaN, negative evidence) on the CPU only (None), never (False), or everywhere
+            (True), which makes the host wait for an accelerator.
 
     Raises:
         ValueError: If `rule` is unknown.
@@ -95,17 +95,13 @@ class BeliefFusion(Component):
         check_validate_args(validate_args)
         self._set(rule=rule, validate_args=validate_args)
 
-    def extra_repr(self) -> str:
-        """The settings, for `repr`."""
-        return f"rule={self.rule!r}"
-
     def forward(self, evidence: Tensor, missing: Tensor | None = None) -> FusedBelief:
         """Fuses the modalities of every label.
 
         Args:
             evidence: Tensor (B, M, Q, 2), at least 0, such as `F.softplus` of two outputs a label: for its presence,
                 `[..., 0]`, and its absence, `[..., 1]`. Any number of modalities.
-            missing: Bool tensor (B, M), True where a modality is missing. What stands there has no influence.
+            missing: Bool tensor (B, M), True where a modality is missing. Values there are ignored.
 
         Returns:
             Evidence, expected probability, uncertainty and conflict. Without any modality no evidence, 0.5, 1 and 0.

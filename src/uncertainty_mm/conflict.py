@@ -1,4 +1,4 @@
-"""Whether the modalities of a sample belong together, and which one does not: :class:`Conflict`."""
+"""Detects a modality that does not belong to the rest of its sample: :class:`Conflict`."""
 
 from __future__ import annotations
 
@@ -27,59 +27,60 @@ from uncertainty_mm.typicality import _FOLDS, _shrunk, _Whitening
 
 __all__ = ["Conflict"]
 
-# What the least eigenvalue of the covariance may be, from which the fit chooses; the first still inverts in float32.
+# Candidates for the least eigenvalue of the covariance, of which the fit chooses one; 1e-4 still inverts in float32.
 _LEAST_EIGENVALUES = (1e-4, 0.03, 0.3)
-# Directions of a modality with less than this share of its largest variance are taken for rounding, and left out.
+# Directions of a modality with less than this share of its largest variance are treated as rounding, and left out.
 _LEAST_VARIANCE = 1e-9
 _STEEPEST = 10.0  # slope of the logits, which is about 1 for Gaussian rows
 
 
 class Conflict(FittedComponent):
-    r"""The probability that a modality is of another sample than the rest, told by how well the rest predicts it.
+    r"""Computes the probability that a modality comes from another sample than the rest, which then predicts it badly.
 
-    Modalities of one sample share what they speak of: a happy face comes with a happy voice, a dark room with a dark
-    picture of it. A sequence of another sample is as typical as its own, so nothing that looks at one modality can see
-    it. This component describes all modalities at once, each by a vector :math:`r_m` of numbers, as one Gaussian
-    :math:`p`. If modality :math:`m` were of another sample, the density would be :math:`p(r_m)\,p(r_{-m})` instead of
-    :math:`p(r)`, with :math:`r_{-m}` the others that are there. The logarithm of the ratio of the two, the most
-    powerful test there is, is the pointwise mutual information of :math:`r_m` and :math:`r_{-m}` with its sign turned:
+    The modalities of a sample have something in common: a happy face comes with a happy voice. A modality from another
+    sample is as typical as its own, so only a comparison with the rest can reveal it. This component describes every
+    modality by a vector :math:`r_m`, and all of them by one Gaussian :math:`p`. If modality :math:`m` came from another
+    sample, the density would be :math:`p(r_m)\,p(r_{-m})` instead of :math:`p(r)`, where :math:`r_{-m}` are the other
+    modalities present. The logarithm of the ratio of the two, which is the most powerful test, is the negative
+    pointwise mutual information of :math:`r_m` and :math:`r_{-m}`:
 
     .. math::
         s_m = \log p(r_m) - \log p(r_m \mid r_{-m}), \qquad
         \pi_m = \frac{\frac{\varrho}{M} e^{a s_m}}{1 - \varrho + \frac{\varrho}{M} \sum_n e^{a s_n}}
 
-    :math:`\pi_m` is the probability that :math:`m` is the foreign one if a share :math:`\varrho` (`prior`) of all
-    samples have one, any of the :math:`M` that are there as likely as the other. The slope :math:`a` makes up for rows
-    that are no Gaussian: it is fitted, by maximum likelihood, to training samples that were left out when the Gaussian
-    was, as they are and with one modality exchanged. No label is used, and no example of a conflict is needed.
+    :math:`\pi_m` is the probability that :math:`m` is the foreign modality, if a share :math:`\varrho` (`prior`) of all
+    samples have one, and each of the :math:`M` modalities present is equally likely. The slope :math:`a` corrects for
+    rows that are not Gaussian. It is fitted by maximum likelihood to training samples held out of the fit of the
+    Gaussian, both unchanged and with one modality exchanged, so neither labels nor examples of conflicts are needed.
 
-    The sum over the modalities is the probability that anything is foreign, the largest names it. **Of two modalities
-    neither can be named**: they contradict each other, :math:`s_1 = s_2`.
+    The sum over the modalities is the probability that one of them is foreign, and the largest tells which. **With two
+    modalities it cannot tell which**: they contradict each other, and :math:`s_1 = s_2`.
 
-    What to give as rows is free: the predictions of each modality alone say whether they agree in what the labels are;
-    :meth:`Typicality.summaries <uncertainty_mm.Typicality.summaries>` have what else the sequences of a sample share,
-    such as the room, the person, or the length of a pause.
+    The rows can be anything. With the predictions of each modality alone, the component tests whether these agree about
+    the labels; with :meth:`Typicality.summaries <uncertainty_mm.Typicality.summaries>`, whether the sequences share
+    other properties, such as the room, the person, or the length of a pause.
 
-    Of every modality, the `num_directions` directions of the largest variance are compared, so that the cost does
-    not grow with the square of the columns. Columns that never varied in :meth:`fit` say nothing, and are left out.
+    For every modality, the `num_directions` directions of the largest variance are compared, so that the cost does
+    not grow with the square of the number of columns. Columns that did not vary in :meth:`fit` are left out.
 
     Source: Neyman and Pearson 1933, doi 10.1098/rsta.1933.0009 (the ratio); Church and Hanks 1990 (pointwise mutual
     information); Chen et al. 2010, doi 10.1109/TSP.2010.2053029 (shrinkage); their use for modalities is new here.
 
     Args:
         modality_dims: Number :math:`P_m` of columns of every modality by name, in the order of the modality axis.
-        num_directions: At most so many principal directions of the standardised rows of each modality count.
+        num_directions: Largest number of principal directions of the standardised rows per modality.
         prior: Share :math:`\varrho` in (0, 1) of the samples that have a foreign modality.
-        validate_args: Look at values (NaN, infinity) in a forward pass: None on the CPU only (elsewhere it costs a
-            wait), False never, True everywhere. Where values are not looked at, NaN gives NaN.
+        validate_args: Check values (NaN, infinity) in a forward pass on the CPU only (None), never (False), or
+            everywhere (True), which makes the host wait for an accelerator. Where values are not checked, NaN gives
+            NaN.
 
     Attributes:
-        shift: Mean (P,) of the columns of all modalities, one after the other.
-        weight: One over their standard deviation, (P,); 0 for a column that never varied.
-        projection: The directions of all modalities, (P, K), those of each in its own rows and columns.
-        covariance: Shrunk covariance (K, K) of what they see.
-        slope: :math:`a`. All five are float32 whatever the module is cast to, and are saved with the model; no
-            optimizer touches them, and no averaging of weights.
+        shift: Mean (P,) of the columns of all modalities, concatenated.
+        weight: One over their standard deviation, (P,); 0 for a column that did not vary.
+        projection: Directions of all modalities as a block-diagonal matrix, (P, K).
+        covariance: Shrunk covariance (K, K) of the projected rows.
+        slope: :math:`a`. All five are saved with the model and stay float32; optimizers and weight averaging do not
+            change them.
 
     Raises:
         ValueError: If an argument is out of range, or a name cannot name a submodule.
@@ -135,29 +136,25 @@ class Conflict(FittedComponent):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Forgets the fit: all that is known of a sample is then the prior."""
+        """Removes the fit, so that the answer is always the prior."""
         for name in self._states:
             getattr(self, name).zero_()
         self.covariance.fill_diagonal_(1)
 
-    def extra_repr(self) -> str:
-        """The settings, for `repr`."""
-        return f"{self.modality_dims}, num_directions={self.num_directions}, prior={self.prior:g}"
-
     def _ranks(self) -> list[int]:
-        """Directions of each modality."""
+        """Number of directions of each modality."""
         return [min(dim, self.num_directions) for dim in self.modality_dims.values()]
 
     def forward(self, rows: Mapping[str, Tensor], missing: Tensor | None = None) -> Tensor:
-        """The probability of every modality to be the one of another sample.
+        """Computes for every modality the probability that it is the one from another sample.
 
         Args:
             rows: Floating tensors (B, P_m) by modality name, as given to :meth:`fit`. A modality may be absent.
-            missing: Bool tensor (B, M), True where a modality is missing. What stands there has no influence.
+            missing: Bool tensor (B, M), True where a modality is missing. Values there are ignored.
 
         Returns:
-            Tensor (B, M) in [0, 1] in at least float32; the sum over the modalities is at most 1. 0 where a modality is
-            missing or alone.
+            Tensor (B, M) in [0, 1] in at least float32, with a sum over the modalities of at most 1; 0 where a modality
+            is missing or alone.
 
         Raises:
             ValueError: If shapes, devices or names disagree, or a row is not finite.
@@ -171,15 +168,15 @@ class Conflict(FittedComponent):
         return torch.cat([whole, logits], 1).softmax(1)[:, 1:]
 
     def log_ratios(self, rows: Mapping[str, Tensor], missing: Tensor | None = None) -> Tensor:
-        """The logarithms of the ratios themselves, which do not saturate.
+        """Computes the logarithms of the ratios, which do not saturate as the probabilities do.
 
         Args:
             rows: As for :meth:`forward`.
             missing: As for :meth:`forward`.
 
         Returns:
-            Tensor (B, M) of :math:`a s_m` in at least float32: above 0 where a modality fits worse with the others than
-            with any; 0 where it is missing or alone.
+            Tensor (B, M) of :math:`a s_m` in at least float32: above 0 where the others make a modality less likely
+            than it is by itself; 0 where it is missing or alone.
 
         Raises:
             ValueError: If shapes, devices or names disagree, or a row is not finite.
@@ -188,7 +185,7 @@ class Conflict(FittedComponent):
         return self._judged(rows, missing)[0]
 
     def _judged(self, rows: Mapping[str, Tensor], missing: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Logarithms of ratios (B, M), and where there is one, (B, M) or (1, M)."""
+        """Logarithms of the ratios (B, M), and a mask (B, M) of where they are defined."""
         x, missing = self._joined(rows, missing, self.validate_args)
         if x.device != self.shift.device and not self._is_replica:
             raise ValueError(
@@ -203,7 +200,7 @@ class Conflict(FittedComponent):
     def _joined(
         self, rows: Mapping[str, Tensor], missing: Tensor | None, validate_args: bool | None
     ) -> tuple[Tensor, Tensor]:
-        """Rows (B, P) with 0 where missing, and what is missing, (B, M), or (M,) where it is the same for all."""
+        """Rows (B, P) with 0 where missing, and the mask of what is missing, (B, M), or (M,) if equal for all."""
         check_known_names("rows", rows, self.modality_dims)
         if not rows:
             raise ValueError("Expected `rows` to hold at least one modality, but got none")
@@ -233,27 +230,26 @@ class Conflict(FittedComponent):
 
     @torch.no_grad()
     def fit(self, rows: Mapping[str, Tensor], missing: Tensor | None = None) -> Conflict:
-        """Describes how the modalities of a data set go together, whatever was fitted before.
+        """Fits the Gaussian of all modalities to the rows of a data set; an earlier fit is replaced.
 
-        Computed on the CPU in float64, without random numbers. The covariance of two modalities is that of the samples
-        which have both; the shrinkage is that of the pair with the fewest. The least eigenvalue is 1e-4, 0.03 or 0.3,
-        whichever makes the samples that were left out most likely. Sample i belongs to the fold i % 5, and a modality
-        is exchanged with that of the sample half a fold away, which is less likely to be the next moment of the same
-        recording. Under `torch.distributed` nothing is exchanged: every rank has to be given all samples.
+        All is computed on the CPU in float64, without random numbers. The covariance of two modalities is taken over
+        the samples that have both, and the pair with the fewest samples sets the shrinkage. Of 1e-4, 0.03 and 0.3, the
+        least eigenvalue is the one that makes held-out samples most likely. Sample i belongs to the fold i % 5, and a
+        modality is exchanged with that of the sample half a fold away, because a neighbour may be the next moment of
+        the same recording. Under `torch.distributed` nothing is exchanged, so give every rank all samples.
 
         Args:
-            rows: Floating tensors (N, P_m) by modality name, on any device, of the training split, or better of samples
-                that the model which made them was not trained on.
+            rows: Floating tensors (N, P_m) by modality name, on any device. Take those of the training split, or better
+                of samples that the model which made the rows was not trained on.
             missing: Bool tensor (N, M), True where a modality is missing.
 
         Returns:
-            The module itself. If no two samples have two modalities it is not fitted, and says the prior; a warning
-            says so unless there is but one modality, which is never in conflict. A warning also says so where there are
-            fewer samples than directions, whose covariance is then mostly a guess.
+            The module itself. If fewer than two samples have two modalities, it is not fitted and answers with the
+            prior; a warning says so, unless there is only one modality. Another warning is given if there are fewer
+            samples than directions, because the covariance is then unreliable.
 
         Raises:
-            ValueError: If shapes, devices or names disagree, or a row is not finite; what was fitted before is then
-                unchanged.
+            ValueError: If shapes, devices or names disagree, or a row is not finite; an earlier fit is then unchanged.
             TypeError: If a dtype is wrong.
         """
         x, gone = self._joined(rows, missing, True)
@@ -303,7 +299,7 @@ class _Joint(NamedTuple):
 
     @staticmethod
     def of(x: Tensor, missing: Tensor, dims: list[int], ranks: list[int]) -> _Joint:
-        """That of rows (N, P), in float64, whose modalities are `missing` (N, M); its covariance is shrunk."""
+        """The Gaussian of rows (N, P) in float64, with shrunk covariance; True in `missing` (N, M) leaves out."""
         columns = zip(x.split(dims, 1), missing.T, ranks, strict=True)
         shift, weight, projection = zip(
             *(_directions(rows[~gone].double(), rank) for rows, gone, rank in columns), strict=True
@@ -325,7 +321,7 @@ class _Joint(NamedTuple):
         return joint
 
     def floored(self, least: float) -> _Joint:
-        """The same with no eigenvalue of the covariance below `least`."""
+        """The same Gaussian with no eigenvalue of the covariance below `least`."""
         at, covariance = self._varying(), self.covariance.clone()
         if len(at):
             block = at.unsqueeze(1), at
@@ -334,19 +330,19 @@ class _Joint(NamedTuple):
         return self._replace(covariance=covariance)
 
     def _varying(self) -> Tensor:
-        """Which directions there are; the others see nothing."""
+        """Indices of the directions in use; the others are 0."""
         return self.projection.any(0).nonzero().squeeze(1)
 
     def projected(self, x: Tensor) -> Tensor:
-        """What the directions see, (N, K), of rows (N, P)."""
+        """Projections (N, K) of rows (N, P) on the directions."""
         return _Whitening(*self[:3]).standardized(x) @ self.projection
 
     def log_ratios(self, y: Tensor, missing: Tensor, ranks: list[int]) -> Tensor:
-        """The s (N, M) of projected rows (N, K); `missing` (N, M), or (M,) where it is the same for all."""
+        """The s_m (N, M) of projected rows (N, K); `missing` is (N, M), or (M,) if equal for all."""
         left_out = _by_column(missing, ranks)
         y = y.masked_fill(left_out, 0)
-        # A modality that is missing is integrated out: the covariance of the rest is as it was. In its place
-        # stands one that depends on nothing.
+        # A missing modality is integrated out, which leaves the covariance of the rest as it is; an independent
+        # one takes its place.
         pairs = left_out.unsqueeze(-1) | left_out.unsqueeze(-2)
         nothing = torch.eye(y.shape[1], dtype=y.dtype, device=y.device)
         precision = torch.cholesky_inverse(_root(torch.where(pairs, nothing, self.covariance)))
@@ -354,8 +350,8 @@ class _Joint(NamedTuple):
         columns, start = [], 0
         for rank in ranks:
             part = slice(start, start := start + rank)
-            # Of a Gaussian, the precision of a part is that of the part given the rest, and z is that precision times
-            # the distance of the part from what the rest predicts.
+            # A block of the precision of a Gaussian is the precision of that part given the rest, and z is this
+            # precision times the deviation of the part from what the rest predicts.
             given, own = _root(precision[..., part, part]), _root(self.covariance[part, part])
             squares = _square(given, z[:, part]) - _square(own, y[:, part])
             columns.append(0.5 * (squares - _log_det(given) - _log_det(own)))
@@ -363,31 +359,31 @@ class _Joint(NamedTuple):
 
 
 def _root(covariance: Tensor) -> Tensor:
-    """Lower Cholesky factor, without the check for which an accelerator would wait."""
+    """Lower Cholesky factor, without the check that would wait for an accelerator."""
     root: Tensor = torch.linalg.cholesky_ex(covariance).L
     return root
 
 
 def _square(root: Tensor, x: Tensor) -> Tensor:
-    """Squared lengths (N,) of rows (N, P) after division by a root (P, P), or by one for each (N, P, P)."""
+    """Squared lengths (N,) of rows (N, P) divided by one root (P, P), or each by its own (N, P, P)."""
     columns = x.mT if root.dim() == 2 else x.unsqueeze(2)
     divided: Tensor = torch.linalg.solve_triangular(root, columns, upper=False)
     return divided.square().sum(0) if root.dim() == 2 else divided.square().sum((1, 2))
 
 
 def _log_det(root: Tensor) -> Tensor:
-    """That of the matrix of which this is the root."""
+    """Logarithm of the determinant of the matrix with this Cholesky factor."""
     return root.diagonal(dim1=-2, dim2=-1).log().sum(-1).mul(2)
 
 
 def _by_column(missing: Tensor, dims: list[int]) -> Tensor:
-    """(..., M) as (..., P)."""
+    """Expands a mask (..., M) of modalities to their columns, (..., P)."""
     parts = [missing[..., i : i + 1].expand(*missing.shape[:-1], dim) for i, dim in enumerate(dims)]
     return torch.cat(parts, -1)
 
 
 def _with_company(missing: Tensor) -> Tensor:
-    """Like `missing`, True for the modalities that are there and not alone."""
+    """Mask of the shape of `missing`, True for the modalities that are present and not alone."""
     return ~missing & ((~missing).sum(-1, keepdim=True) > 1)
 
 
@@ -400,7 +396,7 @@ def _directions(rows: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     shift = rows.sum(0) / count
     centred = rows - shift
     std = (centred.square().sum(0) / count).sqrt()
-    # what float32 cannot tell from rounding does not vary
+    # a spread that float32 cannot distinguish from rounding does not count
     largest = rows.abs().amax(0) if len(rows) else std
     limits = torch.finfo(torch.float32)
     weight = torch.where(std > limits.eps * largest, 1 / std, 0).clamp_max(limits.max)
@@ -411,7 +407,7 @@ def _directions(rows: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class _Trials(NamedTuple):
-    """Samples of which is known whether a modality is foreign, and which."""
+    """Samples for which the foreign modality, if any, is known."""
 
     ratios: Tensor  # (N, M)
     company: Tensor  # (N, M) bool
@@ -419,7 +415,7 @@ class _Trials(NamedTuple):
 
     @staticmethod
     def of(gaussian: _Joint, y: Tensor, missing: Tensor, ranks: list[int]) -> _Trials:
-        """Projected rows (N, K) as they are, and with one modality after the other exchanged."""
+        """Projected rows (N, K), first unchanged, then with each modality exchanged in turn."""
 
         def judged(y: Tensor, missing: Tensor, foreign: int) -> _Trials:
             ratios = y.new_zeros(missing.shape)
@@ -444,7 +440,7 @@ class _Trials(NamedTuple):
 
 
 def _slope(parts: list[_Trials]) -> tuple[Tensor, float]:
-    """The slope of the greatest likelihood, one sample in two having a foreign modality, and its log-likelihood."""
+    """The slope of maximum likelihood and its log-likelihood, for a prior of one half."""
     low, high = (torch.tensor(x, dtype=torch.float64, device="cpu") for x in (0.0, _STEEPEST))
     if not any(each.foreign.any() for each in parts):  # nothing to learn it from
         return low, 0.0

@@ -29,9 +29,10 @@ class ConformalRiskControl(Component):
 
     Args:
         risk: Expected share of a sample's true labels that its set misses, in [0, 1].
-        validate_args: Look at values (probabilities in [0, 1]) in a forward pass: None on the CPU only (elsewhere it
-            costs a wait), False never, True everywhere. :meth:`fit`, which computes on the CPU, looks unless it is
-            False; then a label is present above 0.5, and probabilities that are not finite are left out.
+        validate_args: Check values (probabilities in [0, 1]) in a forward pass on the CPU only (None), never (False),
+            or everywhere (True), which makes the host wait for an accelerator. :meth:`fit` computes on the CPU and
+            checks unless it is False; then a label above 0.5 counts as present, and probabilities that are not finite
+            are left out.
 
     Attributes:
         threshold: Tensor (), :math:`\lambda` in [0, 1]; 0 before :meth:`fit`.
@@ -67,10 +68,6 @@ class ConformalRiskControl(Component):
         """Forgets the fit: everything is predicted."""
         self.threshold.zero_()
 
-    def extra_repr(self) -> str:
-        """The settings, for `repr`."""
-        return f"risk={self.risk}"
-
     def forward(self, probs: Tensor) -> Tensor:
         """Predicts sets.
 
@@ -103,8 +100,8 @@ class ConformalRiskControl(Component):
         Args:
             probs: Tensor (B, Q) in [0, 1], of samples that neither the model nor its calibration was fitted to.
             labels: Tensor (B, Q) of 0 and 1.
-            unknown: Bool tensor (B, Q), True leaves out a label that is not known. What stands there has no influence;
-                a sample of which nothing is known does not count, and the guarantee is for known labels.
+            unknown: Bool tensor (B, Q), True where a label is not known. Values there are ignored; a sample of which
+                nothing is known does not count, and the guarantee is for known labels.
 
         Returns:
             The module itself.

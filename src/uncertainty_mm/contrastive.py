@@ -1,4 +1,4 @@
-"""Distributions of one emotion attract each other (Eq. 4-7): :class:`DistributionSupConLoss`."""
+"""Supervised contrastive learning between distributions (Eq. 4-7): :class:`DistributionSupConLoss`."""
 
 from __future__ import annotations
 
@@ -35,29 +35,29 @@ Similarity = Literal["cosine", DistanceKind]
 
 
 class DistributionSupConLoss(Component):
-    r"""Supervised contrastive loss between the Gaussians of a batch and a queue of earlier ones.
+    r"""Draws Gaussians of one class together and pushes the others away, within a batch and a queue of earlier ones.
 
     The class of a distribution is its modality, its label, and whether the label is present in the sample:
-    :math:`mQ + q` when present, :math:`MQ + mQ + q` when absent. With the embedding :math:`e` of Eq. 4 and the
-    temperature :math:`\tau`, an anchor's loss is
+    :math:`mQ + q` if it is present, :math:`MQ + mQ + q` if it is absent. With the embedding :math:`e` of Eq. 4 and the
+    temperature :math:`\tau`, the loss of an anchor is
 
     .. math::
         \ell_e = -\frac{1}{|P_e|} \sum_{p \in P_e}
         \log \frac{\exp(e^\top p / \tau)}{\sum_{k \in T_e} \exp(e^\top k / \tau)}
         \qquad \text{(Eq. 5-7)}
 
-    where :math:`T_e` are all distributions of batch and queue except :math:`e` itself and :math:`P_e` those of its
-    class. The batch is compared with the queue as it was and then takes the place of the queue's oldest rows. Time
-    grows with the number of anchors times the number of keys; memory does not
+    where :math:`T_e`, the keys, are all distributions of batch and queue except :math:`e` itself, and :math:`P_e`, the
+    positives, are the keys of its class. The batch is first compared with the queue and then replaces its oldest rows.
+    Time grows with the number of anchors times the number of keys, but memory does not
     (:func:`~uncertainty_mm.functional.supcon_loss`).
 
-    What to expect: the loss starts near the logarithm of the number of keys (9 for the default queue, once full),
-    rises while the queue fills, and cannot fall below the logarithm of the number of positives, so a loss that
-    seems stuck at 5 or 6 may be as good as done. The default queue holds 8192 distributions: 97 samples with three
-    modalities and 28 labels, 455 with 6 labels.
+    What to expect: the loss starts near the logarithm of the number of keys (9 for a full default queue), rises while
+    the queue fills, and cannot fall below the logarithm of the number of positives, so a loss that seems stuck at 5 or
+    6 may have nearly converged. The default queue holds 8192 distributions: 97 samples with three modalities and 28
+    labels, or 455 with 6 labels.
 
-    By default two distributions are as similar as their embeddings point in one direction. With a distance for a
-    `similarity`, minus :math:`d / 2K` takes the place of :math:`e^\top k`, where for Gaussians in :math:`K` dimensions
+    By default the similarity of two distributions is the cosine of their embeddings. If `similarity` names a distance
+    :math:`d`, then :math:`-d / 2K` replaces :math:`e^\top k`, where for Gaussians in :math:`K` dimensions
 
     .. math::
         d = \lVert \mu_1 - \mu_2 \rVert^2 + \begin{cases}
@@ -65,13 +65,14 @@ class DistributionSupConLoss(Component):
         \lVert \sigma_1 \rVert^2 + \lVert \sigma_2 \rVert^2 & \text{(sampled)}
         \end{cases}
 
-    so that the size of every standard deviation counts. A temperature means what it means for the cosine: for means of
-    length :math:`\sqrt K`, as of :class:`~uncertainty_mm.GaussianDecoupler`, and equal standard deviations,
-    :math:`-d / 2K` is the cosine of the means, less a constant. What depends on the anchor alone cancels in the
-    softmax: `"sampled"` sees the standard deviations of keys, not of anchors, and a key of a large one is far from all.
+    so that the size of every standard deviation counts. The temperature has the same meaning as for the cosine: for
+    means of length :math:`\sqrt K`, as from :class:`~uncertainty_mm.GaussianDecoupler`, and equal standard deviations,
+    :math:`-d / 2K` is the cosine of the means minus a constant. Terms of the anchor alone cancel in the softmax, so
+    `"sampled"` depends on the standard deviations of the keys only: a key with a large one is far from every anchor.
 
     Under gradient checkpointing the recomputation sees the queue as the forward pass saw it, and does not enqueue
-    again. If it cannot (two forward passes before the backward pass, a compiled loss that enqueues), it raises.
+    again. Where that is impossible (two forward passes before the backward pass, a compiled loss that enqueues), an
+    error is raised.
 
     Source: Huang et al. 2025, arXiv 2502.13954, section 3.3.3; queue: He et al. 2020, arXiv 1911.05722;
     `"sampled"`: the closed-form sampled distance of Chun 2024, arXiv 2305.18171; `"wasserstein"`: Dowson and Landau
@@ -81,31 +82,31 @@ class DistributionSupConLoss(Component):
         num_modalities: Number of modalities :math:`M`.
         num_labels: Number of labels :math:`Q`.
         latent_dim: Number of latent dimensions :math:`K`.
-        queue_size: Number of distributions that are remembered; 0 for none.
+        queue_size: Number of distributions that the queue remembers; 0 for no queue.
         temperature: :math:`\tau`, above 0.
-        anchors: `"all"` makes all distributions of the batch anchors, `"present"` those of present labels (the paper's
-            :math:`B^+`).
-        embedding: What stands for a distribution: `"joint"`, mean and standard deviation divided by their common
-            length, so that the size of the standard deviation counts (similarity in [-1, 1]); `"both"`, each divided by
-            its own (Eq. 4, the paper; similarity in [-2, 2]); `"mean"` or `"std"`, one alone. Of the cosine only.
-        similarity: `"cosine"`, the product of the embeddings; `"wasserstein"`, minus the squared distance in which mean
-            and standard deviation count alike; `"sampled"`, minus that of two draws, one of either, as expected.
+        anchors: `"all"` makes all distributions of the batch anchors, `"present"` only those of present labels (the
+            paper's :math:`B^+`).
+        embedding: Vector that represents a distribution, for the cosine only. `"joint"`: mean and standard deviation
+            divided by their common length, so that the size of the standard deviation counts (similarity in [-1, 1]);
+            `"both"`: each divided by its own length (Eq. 4, the paper; similarity in [-2, 2]); `"mean"` or `"std"`:
+            one of them alone.
+        similarity: `"cosine"`: the product of the embeddings; `"wasserstein"`: minus the squared 2-Wasserstein
+            distance; `"sampled"`: minus the expected squared distance between one draw from each distribution.
         reduction: `"mean"` over the anchors that have a positive, `"sum"`, or `"none"`.
-        gather: Under `torch.distributed`, take keys from all ranks, with gradient. After averaging over ranks, as
-            `DistributedDataParallel` does, the gradient is that of one process on the joined batch, the value of the
-            loss is the same on all ranks, and so is the queue. The ranks may have batches of different sizes, none at
-            all included. With `"none"` every rank has the losses of its own anchors. An argument that is refused on
-            one rank leaves the others waiting. Without `gather` every rank has a queue of its own, which
-            `DistributedDataParallel` leaves alone.
+        gather: Under `torch.distributed`, take the keys of all ranks, with gradient. After averaging over ranks, as
+            `DistributedDataParallel` does, the gradient is that of one process on the joined batch; loss and queue are
+            the same on all ranks. Batches may differ in size between ranks, or be empty. With reduction `"none"` every
+            rank gets the losses of its own anchors. If one rank refuses an argument, the others wait for it. Without
+            `gather` every rank has its own queue, which `DistributedDataParallel` does not touch.
         process_group: With `gather`, the ranks that take part; None for all.
-        max_batch_size: Largest batch that any rank will ever have; a larger one is refused. Pass it with `gather`: all
-            ranks then exchange as many rows, smaller batches being padded with rows that take no part. None makes the
-            ranks ask each other for the largest batch at every step, for which the host waits, and which cannot be
-            compiled with `fullgraph=True`.
+        max_batch_size: Size of the largest batch that any rank will have; a larger one is refused. Pass it with
+            `gather`: smaller batches are then padded, so that all ranks exchange the same number of rows. With None the
+            ranks agree on the largest batch at every step, which makes the host wait and cannot be compiled with
+            `fullgraph=True`.
         bf16_products: Compute the matrix products in bfloat16; see :func:`~uncertainty_mm.functional.supcon_loss`.
-        validate_args: Look at values (NaN, labels other than 0 and 1): None on the CPU only, False never, True
-            everywhere. Where values are not looked at, a label is present above 0.5, and what is not finite does not
-            enter the queue.
+        validate_args: Check values (NaN, labels other than 0 and 1) on the CPU only (None), never (False), or
+            everywhere (True). Where values are not checked, a label above 0.5 counts as present, and rows that are not
+            finite do not enter the queue.
 
     Attributes:
         queue: The :class:`~uncertainty_mm.EmbeddingQueue` of earlier distributions.
@@ -195,19 +196,6 @@ class DistributionSupConLoss(Component):
         width = latent_dim * (2 if embedding in ("joint", "both") else 1)
         self.queue = EmbeddingQueue(queue_size, width, validate_args=validate_args)
 
-    def extra_repr(self) -> str:
-        """The settings, for `repr`."""
-        likeness = (
-            f"embedding={self.embedding!r}"
-            if self.similarity == "cosine"
-            else f"similarity={self.similarity!r}"
-        )
-        return (
-            f"temperature={self.temperature}, anchors={self.anchors!r}, {likeness}, "
-            f"reduction={self.reduction!r}, gather={self.gather}, max_batch_size={self.max_batch_size}, "
-            f"bf16_products={self.bf16_products}"
-        )
-
     def forward(
         self,
         latent: DiagonalGaussian,
@@ -217,26 +205,26 @@ class DistributionSupConLoss(Component):
         unknown: Tensor | None = None,
         enqueue: bool | None = None,
     ) -> Tensor:
-        """Computes the loss of a batch, then lets the batch into the queue.
+        """Computes the loss of a batch, then adds the batch to the queue.
 
         Args:
             latent: Gaussians of shape (B, M, Q, K).
             labels: Tensor (B, Q) of 0 and 1, any real dtype.
             missing: Bool tensor (B, M), True where a modality is missing: its distributions are neither anchors nor
-                keys and do not enter the queue. What `latent` holds there has no influence.
-            unknown: Bool tensor (B, Q), True where a label is not known: likewise. What `labels` holds there has no
-                influence.
-            enqueue: Whether the batch enters the queue, in the order of `latent`; None means in training mode.
+                keys and do not enter the queue. Values of `latent` there are ignored.
+            unknown: Bool tensor (B, Q), True where a label is not known; its distributions are left out in the same
+                way. Values of `labels` there are ignored.
+            enqueue: Whether to add the batch to the queue, in the order of `latent`; None adds it in training mode.
 
         Returns:
-            Scalar, or (B, M, Q) for `"none"` with 0 where a distribution is no anchor or has no positive; in at least
-            float32. 0 with zero gradient if there is no anchor with a positive.
+            Scalar in at least float32, 0 with zero gradient if no anchor has a positive. For `"none"` a tensor
+            (B, M, Q) with 0 where a distribution is not an anchor or has no positive.
 
         Raises:
             ValueError: If shapes or devices disagree, the batch is larger than `max_batch_size`, or values are out of
                 range.
             TypeError: If a dtype is wrong.
-            RuntimeError: If gradient checkpointing computes a forward pass again whose queue is gone.
+            RuntimeError: If gradient checkpointing repeats a forward pass, and the queue that it saw is lost.
         """
         if enqueue is not None:
             check_flag("enqueue", enqueue)
@@ -261,18 +249,19 @@ class DistributionSupConLoss(Component):
         missing: Tensor | None = None,
         unknown: Tensor | None = None,
     ) -> None:
-        """Lets a batch into the queue, without a loss.
+        """Adds a batch to the queue without computing a loss.
 
-        For optimisers that compute the loss several times, such as `torch.optim.LBFGS`, and for gradient checkpointing
-        with more than one forward pass before the backward pass: call the loss with `enqueue=False`, and this once
-        after the backward pass. The arguments are those of :meth:`forward`; with `gather` all ranks take part.
+        Meant for optimisers that compute the loss several times, such as `torch.optim.LBFGS`, and for gradient
+        checkpointing with several forward passes before the backward pass: call the loss with `enqueue=False`, and
+        this once after the backward pass. The arguments are those of :meth:`forward`; with `gather`, call it on all
+        ranks.
 
         Raises:
             ValueError: As :meth:`forward`.
             TypeError: As :meth:`forward`.
         """
         if recomputing():
-            return  # it has entered
+            return  # the first pass has added it
         with torch.no_grad():
             self.queue._write(
                 *self._of_all_ranks(*self._distributions(latent, labels, missing, unknown))
@@ -285,7 +274,7 @@ class DistributionSupConLoss(Component):
         missing: Tensor | None,
         unknown: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """Embedding and class (-1 if it is left out) of each distribution of the batch, after all checks."""
+        """Checks everything and returns the embedding and class (-1 if left out) of each distribution."""
         sizes = {"M": self.num_modalities, "Q": self.num_labels, "K": self.latent_dim}
         check_latent(latent, missing, sizes, self.validate_args)
         device = latent.mean.device
@@ -321,8 +310,8 @@ class DistributionSupConLoss(Component):
         return rows.flatten(0, 2), classes.flatten()
 
     def _with_square(self, rows: Tensor, centre: Tensor) -> Tensor:
-        """What of the Gaussians is multiplied, and minus half the square that a product lacks to be a distance."""
-        rows = rows - centre  # changes no distance, but products would lose digits to it
+        """The features that are multiplied, then minus half the square that turns a product into a distance."""
+        rows = rows - centre  # distances stay the same, and the products keep more digits
         multiplied = rows[:, : self.latent_dim] if self.similarity == "sampled" else rows
         return torch.cat([multiplied, -0.5 * rows.square().sum(1, keepdim=True)], 1)
 
@@ -330,7 +319,7 @@ class DistributionSupConLoss(Component):
         return self.gather and world_size(self.process_group) > 1
 
     def _of_all_ranks(self, embeddings: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys of all ranks and their classes: of every rank as many, the last of them of class -1."""
+        """Keys of all ranks and their classes: as many per rank, of which padding has class -1 and comes last."""
         if not self._gathers():
             return embeddings, classes
         max_rows = self.max_batch_size
@@ -339,7 +328,7 @@ class DistributionSupConLoss(Component):
         return gather_rows(embeddings, classes, max_rows=max_rows, process_group=self.process_group)
 
     def _anchors(self, classes: Tensor) -> Tensor:
-        """Which distributions are anchors if they have a positive."""
+        """Which distributions are anchors, provided that they have a positive."""
         present = self.num_modalities * self.num_labels
         return (classes >= 0) & (classes < (present if self.anchors == "present" else 2 * present))
 
@@ -355,7 +344,7 @@ class DistributionSupConLoss(Component):
         temperature, is_distance = self.temperature, self.similarity != "cosine"
         if is_distance:
             centre = embeddings.detach().sum(0) / (classes >= 0).sum().clamp_min(1)
-            centre[self.latent_dim :] = 0  # a standard deviation is squared by itself
+            centre[self.latent_dim :] = 0  # `"sampled"` needs the squares of uncentred ones
             bank = self._with_square(bank.to(embeddings.dtype), centre)
             embeddings = self._with_square(embeddings, centre)
             temperature *= self.latent_dim
@@ -377,7 +366,7 @@ class DistributionSupConLoss(Component):
         """Loss of this rank's anchors among the keys of all ranks."""
         ranks = world_size(self.process_group)
         capacity = keys.shape[0] // ranks
-        # For the loss, rows of this rank come first: its anchors are among them.
+        # The loss expects its anchors first, so the rows of this rank go to the front.
         own_first = -rank(self.process_group) * capacity
         batch, classes = keys.roll(own_first, 0), key_classes.roll(own_first, 0)
         anchors = self._anchors(classes)
@@ -387,13 +376,13 @@ class DistributionSupConLoss(Component):
         loss = self._loss(batch, classes, own, bank, bank_classes, "sum")
         if self.reduction == "mean":
             loss = loss / self._count_anchors(classes, anchors, bank_classes).clamp_min(1)
-        # The value of the joined batch, with this rank's share of the gradient, which averaging will divide.
+        # The value is that of the joined batch, the gradient this rank's share, times the ranks that average it.
         share = loss * ranks
         return sum_over_ranks(loss.detach(), self.process_group) + (share - share.detach())
 
     def _count_anchors(self, classes: Tensor, anchors: Tensor, bank_classes: Tensor) -> Tensor:
         """Number of anchors that have a positive in batch or queue."""
-        keys = torch.cat([classes, bank_classes]) + 1  # class -1 is counted apart, at 0
+        keys = torch.cat([classes, bank_classes]) + 1  # class -1 is counted at index 0
         counts = torch.zeros(2 * self.num_modalities * self.num_labels + 1, device=keys.device)
         counts = counts.index_add_(0, keys, torch.ones_like(keys, dtype=counts.dtype))
         return (anchors & (counts[classes + 1] > 1)).sum()

@@ -28,8 +28,8 @@ from uncertainty_mm._recomputation import (
 )
 from uncertainty_mm.distributed import world_size
 
-# Correctness is summed in integers, in units of 2^-32: integer sums are exact in any order, so that the history is
-# deterministic on every device, ranks agree to the bit, and `.half()` leaves it alone.
+# Correctness is summed in integers, in units of 2^-32. Integer sums are exact in any order, so the history is
+# deterministic on every device and bit-identical on all ranks, and `.half()` does not change it.
 _UNIT = 2**32
 
 
@@ -40,7 +40,7 @@ _COMPILED = (
 
 
 class _Call(NamedTuple):
-    """What a method answered, and the hook of the checkpointed function it was in (None: of a reentrant one, maybe)."""
+    """The answer of a call, and the hook of the checkpointed function around it (None if none, or a reentrant one)."""
 
     method: str
     indices: Tensor
@@ -53,7 +53,7 @@ class _Calls:
 
     def __init__(self) -> None:
         self.calls: list[_Call] = []
-        self.place = (-1, -1)  # the last repetition: its backward pass, which of the calls it was
+        self.place = (-1, -1)  # the last repetition: its backward pass and the index of its call
 
     def __reduce__(self) -> tuple[type[_Calls], tuple[()]]:
         return _Calls, ()
@@ -62,13 +62,13 @@ class _Calls:
         if not may_be_recomputed():
             return
         again = self.place[0] != -1
-        # A hook dies with its graph. A reentrant function leaves no such sign: after a repetition, a new step begins.
+        # A hook dies with its graph. A reentrant function has none, so a call after a repetition starts a new step.
         live = [c for c in self.calls if (not again if c.hook is None else c.hook() is not None)]
         self.calls = [*live[-63:], _Call(method, indices.clone(), answer.clone(), function_hook())]
         self.place = (-1, -1)
 
     def recall(self, method: str, indices: Tensor) -> Tensor:
-        """The answer of the call that is repeated."""
+        """Returns the answer of the call that is being repeated."""
         hooked = function_hook() is not None
         places = [
             place
@@ -91,7 +91,7 @@ class _Calls:
                 "a backward pass cannot tell which call it repeats: call the tracker outside of the checkpointed "
                 "function"
             )
-        # Within a function calls are repeated in their order.
+        # Within a function, calls are repeated in their original order.
         backward = torch._C._current_graph_task_id()
         last = self.place[1] if self.place[0] == backward else -1
         place = next((place for place in places if place > last), places[0])
@@ -100,24 +100,24 @@ class _Calls:
 
 
 class CorrectnessTracker(Component):
-    r"""Remembers for every sample of the data set the share of correct predictions so far.
+    r"""Remembers for every sample of the data set the share of predictions that have been correct so far.
 
-    The share :math:`r_i` is the history that :class:`SoftRankOrdinalityLoss` compares uncertainty with: easy samples
-    are learned early and stay learned. All of it is saved with the model, but is no buffer: weight averaging and
-    `DistributedDataParallel` leave it alone. Ranks keep histories of their own until :meth:`synchronize`.
+    :class:`SoftRankOrdinalityLoss` compares uncertainty with this share :math:`r_i`, because easy samples are learned
+    early and stay learned. The history is saved with the model, but is not a buffer, so weight averaging and
+    `DistributedDataParallel` do not change it. Each rank keeps its own history until :meth:`synchronize`.
 
-    Inside of a function that `torch.utils.checkpoint` repeats in the backward pass, a prediction counts once, and a
-    reading gives again what it gave at first.
+    Inside a function that `torch.utils.checkpoint` repeats in the backward pass, a prediction counts once, and a
+    repeated reading returns the first answer.
 
     Source: Huang et al. 2025, arXiv 2502.13954, section 3.4.2; forgetting events: Toneva et al. 2018, arXiv 1812.05159.
 
     Args:
-        num_samples: Number of samples of the data set; a sample is named by its position in it.
-        num_labels: None keeps one history a sample, a number :math:`Q` one for every label of a sample.
-        prior: Share reported for what has not been seen yet, in [0, 1].
-        validate_args: Look at values (indices in range, correctness in [0, 1]): None on the CPU only (elsewhere it
-            costs a wait), False never, True everywhere. Where they are not looked at, correctness that is not finite
-            is left out, and other values are clamped to [0, 1].
+        num_samples: Number of samples of the data set; a sample is identified by its position.
+        num_labels: None keeps one history per sample, a number :math:`Q` one per sample and label.
+        prior: Share in [0, 1] that is reported where no prediction has been seen yet.
+        validate_args: Check values (indices in range, correctness in [0, 1]) on the CPU only (None), never (False), or
+            everywhere (True), which makes the host wait for an accelerator. Where they are not checked, correctness
+            that is not finite is left out, and other values are clamped to [0, 1].
 
     Raises:
         ValueError: If an argument is out of range.
@@ -169,15 +169,10 @@ class CorrectnessTracker(Component):
             # the latest prediction: 1 correct, 0 wrong, -1 none yet
             last=torch.empty(shape, dtype=torch.int8),
         )
-        # the part of `history` that all ranks have in common; not saved: what is loaded is common to all
+        # the part of `history` that all ranks share; not saved, since a loaded history is shared by all
         self.merged = torch.empty_like(self.history)
         self._calls = _Calls()
         self.reset_parameters()
-
-    def extra_repr(self) -> str:
-        """The settings, for `repr`."""
-        labels = "" if self.num_labels is None else f", num_labels={self.num_labels}"
-        return f"num_samples={self.num_samples}{labels}, prior={self.prior}"
 
     def _check_indices(self, indices: Tensor, sizes: dict[str, int]) -> None:
         check_tensor("indices", indices, "integer", "B", sizes, self.last.device)
@@ -196,15 +191,15 @@ class CorrectnessTracker(Component):
         mask: Tensor | None = None,
         unknown: Tensor | None = None,
     ) -> None:
-        """Adds one prediction for every entry of a batch.
+        """Records one prediction for every entry of a batch.
 
         Args:
-            indices: Integer tensor (B,), positions in the data set. A sample that occurs more than once counts as
-                often, in the order of the batch.
-            correct: Tensor (B,), or (B, Q) with `num_labels`: bool, or float in [0, 1] for soft correctness (at least
-                0.5 is correct as far as forgetting is concerned).
-            mask: Bool tensor of the shape of `correct`, True leaves the entry out. What stands there has no influence.
-            unknown: Bool tensor (B, Q), with `num_labels` only: True leaves out a label that is not known, as `mask`.
+            indices: Integer tensor (B,), positions in the data set. Every occurrence of a sample counts, in the order
+                of the batch.
+            correct: Tensor (B,), or (B, Q) with `num_labels`: bool, or float in [0, 1] for soft correctness (for
+                forgetting events, at least 0.5 counts as correct).
+            mask: Bool tensor of the shape of `correct`, True to leave the entry out. Values there are ignored.
+            unknown: Bool tensor (B, Q), only with `num_labels`: True where a label is not known, which is left out.
 
         Raises:
             ValueError: If shapes or devices disagree, or values are out of range; the history is then unchanged.
@@ -245,8 +240,8 @@ class CorrectnessTracker(Component):
             return
         correct = correct.detach().to(torch.promote_types(correct.dtype, torch.float32))
         mask = mask | ~correct.isfinite()
-        # Equal samples side by side, in the order of the batch: the predecessor of an entry is its neighbour, or with a
-        # mask the last entry before it that is not left out.
+        # Sorting brings entries of one sample together, in the order of the batch, so the predecessor of an entry is
+        # the last one before it that is not left out.
         indices, order = indices.long().sort(stable=True)
         correct, kept = correct.masked_fill(mask, 0).clamp(0, 1)[order], ~mask[order]
         now = correct >= 0.5
@@ -258,23 +253,23 @@ class CorrectnessTracker(Component):
         forgotten = kept & (before == 1) & ~now
         amount = (correct * _UNIT).round().long()
         self.history.index_add_(1, indices, torch.stack([amount, kept.long(), forgotten.long()]))
-        # Every entry writes what the last one of its sample says, so that duplicates agree.
+        # Every entry writes the outcome of the last one of its sample, so that duplicates agree.
         end = torch.searchsorted(indices, indices, right=True) - 1
         self.last[indices] = self._state_at(now, latest[end], start, indices)
 
     def _state_at(self, now: Tensor, latest: Tensor, start: Tensor, indices: Tensor) -> Tensor:
-        """Outcome of the entry `latest`, or what was known before the batch where that is of another sample."""
+        """Outcome of the entry `latest`; where that is another sample's, the outcome known before the batch."""
         return torch.where(latest >= start, now.gather(0, latest.clamp_min(0)), self.last[indices])
 
     def forward(self, indices: Tensor) -> Tensor:
-        """Share of correct predictions so far.
+        """Returns the share of correct predictions so far.
 
         Args:
             indices: Integer tensor (B,), positions in the data set.
 
         Returns:
-            Tensor (B,), or (B, Q) with `num_labels`, in [0, 1] and in the default dtype; `prior` where nothing has
-            been seen.
+            Tensor (B,), or (B, Q) with `num_labels`, in [0, 1] and in the default dtype; `prior` where no prediction
+            has been seen.
 
         Raises:
             ValueError: If an index is out of range.
@@ -290,11 +285,11 @@ class CorrectnessTracker(Component):
         return share.masked_fill(predictions == 0, self.prior).to(torch.get_default_dtype())
 
     def counts(self, indices: Tensor) -> Tensor:
-        """Number of predictions seen, int64 of the shape of :meth:`forward`; the same errors."""
+        """Number of predictions seen, as int64 with the shape and the errors of :meth:`forward`."""
         return self._read("counts", indices, lambda history: history[1])
 
     def forgetting_events(self, indices: Tensor) -> Tensor:
-        """How often a correct prediction was followed by a wrong one (Toneva et al. 2018), int64; as :meth:`counts`."""
+        """Number of times that a wrong prediction followed a correct one (Toneva et al. 2018); as :meth:`counts`."""
         return self._read("forgetting_events", indices, lambda history: history[2])
 
     def _read(self, method: str, indices: Tensor, of: Callable[[Tensor], Tensor]) -> Tensor:
@@ -314,7 +309,7 @@ class CorrectnessTracker(Component):
         self.last.fill_(-1)
 
     def reset_parameters(self) -> None:
-        """The same as :meth:`reset`, by the name that torch's own modules have for it."""
+        """The same as :meth:`reset`, under the name that torch's own modules use."""
         self.reset()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CorrectnessTracker:
@@ -343,12 +338,12 @@ class CorrectnessTracker(Component):
     def synchronize(self, process_group: dist.ProcessGroup | None = None) -> None:
         """Merges the histories of all ranks; without `torch.distributed` there is nothing to merge.
 
-        Every rank then holds the same history. Only what was added since the last call is exchanged, so nothing is
-        counted twice. Call it on all ranks, for example at the end of an epoch. Where several ranks predicted a
-        sample since the last call, its latest prediction counts as correct if it was on any of them.
+        Every rank then has the same history. Only what was added since the last call is exchanged, so nothing is
+        counted twice. Call it on all ranks, for example at the end of an epoch. If several ranks predicted a sample
+        since the last call, its latest prediction counts as correct if it was correct on any of them.
 
         Args:
-            process_group: The ranks that merge; None is all of them. Always the same, or part of the history is
+            process_group: The ranks that merge; None for all. Always pass the same group, or part of the history is
                 counted twice.
         """
         if world_size() == 1:

@@ -99,8 +99,8 @@ class DecisionFusion(Component):
 
     Args:
         rule: One of the four.
-        validate_args: Look at values (NaN, a negative standard deviation): on the CPU only (None), never (False), or
-            everywhere (True), at the price of a wait for an accelerator.
+        validate_args: Check values (NaN, a negative standard deviation) on the CPU only (None), never (False), or
+            everywhere (True), which makes the host wait for an accelerator.
 
     Raises:
         ValueError: If `rule` is unknown.
@@ -125,10 +125,6 @@ class DecisionFusion(Component):
         check_validate_args(validate_args)
         self._set(rule=rule, validate_args=validate_args)
 
-    def extra_repr(self) -> str:
-        """The settings, for `repr`."""
-        return f"rule={self.rule!r}"
-
     def forward(
         self,
         logits: Tensor,
@@ -145,7 +141,7 @@ class DecisionFusion(Component):
                 read by no other rule. Those of 0 decide alone; one of infinity does not count.
             confidence: Tensor (B, M, Q) in [0, 1], such as the output of a head that is trained to predict
                 `torch.where(labels, probs, 1 - probs)`; needed by `"predictive"`, and read by no other rule.
-            missing: Bool tensor (B, M), True where a modality is missing. What stands there has no influence.
+            missing: Bool tensor (B, M), True where a modality is missing. Values there are ignored.
 
         Returns:
             Logits, weights and conflict. Without any modality all are 0.

@@ -216,11 +216,6 @@ class SequenceEncoder(Component):
         self.mean.zero_()
         self.std.fill_(1)
 
-    def extra_repr(self) -> str:
-        """The settings, for `repr`."""
-        names = "in_dim", "max_steps", "hidden_dim", "num_heads"
-        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
-
     def standardize(self, mean: Tensor, std: Tensor) -> None:
         """Sets the statistics by which features are standardised, those of the training data.
 
@@ -254,7 +249,7 @@ class SequenceEncoder(Component):
 
         Args:
             x: Tensor (B, S, in_dim), S at most `max_steps`.
-            padding: Bool tensor (B, S), True where a step is to be left out. What stands there has no influence.
+            padding: Bool tensor (B, S), True where a step is to be left out. Values there are ignored.
 
         Returns:
             Tensor (B, S, hidden_dim), 0 at padded steps.
@@ -357,17 +352,12 @@ class PlaceReads(Component):
         """Gives the parameter its initial distribution."""
         nn.init.normal_(self.weight, std=self.max_steps**-0.5)
 
-    def extra_repr(self) -> str:
-        """The settings, for `repr`."""
-        names = "in_dim", "max_steps", "num_reads"
-        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
-
     def forward(self, x: Tensor, padding: Tensor) -> Tensor:
         """Reads a batch of sequences.
 
         Args:
             x: Tensor (B, S, in_dim), S at most `max_steps`.
-            padding: Bool tensor (B, S), True where a step is to be left out. What stands there has no influence.
+            padding: Bool tensor (B, S), True where a step is to be left out. Values there are ignored.
 
         Returns:
             Tensor (B, num_reads * in_dim), the readings one after the other; 0 where all steps are padding.

@@ -43,8 +43,8 @@ class BetaEvidenceLoss(Component):
     Args:
         annealing_steps: :math:`T`, after how many steps the divergence has its full weight; 10 epochs in the paper.
         reduction: `"mean"` over the known labels of the batch (0 without any), `"sum"`, or `"none"`.
-        validate_args: Look at values (negative evidence, labels): on the CPU only (None), never (False), or everywhere
-            (True), at the price of a wait for an accelerator.
+        validate_args: Check values (negative evidence, labels) on the CPU only (None), never (False), or everywhere
+            (True), which makes the host wait for an accelerator.
 
     Attributes:
         step: Int64 tensor (), :math:`t`; state that is saved with the model.
@@ -85,10 +85,6 @@ class BetaEvidenceLoss(Component):
         self._keep(step=torch.empty((), dtype=torch.int64))
         self.reset_parameters()
 
-    def extra_repr(self) -> str:
-        """The settings, for `repr`."""
-        return f"annealing_steps={self.annealing_steps}, reduction={self.reduction!r}"
-
     def reset_parameters(self) -> None:
         """Goes back to step 0."""
         self.step.zero_()
@@ -116,8 +112,9 @@ class BetaEvidenceLoss(Component):
         Args:
             evidence: Tensor (B, Q, 2), at least 0, such as `F.softplus` of two outputs a label: for its presence,
                 `[..., 0]`, and its absence, `[..., 1]`.
-            labels: Tensor (B, Q) of 0 and 1, any real dtype. Where values are not looked at, a label is 1 above 0.5.
-            unknown: Bool tensor (B, Q), True where a label is not known. What stands there has no influence.
+            labels: Tensor (B, Q) of 0 and 1, any real dtype. Where values are not checked, a label above 0.5 counts as
+                present.
+            unknown: Bool tensor (B, Q), True where a label is not known. Values there are ignored.
 
         Returns:
             Scalar in at least float32; for `"none"` (B, Q), 0 with zero gradient where unknown.

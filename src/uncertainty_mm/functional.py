@@ -91,7 +91,7 @@ def supcon_loss(
             0.7, 4 and 10 % when they are scattered about its centre by 1, 0.5 and 0.3 times its length, and means
             nothing at 0.1: leave it off where the loss comes near its lowest value. The rounding of the embeddings
             alone does most of that.
-        validate_args: Look at values: None on the CPU only, False never, True everywhere.
+        validate_args: Check values on the CPU only (None), never (False), or everywhere (True).
 
     Returns:
         Scalar, or (N,) for `"none"` with 0 where a row is no anchor or has no positive; in at least float32.
@@ -162,7 +162,7 @@ def distribution_embedding(
     Args:
         mean: Tensor (..., K).
         std: Tensor (..., K), at least 0.
-        validate_args: Look at values: None on the CPU only, False never, True everywhere.
+        validate_args: Check values on the CPU only (None), never (False), or everywhere (True).
 
     Returns:
         Tensor (..., 2K). The half of a zero vector is zero, with zero gradient; norms below 1e-12 count as 1e-12.
@@ -231,8 +231,8 @@ def reduced_chi2(
     Args:
         mean: Tensor (B, M, Q, K).
         std: Tensor (B, M, Q, K), at least 0. Infinity counts as missing in its dimension.
-        missing: Bool tensor (B, M), True where a modality is missing. What stands there has no influence.
-        validate_args: Look at values: on the CPU only (None), never (False), everywhere (True).
+        missing: Bool tensor (B, M), True where a modality is missing. Values there are ignored.
+        validate_args: Check values on the CPU only (None), never (False), or everywhere (True).
 
     Returns:
         Tensor (B, Q) of at least 0, in at least float32; 0 with zero gradient with fewer than two modalities. No term
@@ -289,7 +289,7 @@ def logistic_normal_probs(
     Args:
         mean: Tensor of any shape, the means of the logits.
         std: Tensor of the same shape, their standard deviations, at least 0; infinity gives 1/2.
-        validate_args: Look at values: on the CPU only (None), never (False), everywhere (True).
+        validate_args: Check values on the CPU only (None), never (False), or everywhere (True).
 
     Returns:
         Tensor of the same shape in [0, 1], in at least float32.
@@ -342,9 +342,10 @@ def beta_evidence_loss(
 
     Args:
         evidence: Tensor (B, Q, 2), at least 0, for presence, `[..., 0]`, and absence, `[..., 1]`.
-        labels: Tensor (B, Q) of 0 and 1, any real dtype. Where values are not looked at, a label is 1 above 0.5.
-        unknown: Bool tensor (B, Q), True where a label is not known. What stands there has no influence.
-        validate_args: Look at values: on the CPU only (None), never (False), everywhere (True).
+        labels: Tensor (B, Q) of 0 and 1, any real dtype. Where values are not checked, a label above 0.5 counts as
+            present.
+        unknown: Bool tensor (B, Q), True where a label is not known. Values there are ignored.
+        validate_args: Check values on the CPU only (None), never (False), or everywhere (True).
 
     Returns:
         Tensor (B, Q) above 0, in at least float32; 0 with zero gradient where unknown.
@@ -385,9 +386,10 @@ def beta_evidence_kl(
 
     Args:
         evidence: Tensor (B, Q, 2), at least 0, for presence, `[..., 0]`, and absence, `[..., 1]`.
-        labels: Tensor (B, Q) of 0 and 1, any real dtype. Where values are not looked at, a label is 1 above 0.5.
-        unknown: Bool tensor (B, Q), True where a label is not known. What stands there has no influence.
-        validate_args: Look at values: on the CPU only (None), never (False), everywhere (True).
+        labels: Tensor (B, Q) of 0 and 1, any real dtype. Where values are not checked, a label above 0.5 counts as
+            present.
+        unknown: Bool tensor (B, Q), True where a label is not known. Values there are ignored.
+        validate_args: Check values on the CPU only (None), never (False), or everywhere (True).
 
     Returns:
         Tensor (B, Q) of at least 0, in nats and at least float32; 0 with zero gradient where unknown.
@@ -450,7 +452,7 @@ def beta_expected_entropy(evidence: Tensor, *, validate_args: bool | None = None
 
     Args:
         evidence: Tensor (B, Q, 2), at least 0, for presence, `[..., 0]`, and absence, `[..., 1]`.
-        validate_args: Look at values: on the CPU only (None), never (False), everywhere (True).
+        validate_args: Check values on the CPU only (None), never (False), or everywhere (True).
 
     Returns:
         Tensor (B, Q) in nats, in [0, ln 2], in at least float32.
@@ -482,7 +484,7 @@ def beta_mutual_information(evidence: Tensor, *, validate_args: bool | None = No
 
     Args:
         evidence: Tensor (B, Q, 2), at least 0, for presence, `[..., 0]`, and absence, `[..., 1]`.
-        validate_args: Look at values: on the CPU only (None), never (False), everywhere (True).
+        validate_args: Check values on the CPU only (None), never (False), or everywhere (True).
 
     Returns:
         Tensor (B, Q) in nats, in [0, ln 2 - 1/2], in at least float32.
@@ -555,9 +557,10 @@ def prediction_distance(
 
     Args:
         probs: Tensor (B, Q) of probabilities in [0, 1].
-        labels: Tensor (B, Q) of 0 and 1, any real dtype. Where values are not looked at, a label is 1 above 0.5.
-        unknown: Bool tensor (B, Q), True where a label is not known. What stands there has no influence.
-        validate_args: Look at values: on the CPU only (None), never (False), everywhere (True).
+        labels: Tensor (B, Q) of 0 and 1, any real dtype. Where values are not checked, a label above 0.5 counts as
+            present.
+        unknown: Bool tensor (B, Q), True where a label is not known. Values there are ignored.
+        validate_args: Check values on the CPU only (None), never (False), or everywhere (True).
 
     Returns:
         Tensor (B, Q) in [0, 1], 0 with zero gradient where unknown. The distance of a sample is its `.mean(-1)`, or
@@ -599,7 +602,7 @@ def expected_distance(probs: Tensor, *, validate_args: bool | None = None) -> Te
 
     Args:
         probs: Tensor (B, Q) of probabilities in [0, 1].
-        validate_args: Look at values: on the CPU only (None), never (False), everywhere (True).
+        validate_args: Check values on the CPU only (None), never (False), or everywhere (True).
 
     Returns:
         Tensor (B, Q) in [0, 0.5].
@@ -644,8 +647,8 @@ def soft_rank(
     Args:
         scores: Tensor (B,).
         temperature: :math:`\tau`, above 0, in the unit of the scores.
-        mask: Bool tensor (B,), True leaves the score out: it counts for no other rank, and its own is 1.
-        validate_args: Look at values: None on the CPU only, False never, True everywhere.
+        mask: Bool tensor (B,), True to leave the score out: it counts for no other rank, and its own is 1.
+        validate_args: Check values on the CPU only (None), never (False), or everywhere (True).
 
     Returns:
         Tensor (B,) with values in [1, B], in at least float32.
@@ -680,8 +683,8 @@ def ordinality_divergence(
     Args:
         a: Tensor (B,), unnormalised log-probabilities.
         b: Tensor (B,), likewise.
-        mask: Bool tensor (B,), True leaves the entry out.
-        validate_args: Look at values: None on the CPU only, False never, True everywhere.
+        mask: Bool tensor (B,), True to leave the entry out.
+        validate_args: Check values on the CPU only (None), never (False), or everywhere (True).
 
     Returns:
         Scalar of at least 0, in nats and in at least float32; 0 with zero gradient for fewer than two entries.

@@ -1,4 +1,4 @@
-"""Two readings of the evidence, mixed by uncertainty (Eq. 8-9): :class:`UncertaintyGatedFusion`."""
+"""Two classifiers mixed by uncertainty (Eq. 8-9): :class:`UncertaintyGatedFusion`."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from uncertainty_mm.gaussian import DiagonalGaussian, check_latent
 
 
 class FusedPrediction(NamedTuple):
-    """What :class:`UncertaintyGatedFusion` returns, each of shape (B, Q) and in at least float32.
+    """The result of :class:`UncertaintyGatedFusion`; each tensor has shape (B, Q) and is in at least float32.
 
     Attributes:
         logits: Logits of the mixture; `F.binary_cross_entropy_with_logits(logits, y)` is Eq. 9.
-        mean_logits: Logits of the classifier that reads the means.
-        std_logits: Logits of the classifier that reads the standard deviations.
-        mean_weight: Weight of the first in the mixture, in [0, 1].
+        mean_logits: Logits of the classifier of the means.
+        std_logits: Logits of the classifier of the standard deviations.
+        mean_weight: Weight of the classifier of the means in the mixture, in [0, 1].
     """
 
     logits: Tensor
@@ -46,34 +46,34 @@ class FusedPrediction(NamedTuple):
 
 
 class UncertaintyGatedFusion(Component):
-    r"""Classifies means and standard deviations apart and mixes both predictions by uncertainty.
+    r"""Predicts once from the means and once from the standard deviations, and mixes both by uncertainty.
 
-    Per label, the Gaussians of all modalities are multiplied (:meth:`~uncertainty_mm.DiagonalGaussian.product`), so
-    that a modality counts by its precision. One network classifies the mean of the product, another its standard
-    deviation; both are shared by the labels. With their logits :math:`a` and :math:`b`
+    For each label the Gaussians of all modalities are multiplied (:meth:`~uncertainty_mm.DiagonalGaussian.product`), so
+    that a modality is weighted by its precision. One network classifies the mean of the product and another one its
+    standard deviation; both are shared by the labels. With their logits :math:`a` and :math:`b`
 
     .. math::
         p = w\, \operatorname{sigmoid}(a) + (1 - w) \operatorname{sigmoid}(b) \qquad \text{(Eq. 8)}
 
-    where :math:`w` is 1 - uncertainty (`"certainty"`: an uncertain sample is judged by its spread, as the paper's text
-    argues) or the uncertainty itself (`"uncertainty"`: Eq. 8 as printed; text and equation disagree). The output is the
-    logit of that mixture, computed in log space:
+    where :math:`w` is 1 - uncertainty (`"certainty"`: an uncertain sample is judged by its standard deviation, as the
+    paper's text argues) or the uncertainty itself (`"uncertainty"`: Eq. 8 as printed; text and equation disagree). The
+    output is the logit of this mixture, computed in log space:
 
     .. math::
         \log \frac{p}{1 - p} =
         \log\bigl(w \varsigma(a) + (1 - w) \varsigma(b)\bigr) - \log\bigl(w \varsigma(-a) + (1 - w) \varsigma(-b)\bigr)
 
-    The mean of the prior in the product is learned for each label: what to expect when nothing was seen.
+    The prior in the product has a learned mean for each label, which is the expectation when nothing was seen.
 
-    With the usual gate, :func:`~uncertainty_mm.functional.expected_distance` in [0, 0.5], and `"certainty"` the
+    With the usual gate, :func:`~uncertainty_mm.functional.expected_distance` in [0, 0.5], and `"certainty"`, the
     standard deviations never outweigh the means; with `2 * expected_distance(probs)`, in [0, 1], they can.
 
-    A classifier of the standard deviations is trained to tell present from absent labels, and would so make them a
-    second mean: large for one label where it is present, whatever the noise. With `detach_std` it reads them and does
-    not shape them.
+    The classifier of the standard deviations learns to tell present from absent labels. Its gradient would turn them
+    into a second mean, for example large where a label is present, whatever the noise. With `detach_std` it reads them
+    without changing them.
 
-    The paper does not multiply but concatenates the means of all modalities, and the standard deviations, and lets the
-    second classifier shape what it reads: `combine="concat", detach_std=False`.
+    The paper concatenates the means of all modalities, and likewise the standard deviations, instead of multiplying,
+    and lets the gradient through: `combine="concat", detach_std=False`.
 
     Source: Huang et al. 2025, arXiv 2502.13954, section 3.4.1; the product and `detach_std` are not in it.
 
@@ -84,15 +84,15 @@ class UncertaintyGatedFusion(Component):
         hidden_dim: Size of the hidden layer of both classifiers.
         dropout: Dropout probability after the hidden layer.
         mean_weight: `"certainty"` or `"uncertainty"`, see above.
-        combine: How the modalities meet: `"product"` or `"concat"` (the paper).
-        detach_std: Keep the gradient of the second classifier from the standard deviations.
-        validate_args: Look at values (NaN, uncertainty out of [0, 1]): on the CPU only (None), never (False), or
-            everywhere (True), at the price of a wait for an accelerator.
+        combine: How the modalities are combined: `"product"` or `"concat"` (the paper).
+        detach_std: Stop the gradient from the second classifier to the standard deviations.
+        validate_args: Check values (NaN, uncertainty out of [0, 1]) on the CPU only (None), never (False), or
+            everywhere (True), which makes the host wait for an accelerator.
 
     Attributes:
         mean_head: The classifier of the means.
         std_head: The classifier of the standard deviations.
-        prior_mean: With `"product"`, the mean of the prior of every label, (Q, K), 0 at first.
+        prior_mean: With `"product"`, the mean of the prior of every label, (Q, K), initially 0.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -167,24 +167,20 @@ class UncertaintyGatedFusion(Component):
         if self.combine == "product":
             nn.init.zeros_(self.prior_mean)
 
-    def extra_repr(self) -> str:
-        """The settings, for `repr`."""
-        return f"mean_weight={self.mean_weight!r}, combine={self.combine!r}, detach_std={self.detach_std}"
-
     def forward(
         self, latent: DiagonalGaussian, uncertainty: Tensor, missing: Tensor | None = None
     ) -> FusedPrediction:
         """Predicts every label.
 
         Args:
-            latent: Gaussians of shape (B, M, Q, K). In a product a standard deviation of infinity counts as missing.
+            latent: Gaussians of shape (B, M, Q, K). In a product, an infinite standard deviation counts as missing.
             uncertainty: Tensor (B,) or (B, Q) in [0, 1], such as :func:`~uncertainty_mm.functional.expected_distance`
                 of a first prediction, or twice that (see above).
-            missing: Bool tensor (B, M), True where a modality is missing: it then contributes nothing to either
-                classifier, as if its factor of the product were not there, or its columns.
+            missing: Bool tensor (B, M), True where a modality is missing. It then contributes nothing to either
+                classifier.
 
         Returns:
-            Logits of the mixture, of both classifiers, and the weight of the first.
+            The logits of the mixture and of both classifiers, and the weight of the first classifier.
 
         Raises:
             ValueError: If shapes or devices disagree, or values are out of range.
@@ -216,7 +212,7 @@ class UncertaintyGatedFusion(Component):
         )
         if self.mean_weight == "uncertainty":
             weight, logits = uncertainty, _mixture_logits(mean_logits, std_logits, uncertainty)
-        else:  # the weight of the std logits is the uncertainty: exact also where 1 - uncertainty rounds to 1
+        else:  # swapped, so that the weight is exact even where 1 - uncertainty rounds to 1
             weight, logits = 1 - uncertainty, _mixture_logits(std_logits, mean_logits, uncertainty)
         return FusedPrediction(logits, mean_logits, std_logits, weight)
 
@@ -231,9 +227,9 @@ class UncertaintyGatedFusion(Component):
 def _mixture_logits(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
     """Logit of weight * sigmoid(a) + (1 - weight) * sigmoid(b), exact for any logits and any weight in [0, 1].
 
-    log(weight) has no gradient at 0, though the mixture has: (sigmoid(a) - sigmoid(b)) / (p (1 - p)). So the weight is
-    held fixed inside the logarithms, and its gradient enters as the slope of a term whose value is 0. Hence second
-    derivatives with respect to the weight are not those of the mixture.
+    log(weight) has no gradient at 0, although the mixture has one: (sigmoid(a) - sigmoid(b)) / (p (1 - p)). So the
+    weight is a constant inside the logarithms, and its gradient is added as the slope of a term whose value is 0.
+    Second derivatives with respect to the weight are therefore not those of the mixture.
     """
     fixed = weight.detach()
     log_w, log_1_w = fixed.log(), torch.log1p(-fixed)

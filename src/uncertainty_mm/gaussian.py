@@ -31,18 +31,18 @@ from uncertainty_mm._checks import (
 from uncertainty_mm._component import Component
 from uncertainty_mm.functional import EmbeddingKind, at_least_float32, embed, unit
 
-# Upper limit of the standard deviations of GaussianDecoupler; within float16.
+# Upper limit of the standard deviations of GaussianDecoupler, which float16 can still represent.
 _MAX_STD = 1e4
 
 DistanceKind = Literal["wasserstein", "sampled"]
 
 
 class DiagonalGaussian(NamedTuple):
-    r"""Independent normal distributions, carried as mean and standard deviation.
+    r"""Independent normal distributions, stored as means and standard deviations.
 
     Attributes:
-        mean: Tensor (..., K), the centre: what the features say.
-        std: Tensor (..., K), the standard deviation, above 0: how sure they are.
+        mean: Tensor (..., K), the mean: what the features say.
+        std: Tensor (..., K), the standard deviation, above 0: how uncertain they are.
 
     Example:
         >>> latent = DiagonalGaussian(torch.zeros(2, 3), torch.ones(2, 3))
@@ -68,7 +68,7 @@ class DiagonalGaussian(NamedTuple):
     def rsample(self) -> Tensor:
         r"""One draw :math:`\mu + \sigma \epsilon` with :math:`\epsilon \sim \mathcal N(0, 1)`, shape (..., K).
 
-        Gradients reach mean and standard deviation (the reparameterisation of Kingma and Welling 2014).
+        Gradients reach the mean and the standard deviation (reparameterisation, Kingma and Welling 2014).
 
         Raises:
             ValueError: If shapes or devices disagree, a value is not finite, or `std` is negative.
@@ -78,7 +78,7 @@ class DiagonalGaussian(NamedTuple):
         return self.mean + self.std * torch.randn_like(self.std)
 
     def kl_to_standard_normal(self) -> Tensor:
-        r"""KL divergence to the prior, in nats, summed over the latent dimensions, in at least float32; shape (...).
+        r"""KL divergence to the prior :math:`\mathcal N(0, 1)` in nats, summed over the latent dimensions.
 
         .. math::
             \mathrm{KL}\bigl(\mathcal N(\mu, \sigma^2) \,\|\, \mathcal N(0, 1)\bigr)
@@ -86,6 +86,9 @@ class DiagonalGaussian(NamedTuple):
 
         Near the prior the terms cancel: in float32 the relative error is up to 6e-5 at a standard deviation of 1.001
         and 4e-3 at 1.00001.
+
+        Returns:
+            Tensor (...) in at least float32.
 
         Raises:
             ValueError: If shapes or devices disagree, a value is not finite, or `std` is negative.
@@ -98,12 +101,12 @@ class DiagonalGaussian(NamedTuple):
         return 0.5 * (mean.square() + torch.expm1(log_var) - log_var).sum(-1)
 
     def embedding(self, kind: EmbeddingKind = "both") -> Tensor:
-        r"""Point that stands for the distribution in the contrastive loss.
+        r"""Vector that represents the distribution in the contrastive loss.
 
         Args:
-            kind: `"both"`, mean and standard deviation, each divided by its own length (Eq. 4); `"joint"`, both
-                divided by their common length, so that how large the standard deviation is, compared with the mean, is
-                not lost; `"mean"` or `"std"`, one of the two halves of `"both"`.
+            kind: `"both"`: mean and standard deviation, each divided by its own length (Eq. 4); `"joint"`: mean and
+                standard deviation divided by their common length, which keeps the size of the standard deviation
+                relative to the mean; `"mean"` or `"std"`: one of the two halves of `"both"`.
 
         Returns:
             Tensor (..., 2K), or (..., K) for one half; see
@@ -120,7 +123,7 @@ class DiagonalGaussian(NamedTuple):
     def squared_distance(
         self, other: DiagonalGaussian, kind: DistanceKind = "wasserstein"
     ) -> Tensor:
-        r"""How far these Gaussians are from others, which the size of the standard deviations has a part in.
+        r"""Squared distance from these Gaussians to others, which depends on their standard deviations as well.
 
         .. math::
             \lVert \mu_1 - \mu_2 \rVert^2 + \begin{cases}
@@ -128,21 +131,21 @@ class DiagonalGaussian(NamedTuple):
             \lVert \sigma_1 \rVert^2 + \lVert \sigma_2 \rVert^2 & \text{(sampled)}
             \end{cases}
 
-        The first is the 2-Wasserstein distance, squared: 0 for equal Gaussians. The second is the expected squared
-        distance of two independent draws, one of either: not even 0 for equal Gaussians, unless they are points.
+        The first is the squared 2-Wasserstein distance, which is 0 for equal Gaussians. The second is the expected
+        squared distance between one independent draw from each, which is above 0 even for equal Gaussians.
 
         Source: Dowson and Landau 1982, doi 10.1016/0047-259X(82)90077-X; Chun 2024, arXiv 2305.18171.
 
         Args:
-            other: Gaussians whose shape can be broadcast with that of these, (..., K).
+            other: Gaussians of a shape (..., K) that can be broadcast with the shape of these.
             kind: `"wasserstein"` or `"sampled"`.
 
         Returns:
-            Tensor (...) of at least 0, in at least float32.
+            Tensor (...) of values of at least 0, in at least float32.
 
         Raises:
             ValueError: If `kind` is unknown, shapes or devices disagree, a value is not finite, or `std` is negative.
-            TypeError: If `other` is no DiagonalGaussian, or a dtype is wrong.
+            TypeError: If `other` is not a DiagonalGaussian, or a dtype is wrong.
 
         Example:
             >>> sure = DiagonalGaussian(torch.tensor([[0.0], [3.0]]), torch.tensor([[1.0], [1.0]]))
@@ -169,33 +172,34 @@ class DiagonalGaussian(NamedTuple):
     def product(
         self, missing: Tensor | None = None, prior_mean: Tensor | None = None
     ) -> DiagonalGaussian:
-        r"""What the modalities say together: the product of their Gaussians and of a prior, renormalised.
+        r"""Combines the modalities: the renormalised product of their Gaussians and a prior.
 
         .. math::
             \frac{1}{\sigma^2} = 1 + \sum_m \frac{1}{\sigma_m^2}, \qquad
             \mu = \sigma^2 \Bigl( \mu_0 + \sum_m \frac{\mu_m}{\sigma_m^2} \Bigr)
 
-        Each modality counts by its precision; a missing one does not count, and without any the prior remains. Computed
-        by a softmax over log-precisions, which neither overflows nor divides by zero.
+        Each modality is weighted by its precision :math:`1 / \sigma_m^2`. Missing modalities do not count, and if all
+        are missing, the prior remains. A softmax over log-precisions computes it without overflow or division by zero.
 
-        The standard deviation does not know whether the means agree: it is the same for +3 and -3 as for +3 and +3.
-        And every factor counts as an independent one: :math:`M` copies of one Gaussian have :math:`M` times its
-        precision. :func:`~uncertainty_mm.functional.reduced_chi2` measures the disagreement.
+        The standard deviation of the product does not depend on whether the means agree: it is the same for +3 and -3
+        as for +3 and +3 (:func:`~uncertainty_mm.functional.reduced_chi2` measures the disagreement). The factors are
+        taken as independent, so :math:`M` copies of one Gaussian have :math:`M` times its precision.
 
         Source: Hinton 2002, doi 10.1162/089976602760128018; with missing modalities: Wu and Goodman 2018,
         arXiv 1802.05335.
 
         Args:
-            missing: Bool tensor (B, M), True where a modality is missing. What stands there has no influence.
+            missing: Bool tensor (B, M), True where a modality is missing. Values there are ignored.
             prior_mean: Mean of the prior, broadcastable to (B, Q, K); None for 0. Its standard deviation is 1.
 
         Returns:
-            Gaussians of shape (B, Q, K), for a latent of shape (B, M, Q, K). A standard deviation of infinity counts as
-            missing; one of 0 decides alone: the result has the mean of those of 0, and a standard deviation of 0.
+            Gaussians of shape (B, Q, K), for a latent of shape (B, M, Q, K). A modality with an infinite standard
+            deviation counts as missing. Where some standard deviations are 0, only these count: the result has the
+            average of their means, and a standard deviation of 0.
 
         Raises:
-            ValueError: If shapes or devices disagree, or, where no modality is missing, a mean is not finite or `std`
-                is negative or NaN.
+            ValueError: If shapes or devices disagree, or, for a modality that is not missing, a mean is not finite or
+                `std` is negative or NaN.
             TypeError: If a dtype is wrong.
 
         Example:
@@ -212,14 +216,14 @@ class DiagonalGaussian(NamedTuple):
         return self._product(missing, prior_mean)
 
     def _product(self, missing: Tensor | None, prior_mean: Tensor | None) -> DiagonalGaussian:
-        """The product of checked arguments."""
+        """The product, for arguments that have been checked."""
         mean, std = self
         if missing is not None:
             left_out = missing[:, :, None, None]
             mean, std = mean.masked_fill(left_out, 0), std.masked_fill(left_out, math.inf)
         decided = (std == 0).any(1)
         wide = at_least_float32(std)
-        # a softmax over the infinite log-precision of 0 is NaN; that of the smallest number is all but infinite
+        # An std of 0 has an infinite log-precision, for which a softmax is NaN, so the smallest number replaces it.
         log_precision = -2 * wide.clamp_min(torch.finfo(wide.dtype).tiny).log()
         log_precision = F.pad(log_precision, (0, 0, 0, 0, 1, 0))  # log 1, of the prior, comes first
         weight = log_precision.softmax(1)
@@ -231,17 +235,17 @@ class DiagonalGaussian(NamedTuple):
         return DiagonalGaussian(fused.to(self.mean.dtype), std.to(self.std.dtype))
 
     def inflated(self, factor: Tensor) -> DiagonalGaussian:
-        r"""The same means, less sure: every variance multiplied by the factor of its modality.
+        r"""Makes modalities less certain: multiplies every variance by a factor of its modality, and keeps the means.
 
         .. math::
             \sigma' = \sigma \sqrt{s}
 
         Args:
-            factor: :math:`s`, tensor (B, M), above 0. 1 changes no bit; infinity makes the standard deviation infinite,
-                which in a :meth:`product` is a missing modality.
+            factor: :math:`s`, tensor (B, M), above 0. A factor of 1 leaves every bit as it is; infinity makes the
+                standard deviation infinite, which a :meth:`product` takes for a missing modality.
 
         Returns:
-            Gaussians of the shape of these, (B, M, Q, K).
+            Gaussians of the same shape, (B, M, Q, K).
 
         Raises:
             ValueError: If shapes or devices disagree, or a factor is not above 0.
@@ -267,7 +271,7 @@ class DiagonalGaussian(NamedTuple):
         return DiagonalGaussian(self.mean, std.to(self.std.dtype))
 
     def to_distribution(self) -> Independent[Normal]:
-        """The same as a `torch.distributions` object with batch shape (...) and event shape (K,).
+        """Converts to a `torch.distributions` object with batch shape (...) and event shape (K,).
 
         Raises:
             ValueError: If shapes or devices disagree, a value is not finite, or `std` is negative.
@@ -278,7 +282,7 @@ class DiagonalGaussian(NamedTuple):
 
 
 def _check_broadcastable(name: str, x: Tensor, other: Tensor) -> None:
-    """Raises unless the shapes go together, and the last axes are equal."""
+    """Raises unless the shapes can be broadcast and the last axes are equal."""
     if x.device != other.device:
         raise ValueError(f"Expected `{name}` to be on {other.device}, but got {x.device}")
     pairs = zip(reversed(x.shape[:-1]), reversed(other.shape[:-1]), strict=False)
@@ -310,7 +314,7 @@ def check_latent(
     *,
     infinite: bool = False,
 ) -> None:
-    """Checks a Gaussian of shape (B, M, Q, K) and the mask of its missing modalities."""
+    """Checks Gaussians of shape (B, M, Q, K) and the mask of missing modalities."""
     mean, std = getattr(latent, "mean", None), getattr(latent, "std", None)
     if not isinstance(mean, Tensor) or not isinstance(std, Tensor):
         raise TypeError(
@@ -320,7 +324,7 @@ def check_latent(
 
 
 class _ModalityLinear(nn.Module):
-    """One linear layer per modality, run as one batched matrix product on (M, N, in_dim)."""
+    """One linear layer per modality, computed as one batched matrix product on (M, N, in_dim)."""
 
     def __init__(self, num_modalities: int, in_dim: int, out_dim: int) -> None:
         super().__init__()
@@ -335,17 +339,17 @@ class _ModalityLinear(nn.Module):
         nn.init.uniform_(self.bias, -bound, bound)
 
     def extra_repr(self) -> str:
-        """The settings, for `repr`."""
+        """The sizes, for `repr`."""
         modalities, out_dim, in_dim = self.weight.shape
         return f"num_modalities={modalities}, in_dim={in_dim}, out_dim={out_dim}"
 
     def forward(self, x: Tensor) -> Tensor:
-        check_like_parameters("z", x, self.weight)  # here, where also a sharded weight is whole
+        check_like_parameters("z", x, self.weight)  # a sharded weight is whole only here
         return torch.baddbmm(self.bias.unsqueeze(1), x, self.weight.transpose(1, 2))
 
 
 class GaussianDecoupler(Component):
-    r"""Encodes every (modality, label) vector as a Gaussian in a latent space.
+    r"""Encodes the vector of every modality and label as a Gaussian, which says how uncertain the vector is.
 
     Each modality has one encoder, shared by its labels: a ReLU network with hidden layers `hidden_dims`, then one
     linear head for the mean :math:`\mu` and one for the raw log-variance :math:`r`. The standard deviation is
@@ -354,11 +358,11 @@ class GaussianDecoupler(Component):
         \sigma = \sigma_{\min} + \exp\Bigl(\tfrac12\, \frac{r}{\sqrt{1 + (r / h)^2}}\Bigr),
         \qquad h = \begin{cases} 2 \log 10^4 & r \ge 0 \\ -2 \log \sigma_{\min} & r < 0 \end{cases}
 
-    so :math:`\log \sigma^2 \approx r` over the useful range, :math:`\sigma` stays within
-    :math:`[\sigma_{\min}, 10^4 + \sigma_{\min}]`, and the gradient fades like :math:`|r|^{-3}` instead of
-    exponentially, so an encoder that starts far outside still finds back.
+    so that :math:`\log \sigma^2 \approx r` over the useful range and :math:`\sigma` stays within
+    :math:`[\sigma_{\min}, 10^4 + \sigma_{\min}]`. The gradient decays like :math:`|r|^{-3}` rather than exponentially,
+    so that an encoder which starts far outside the range can still return.
 
-    Source: Huang et al. 2025, arXiv 2502.13954, section 3.3.2 (without a bound, as in the released code).
+    Source: Huang et al. 2025, arXiv 2502.13954, section 3.3.2, which has no bound, nor has the released code.
 
     Args:
         num_modalities: Number of modalities :math:`M`.
@@ -367,11 +371,11 @@ class GaussianDecoupler(Component):
         hidden_dims: Sizes of the hidden layers; empty for linear encoders.
         dropout: Dropout probability after every hidden layer.
         min_std: Lower limit of the standard deviation, in (0, 1).
-        normalize_mean: Give every mean the length :math:`\sqrt K`. It then says what was seen but not how clearly; only
-            the standard deviation can, which makes it mean something where it acts
-            (:meth:`DiagonalGaussian.product`). The paper does not.
-        validate_args: Look at values (NaN, infinity): on the CPU only (None), never (False), or everywhere (True), at
-            the price of a wait for an accelerator.
+        normalize_mean: Give every mean the length :math:`\sqrt K`. The mean then says what was seen, and only the
+            standard deviation can say how clearly, which gives it a meaning in :meth:`DiagonalGaussian.product`. The
+            paper does not normalise.
+        validate_args: Check values (NaN, infinity) on the CPU only (None), never (False), or everywhere (True), which
+            makes the host wait for an accelerator.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -438,19 +442,16 @@ class GaussianDecoupler(Component):
         self.mean_head = _ModalityLinear(num_modalities, size, latent_dim)
         self.log_var_head = _ModalityLinear(num_modalities, size, latent_dim)
 
-    def extra_repr(self) -> str:
-        """The settings, for `repr`."""
-        return f"min_std={self.min_std:g}, normalize_mean={self.normalize_mean}"
-
     def forward(self, z: Tensor, missing: Tensor | None = None) -> DiagonalGaussian:
         """Encodes the vectors of all modalities and labels.
 
         Args:
             z: Tensor (B, M, Q, in_dim).
-            missing: Bool tensor (B, M), True where a modality is missing. What `z` holds there has no influence.
+            missing: Bool tensor (B, M), True where a modality is missing. Values of `z` there are ignored.
 
         Returns:
-            Gaussians of shape (B, M, Q, latent_dim); exactly the prior, mean 0 and standard deviation 1, where missing.
+            Gaussians of shape (B, M, Q, latent_dim). Missing modalities get exactly the prior: mean 0 and standard
+            deviation 1.
 
         Raises:
             ValueError: If shapes or devices disagree, or `z` is not finite.
@@ -480,7 +481,7 @@ class GaussianDecoupler(Component):
         half_range = torch.full_like(wide, 2 * math.log(_MAX_STD))
         half_range = half_range.masked_fill(raw < 0, -2 * math.log(self.min_std))
         x = wide / half_range
-        x = x.clamp(-1e15, 1e15)  # half precision may have overflowed, and the square must not
+        x = x.clamp(-1e15, 1e15)  # half precision may have overflowed; the square must not
         log_var = half_range * x / (1 + x.square()).sqrt()
         std = self.min_std + torch.exp(0.5 * log_var)
         return std.clamp_min(torch.finfo(raw.dtype).tiny).to(raw.dtype)

@@ -31,7 +31,8 @@ class MonotoneConfidenceLoss(Component):
     Source: Ma et al. 2023, "Calibrating Multimodal Learning", arXiv 2306.01265.
 
     Args:
-        validate_args: Look at values: None on the CPU only (elsewhere it costs a wait), False never, True everywhere.
+        validate_args: Check values on the CPU only (None), never (False), or everywhere (True), which makes the host
+            wait for an accelerator.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -59,7 +60,7 @@ class MonotoneConfidenceLoss(Component):
             full: Tensor (B,), or (B, Q) for a confidence in every label, of all modalities; the larger the surer.
             subset: Tensor of that shape, of some of them.
             mask: Bool tensor of that shape, True leaves out: where nothing was taken away, or where the prediction of
-                all modalities is wrong and should not be surer. What stands there has no influence.
+                all modalities is wrong and should not be surer. Values there are ignored.
 
         Returns:
             Scalar of at least 0, in at least float32; 0 with zero gradient if everything is left out.

@@ -1,4 +1,4 @@
-"""Uncertainty in the order of the errors (Eq. 10-15): :class:`SoftRankOrdinalityLoss`."""
+"""Ranks uncertainty like the errors (Eq. 10-15): :class:`SoftRankOrdinalityLoss`."""
 
 from __future__ import annotations
 
@@ -29,34 +29,34 @@ Pair = Literal["SR", "DR", "DS"]
 
 
 class SoftRankOrdinalityLoss(Component):
-    r"""Asks that a batch is ordered alike by three views of certainty.
+    r"""Trains the standard deviations to rank the samples of a batch as their errors and their history do.
 
-    With one number per sample of the batch for each view,
+    There are three views of certainty, each with one number per sample of the batch:
 
     .. math::
         S_i = \frac{1}{\lVert \sigma_i \rVert_2}, \qquad D_i = 1 - d_i, \qquad R_i = r_i
         \qquad \text{(Eq. 12-14)}
 
-    (small variance, small error of the prediction, often correct in the past), each becomes a distribution over the
-    batch, :math:`P_X = \operatorname{softmax}(f(X))`, and the loss is
+    (small standard deviation, small error, often correct in the past). Each becomes a distribution over the batch,
+    :math:`P_X = \operatorname{softmax}(f(X))`, and the loss is
 
     .. math::
         \sum_{(X, Y) \in \text{pairs}} \mathrm{KL}(P_X \| P_Y) + \mathrm{KL}(P_Y \| P_X) \qquad \text{(Eq. 15)}
 
-    The mode chooses :math:`f`, with :math:`\tau` the temperature and :math:`Z(X)` the scores with mean 0 and variance 1
-    over the batch:
+    The mode chooses :math:`f`, where :math:`\tau` is the temperature and :math:`Z(X)` are the scores with mean 0 and
+    variance 1 over the batch:
 
-    - `"raw"`: :math:`f(X) = X / \tau`, Eq. 15 to the letter for :math:`\tau = 1`. It is zero only for
-      :math:`S = R + \text{const}`. The norm of many standard deviations hardly varies from sample to sample, so
-      :math:`P_S` is nearly uniform and little of the gradient reaches :math:`\sigma`.
+    - `"raw"`: :math:`f(X) = X / \tau`, which for :math:`\tau = 1` is Eq. 15 as printed. It is zero only for
+      :math:`S = R + \text{const}`. The norm of many standard deviations hardly varies between samples, so :math:`P_S`
+      is nearly uniform and little gradient reaches :math:`\sigma`.
     - `"standardized"`: :math:`f(X) = Z(X) / \tau`.
-    - `"rank"`: the soft rank of :math:`Z(X)` at temperature :math:`\tau`, scaled to [0, 1]; zero when both views rank
-      alike, whatever their shapes, as :math:`\tau \to 0`. Takes :math:`O(B \log B)` time and :math:`O(B)` memory.
-    - `"pearson"`: no divergence, but :math:`1 - \operatorname{corr}(X, Y)`, Pearson's correlation over the batch; 0 to
-      2 for every pair, without a temperature. A score that is equal for all samples correlates with nothing: the pair
-      then costs 1, with zero gradient.
+    - `"rank"`: the soft rank of :math:`Z(X)` at temperature :math:`\tau`, scaled to [0, 1]. As :math:`\tau \to 0`, the
+      loss is zero if both views give the same ranks. It takes :math:`O(B \log B)` time and :math:`O(B)` memory.
+    - `"pearson"`: :math:`1 - \operatorname{corr}(X, Y)` instead of a divergence, with Pearson's correlation over the
+      batch. A pair costs from 0 to 2, without a temperature; it costs 1, with zero gradient, if a score is the same
+      for all samples.
 
-    All but the first do not change under a positive affine map of a score. :math:`R` is history and receives no
+    All modes but `"raw"` are invariant to a positive affine map of a score. :math:`R` is history and receives no
     gradient.
 
     Source: Huang et al. 2025, arXiv 2502.13954, section 3.4.2; `"pearson"`: the form of SURE, Nguyen et al. 2025, "Are
@@ -69,9 +69,10 @@ class SoftRankOrdinalityLoss(Component):
         gather: Under `torch.distributed`, compare the samples of all ranks, which may have batches of different sizes.
             Every rank gets the loss of the joined batch; after averaging over ranks, as `DistributedDataParallel` does,
             the gradient is that of one process on the joined batch. All ranks must call it, and the host waits for the
-            largest size. Without it, samples are ordered within the batch of each rank, which is another objective.
-        process_group: Ranks that `gather` joins; None is all of them.
-        validate_args: Look at values: None on the CPU only (elsewhere it costs a wait), False never, True everywhere.
+            largest size. Without `gather`, samples are compared within each rank, which is a different objective.
+        process_group: With `gather`, the ranks that take part; None for all.
+        validate_args: Check values on the CPU only (None), never (False), or everywhere (True), which makes the host
+            wait for an accelerator.
 
     Raises:
         ValueError: If an argument is out of range or unknown.
@@ -127,13 +128,6 @@ class SoftRankOrdinalityLoss(Component):
             validate_args=validate_args,
         )
 
-    def extra_repr(self) -> str:
-        """The settings, for `repr`."""
-        return (
-            f"mode={self.mode!r}, pairs={self.pairs}, temperature={self.temperature}, "
-            f"gather={self.gather}"
-        )
-
     def forward(
         self,
         *,
@@ -147,9 +141,9 @@ class SoftRankOrdinalityLoss(Component):
         Args:
             std_norm: Tensor (B,), the norm :math:`\lVert \sigma_i \rVert_2` of a sample's standard deviations, above 0.
             distance: Tensor (B,) in [0, 1], how far the prediction is from the labels.
-            correctness: Tensor (B,) in [0, 1], the share of correct predictions so far, of
+            correctness: Tensor (B,) in [0, 1], the share of correct predictions so far, from
                 :class:`CorrectnessTracker`; receives no gradient.
-            mask: Bool tensor (B,), True leaves the sample out (no history yet). What stands there has no influence.
+            mask: Bool tensor (B,), True to leave the sample out (no history yet). Values there are ignored.
 
         Returns:
             Scalar in at least float32; 0 with zero gradient for fewer than two samples.
@@ -177,10 +171,10 @@ class SoftRankOrdinalityLoss(Component):
         rows = torch.stack([x.to(dtype) for x in (std_norm, distance, correctness.detach())], 1)
         if (
             self.gather and world_size(self.process_group) > 1
-        ):  # smaller batches are filled up with class -1
+        ):  # smaller batches are padded with class -1
             rows, left_out = gather_rows(rows, mask.long(), process_group=self.process_group)
             mask = left_out != 0
-        # What is left out is filled before any arithmetic: its derivative would be NaN times 0.
+        # Samples left out are filled before any arithmetic, because their derivative would be NaN times 0.
         rows = rows.masked_fill(mask.unsqueeze(1), 1)
         std_norm, distance, correctness = rows.unbind(1)
         scores = {
@@ -219,7 +213,7 @@ class SoftRankOrdinalityLoss(Component):
 
 
 def _standardize(score: Tensor, kept: Tensor) -> Tensor:
-    """Mean 0 and variance 1 over the samples that are kept; equal scores give exactly 0, at any scale."""
+    """Scores with mean 0 and variance 1 over the samples that are kept; equal scores give exactly 0, at any scale."""
     if score.shape[0] == 0:
         return score
     left_out = ~kept
@@ -227,7 +221,7 @@ def _standardize(score: Tensor, kept: Tensor) -> Tensor:
     low = score.detach().masked_fill(left_out, math.inf).amin()
     high = score.detach().masked_fill(left_out, -math.inf).amax()
     spread = high - low
-    some_spread = (spread > 0) & torch.isfinite(spread)  # infinite: nothing is kept
+    some_spread = (spread > 0) & torch.isfinite(spread)  # infinite if nothing is kept
     unit = (score - low).masked_fill(left_out | ~some_spread, 0) / torch.where(
         some_spread, spread, 1
     )

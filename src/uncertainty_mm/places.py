@@ -109,7 +109,7 @@ class PlaceClassifier(Component):
         Args:
             features: Sequences (B, S_m, D_m) by modality, S_m at most `max_steps`. A modality may be absent.
             padding_mask: Bool (B, S_m) by modality, True where a step is to be left out; a modality without a mask is
-                used whole. What stands at padded steps, NaN included, has no influence.
+                used whole. Values at padded steps are ignored, even NaN.
             factor: (B, M), above 0, such as that of :class:`~uncertainty_mm.Typicality`: what a modality says is
                 divided by it. 1 changes no bit; with infinity the modality is as if it were missing.
 

@@ -1,4 +1,4 @@
-"""Keys of earlier batches (He et al. 2020): :class:`EmbeddingQueue`."""
+"""Embeddings of earlier batches as further keys (He et al. 2020): :class:`EmbeddingQueue`."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ _CHANGED = (
     "be wrong. Call the loss outside the checkpointed function (a compiled loss in any case), or there with "
     "`enqueue=False`, and `enqueue` after the backward pass"
 )
-# Sums of the rows of two batches that differ by less are of one batch; a recomputation gives the same bits, except
-# where the order of a sum is left to chance.
+# Two sums of rows that differ by less come from the same batch: a recomputation gives the same bits, except where the
+# order of summation is random.
 _SAME = 1e-3
-_PASSES = 64  # forward passes that one backward pass can go back to
+_PASSES = 64  # forward passes that are remembered for a backward pass
 
 
 class _Pass(NamedTuple):
-    """A forward pass that may be computed again: the sum of the rows of its batch, and the version of the queue.
+    """A forward pass that may be repeated: the sum of the rows of its batch, and the version of the queue.
 
-    The hook is that of the checkpointed function it was in, None of a reentrant one, maybe.
+    The hook is that of the checkpointed function around it; None if there is none, or it is reentrant.
     """
 
     mark: Tensor
@@ -47,10 +47,10 @@ class _Pass(NamedTuple):
 
 
 class _Passes:
-    """What recomputations need, hence no state: copies start without any.
+    """What recomputations need to know. It is not state, so copies start empty.
 
-    The forward passes, what the last batch has overwritten with the versions before and after it, and whether a pass
-    was computed again since the last new one.
+    It holds the forward passes, the rows that the last batch has overwritten with the versions of the queue before and
+    after it, and whether a pass was repeated since the last new one.
     """
 
     def __init__(self) -> None:
@@ -63,21 +63,21 @@ class _Passes:
 
 
 class EmbeddingQueue(Component):
-    r"""The newest rows of earlier batches, each with its class: more keys than a batch has.
+    r"""Remembers the newest embeddings of earlier batches, so that a batch is compared with more keys than its own.
 
-    Usable with any embeddings: the queue is read as the `bank` of :func:`~uncertainty_mm.functional.supcon_loss`, and
-    the batch enters it afterwards. Normalise the embeddings first: the similarity is a plain dot product, so long rows
+    It works with any embeddings: pass its rows as the `bank` of :func:`~uncertainty_mm.functional.supcon_loss`, and add
+    the batch afterwards. Normalise the embeddings first, because the similarity is a plain dot product and long rows
     make huge losses.
 
-    Its state follows `.to()`, is in `state_dict()`, and is in no buffer: every rank of `DistributedDataParallel` keeps
-    its own.
+    Its state follows `.to()` and is in `state_dict()`, but not in `buffers()`: every rank of `DistributedDataParallel`
+    keeps its own.
 
     Source: He et al. 2020, arXiv 1911.05722 (without its momentum encoder).
 
     Args:
         size: Number of rows that are remembered; 0 for none.
-        dim: Number of features of a row :math:`E`.
-        validate_args: Look at values (NaN, infinity): None on the CPU only, False never, True everywhere.
+        dim: Number of features :math:`E` of a row.
+        validate_args: Check values (NaN, infinity) on the CPU only (None), never (False), or everywhere (True).
 
     Attributes:
         rows: Tensor (size, E).
@@ -124,13 +124,9 @@ class EmbeddingQueue(Component):
         self._passes = _Passes()
         self.reset_parameters()
 
-    def extra_repr(self) -> str:
-        """The settings, for `repr`."""
-        return f"size={self.size}, dim={self.dim}"
-
     @property
     def length(self) -> int:
-        """Number of rows in the queue (on an accelerator, makes the host wait)."""
+        """Number of rows in the queue; reading it makes the host wait for an accelerator."""
         return int((self.classes >= 0).sum())
 
     def reset(self) -> None:
@@ -141,23 +137,23 @@ class EmbeddingQueue(Component):
         self._passes = _Passes()
 
     def reset_parameters(self) -> None:
-        """Empties the queue; the name by which torch initialises what was made on the meta device."""
+        """Empties the queue, under the name by which torch initialises modules made on the meta device."""
         self.reset()
 
     def enqueue(self, rows: Tensor, classes: Tensor) -> None:
-        """Lets rows into the queue, in their order, in place of the oldest; the newest if it cannot hold all.
+        """Adds rows to the queue in their order, replacing the oldest; of more rows than it can hold, the last stay.
 
         Under gradient checkpointing, call it outside the checkpointed function and after the backward pass.
 
         Args:
-            rows: Tensor (N, E); enters without its graph.
-            classes: Integer tensor (N,). A row of a negative class does not enter, nor, where values are not looked
-                at, one that is not finite.
+            rows: Tensor (N, E), which is detached.
+            classes: Integer tensor (N,). Rows with a negative class are left out; where values are not checked, so are
+                rows that are not finite.
 
         Raises:
             ValueError: If shapes or devices disagree, or a row is not finite.
             TypeError: If a dtype is wrong.
-            RuntimeError: If gradient checkpointing computes the call again.
+            RuntimeError: If gradient checkpointing repeats the call.
         """
         device, sizes = self.rows.device, {"E": self.dim}
         check_tensor("rows", rows, "floating", "N E", sizes, device)
@@ -170,21 +166,21 @@ class EmbeddingQueue(Component):
         elif recomputing():
             raise RuntimeError(_CHANGED)
         elif torch.is_grad_enabled():
-            # Something to save for a backward pass, so that a recomputation does not stop before it comes here.
+            # Saves a tensor for the backward pass, so that a recomputation does not stop before it gets here.
             torch.zeros((), requires_grad=True).square()
         self._write(rows.detach(), classes)
 
     def _write(self, rows: Tensor, classes: Tensor) -> None:
-        """Writes behind the pointer the rows that count.
+        """Writes the rows that count, starting at the pointer.
 
-        All shapes are static: as many slots are written as there might be rows. Slots beyond the actual rows repeat
-        the first row, in its own slot.
+        All shapes are static: as many slots are written as there might be rows, and those beyond the actual rows write
+        the first row to its own slot again.
         """
         self._check_remembers()
         room = min(self.size, classes.shape[0])
         if room == 0:
             return
-        rows = rows.to(self.rows.dtype)  # finite as the queue will hold it
+        rows = rows.to(self.rows.dtype)  # before the test, since a narrower dtype may overflow
         kept = (classes >= 0) & rows.isfinite().all(1)
         in_order = torch.argsort((~kept).to(torch.uint8), stable=True)
         count = kept.sum()
@@ -202,9 +198,8 @@ class EmbeddingQueue(Component):
     def _read(self, batch: Tensor) -> tuple[Tensor, Tensor]:
         """Rows and classes for the loss of a batch; in a recomputation, those that its forward pass saw.
 
-        A recomputation knows nothing of the forward pass but the batch, by which the pass is found again. Later
-        changes of the queue can be undone if they are the last batch that entered; else it is an error. All without
-        waiting for an accelerator.
+        A recomputation has only the batch, by which its forward pass is found. If one batch has entered the queue
+        since then, that is undone; after more than one, an error is raised. None of this waits for an accelerator.
         """
         if self.size == 0:
             return self.rows, self.classes
@@ -217,7 +212,7 @@ class EmbeddingQueue(Component):
         mark, memory = batch.detach().nan_to_num(0, 0, 0).sum(0), self._passes
         hook = function_hook()
         if not again:
-            if memory.went_back:  # to the passes before it, unless there are some that it left
+            if memory.went_back:  # earlier passes are over, except those at the present version
                 left = (x for x in memory.seen if x.version == version)
                 memory.seen, memory.went_back = deque(left, _PASSES), False
             memory.seen.append(_Pass(mark, version, hook))
@@ -226,7 +221,7 @@ class EmbeddingQueue(Component):
         before, overwritten = None, memory.overwritten
         if overwritten is not None and overwritten[-1] == version:
             before = overwritten[-2]
-        # A reentrant function has no hooks, when it is computed again as at first.
+        # A reentrant function has no hook, neither in its first pass nor in its recomputation.
         seen = [
             x
             for x in memory.seen
@@ -251,13 +246,13 @@ class EmbeddingQueue(Component):
         return torch.where(undo, rows, self.rows), torch.where(undo, classes, self.classes)
 
     def _age(self) -> int:
-        """A number that every change of the rows changes."""
+        """The version of the queue: a number that changes whenever the rows do."""
         untracked = torch.compiler.is_compiling() or self.rows.is_inference()
         return 0 if untracked else self.rows._version
 
 
 def _is_among(mark: Tensor, marks: list[Tensor]) -> Tensor:
-    """Whether one of the marks is this one."""
+    """Whether the mark is one of the marks."""
     if not marks:
         return torch.zeros((), dtype=torch.bool, device=mark.device)
     return ((torch.stack(marks) - mark).abs().amax(1) <= _SAME).any()

@@ -37,7 +37,8 @@ class CorrectnessRankingLoss(Component):
         pairs: `"all"`: every sample with every other, so that the order of the batch does not count; :math:`O(B^2)`
             time and memory, which is little up to a few thousand samples. `"neighbours"`, as in the paper: each sample
             with the next one of the batch that is not left out, the last one with the first; :math:`O(B)`.
-        validate_args: Look at values: None on the CPU only (elsewhere it costs a wait), False never, True everywhere.
+        validate_args: Check values on the CPU only (None), never (False), or everywhere (True), which makes the host
+            wait for an accelerator.
 
     Raises:
         ValueError: If an argument is unknown.
@@ -61,10 +62,6 @@ class CorrectnessRankingLoss(Component):
         check_validate_args(validate_args)
         self._set(pairs=pairs, validate_args=validate_args)
 
-    def extra_repr(self) -> str:
-        """The settings, for `repr`."""
-        return f"pairs={self.pairs!r}"
-
     def forward(
         self, *, confidence: Tensor, correctness: Tensor, mask: Tensor | None = None
     ) -> Tensor:
@@ -74,7 +71,7 @@ class CorrectnessRankingLoss(Component):
             confidence: Tensor (B,), the larger the surer, on the scale of `correctness`.
             correctness: Tensor (B,) in [0, 1], the share of correct predictions so far, of
                 :class:`CorrectnessTracker`; receives no gradient.
-            mask: Bool tensor (B,), True leaves the sample out (no history yet). What stands there has no influence.
+            mask: Bool tensor (B,), True to leave the sample out (no history yet). Values there are ignored.
 
         Returns:
             Scalar in at least float32; 0 with zero gradient for fewer than two samples.

@@ -82,8 +82,8 @@ class GaussianFusion(Component):
             learned, equal at first: their logits are the parameter `weight_logits`.
         num_labels: Number of labels :math:`Q`; None for any, and for learned weights that the labels share.
         latent_dim: Number of latent dimensions :math:`K`; None for any, and for learned weights that they share.
-        validate_args: Look at values (NaN, a negative standard deviation): on the CPU only (None), never (False), or
-            everywhere (True), at the price of a wait for an accelerator.
+        validate_args: Check values (NaN, a negative standard deviation) on the CPU only (None), never (False), or
+            everywhere (True), which makes the host wait for an accelerator.
 
     Attributes:
         weight_logits: If weights are learned, a parameter (M, Q, K), with 1 for each size that is not given.
@@ -146,12 +146,6 @@ class GaussianFusion(Component):
         for logits in self.parameters():
             nn.init.zeros_(logits)
 
-    def extra_repr(self) -> str:
-        """The settings, for `repr`."""
-        names = ("num_modalities", "num_labels", "latent_dim")
-        sizes = [f"{name}={getattr(self, name)}" for name in names if getattr(self, name)]
-        return ", ".join([f"rule={self.rule!r}", *sizes])
-
     def forward(self, latent: DiagonalGaussian, missing: Tensor | None = None) -> FusedGaussian:
         """Fuses the modalities of every label.
 
@@ -160,7 +154,7 @@ class GaussianFusion(Component):
                 infinity where precisions count, so that those of 0 decide alone. One of infinity does not count in the
                 products with one factor for each modality (in its dimension) and with `"norm_weighted"` (in all), and
                 is refused by the other rules.
-            missing: Bool tensor (B, M), True where a modality is missing. What stands there has no influence.
+            missing: Bool tensor (B, M), True where a modality is missing. Values there are ignored.
 
         Returns:
             Mean and standard deviation, in the dtypes of `latent`, computed in at least float32; and weights.

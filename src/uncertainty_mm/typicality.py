@@ -1,4 +1,4 @@
-"""How unlike the training data a sequence is, as a factor of its variance: :class:`Typicality`."""
+"""Increases the variance of sequences that are unlike the training data: :class:`Typicality`."""
 
 from __future__ import annotations
 
@@ -33,55 +33,54 @@ __all__ = ["Typicality"]
 
 _FOLDS = 5
 _CHUNK = 2**22  # numbers in a batch of a data set
-# Numbers in units of a standard deviation are cut here, so that no square overflows.
+# Standardised values are clamped to this magnitude, so that no square overflows.
 _LIMIT = 1e6
-# What a column of a summary, which has no unit, must vary by to count: much more than rounding does.
+# Least standard deviation at which a column of a summary, which has no unit, counts: far above rounding.
 _LEAST_SPREAD = 1e-4
-# Directions with less than this share of the largest variance are taken for rounding, and left out.
+# Directions with less than this share of the largest variance are treated as rounding, and left out.
 _LEAST_VARIANCE = 1e-9
-# Added under the logarithms: of the variances of steps, of squared sizes, of squared differences.
+# Added inside the logarithms of the variances of steps, of squared sizes, and of squared differences.
 _SPREAD, _SIZE, _ROUGHNESS = 1e-2, 1e-6, 1e-4
 
 
 class Typicality(Component):
-    r"""How unlike the training data a sequence is, whatever it says, and by how much its variance should grow for it.
+    r"""Measures how unlike the training data a sequence is, and by how much its variance should grow.
 
-    A network does not know what it has never seen, and the standard deviation that it predicts for such input may well
-    fall. This component does not ask the network: a Gaussian describes the sequences of each modality, by a summary of
-    :math:`2D + 3` numbers: of the standardised steps the mean and the logarithm of the spread of every feature, and the
-    logarithms of their size, of the Mahalanobis distance of a step, and of their roughness, the difference of steps
-    that follow each other. With the squared Mahalanobis distance :math:`d^2` of a summary, and :math:`q` its quantile
-    at `level` over training sequences that were left out when the Gaussian was fitted,
+    A network does not know what it has never seen, and may predict an even smaller standard deviation for such input.
+    So this component does not ask the network. For each modality it fits a Gaussian to summaries of the training
+    sequences. A summary has :math:`2D + 3` numbers, computed from the standardised steps: the mean of every feature,
+    and the logarithms of the standard deviation of every feature, of the size of a step, of its Mahalanobis distance,
+    and of the difference between successive steps. Let :math:`d^2` be the squared Mahalanobis distance of a summary,
+    and :math:`q` the quantile `level` of such distances, taken over training sequences held out of the fit. Then
 
     .. math::
         r = \max(1, d^2 / q), \qquad s = 1 + \frac{r^p - 1}{p} \quad (p = 0 :\ s = 1 + \log r), \qquad
         \sigma^2 \leftarrow s \sigma^2
 
-    so that about 1 - `level` of what resembles the training data is touched at all, and none of it much.
-    :meth:`~uncertainty_mm.DiagonalGaussian.inflated` takes the factor :math:`s`.
+    so that only about a share 1 - `level` of sequences like the training data is affected, and these only slightly.
+    Pass the factor :math:`s` to :meth:`~uncertainty_mm.DiagonalGaussian.inflated`.
 
-    Unfamiliar is not wrong: a model may do well on what it has not seen. So the variance grows with the logarithm of
-    the distance by default; `power=1` discounts it in full.
+    Unfamiliar input is not necessarily predicted wrongly, so by default the variance grows only with the logarithm of
+    the distance; with `power=1` it grows in proportion.
 
-    Columns that never varied in :meth:`fit`, of features or of summaries, say nothing of how much they may, and are
-    left out.
+    Columns of features or summaries that did not vary in :meth:`fit` are left out.
 
     Source: Lee et al. 2018, arXiv 1807.03888 (Mahalanobis distance, in the latent space of a classifier); Chen et al.
     2010, doi 10.1109/TSP.2010.2053029 (shrinkage); the summary and the factor are this library's own.
 
     Args:
         modality_dims: Feature size :math:`D_m` of every modality by name, in the order of the modality axis.
-        level: Quantile in (0, 1) of the distances of the training data above which a variance grows.
+        level: Quantile in (0, 1) of the distances of the training data above which the variance grows.
         power: :math:`p`, at least 0.
-        covariance: `"oas"`: shrunk towards a multiple of the identity, by as much as the number of rows suggests;
-            `"empirical"`: that of the rows, its pseudo-inverse where they are too few.
-        validate_args: Look at values (NaN, infinity) in a forward pass: None on the CPU only (elsewhere it costs a
-            wait), False never, True everywhere. Where values are not looked at, a step that is not finite does not
-            count.
+        covariance: `"oas"`: shrunk towards a multiple of the identity, the more the fewer rows there are;
+            `"empirical"`: the covariance of the rows, with a pseudo-inverse if there are too few.
+        validate_args: Check values (NaN, infinity) in a forward pass on the CPU only (None), never (False), or
+            everywhere (True), which makes the host wait for an accelerator. Where values are not checked, a step that
+            is not finite does not count.
 
     Attributes:
-        modality: `nn.ModuleDict` with the fitted state of every modality, float32 whatever the module is cast to. It is
-            saved with the model; no optimizer touches it, and no averaging of weights.
+        modality: `nn.ModuleDict` with the fitted state of every modality. It is saved with the model and stays float32;
+            optimizers and weight averaging do not change it.
 
     Raises:
         ValueError: If an argument is out of range or unknown, or a name cannot name a submodule.
@@ -127,19 +126,15 @@ class Typicality(Component):
         self._set(covariance=covariance, validate_args=validate_args)
         self.modality = nn.ModuleDict({name: _Modality(dim) for name, dim in modality_dims.items()})
 
-    def extra_repr(self) -> str:
-        """The settings, for `repr`."""
-        return f"level={self.level:g}, power={self.power:g}, covariance={self.covariance!r}"
-
     def forward(
         self, features: Mapping[str, Tensor], padding_mask: Mapping[str, Tensor] | None = None
     ) -> Tensor:
-        """By how much the variances of a modality should grow.
+        """Computes the factor by which the variances of each modality should grow.
 
         Args:
             features: Sequences (B, S_m, D_m) by modality name, as given to :meth:`fit`. A modality may be absent.
-            padding_mask: Bool masks (B, S_m) by modality name, True means leave out; a modality without a mask is used
-                whole. What stands at padded steps, NaN included, has no influence.
+            padding_mask: Bool masks (B, S_m) by modality name, True at the steps to leave out; without a mask all steps
+                are used. Values at padded steps are ignored, even NaN.
 
         Returns:
             Tensor (B, M) in at least float32, at least 1; exactly 1 where a modality is missing or not fitted.
@@ -157,7 +152,7 @@ class Typicality(Component):
     def distances(
         self, features: Mapping[str, Tensor], padding_mask: Mapping[str, Tensor] | None = None
     ) -> Tensor:
-        """The squared Mahalanobis distances themselves.
+        """Computes the squared Mahalanobis distances that the factors are made from.
 
         Args:
             features: As for :meth:`forward`.
@@ -165,8 +160,8 @@ class Typicality(Component):
 
         Returns:
             Tensor (B, M) in at least float32, at least 0; 0 where a modality is missing or not fitted. With
-            `covariance="empirical"` the mean over the fitted sequences is the number of dimensions in which their
-            summaries vary, 2D + 3 if no number follows from the others.
+            `covariance="empirical"` the mean over the fitted sequences is the number of independent dimensions of
+            their summaries, at most 2D + 3.
 
         Raises:
             ValueError: If shapes, devices or names disagree, or an unpadded feature is not finite.
@@ -177,15 +172,15 @@ class Typicality(Component):
     def summaries(
         self, features: Mapping[str, Tensor], padding_mask: Mapping[str, Tensor] | None = None
     ) -> dict[str, Tensor]:
-        """The summaries of which the distances are taken, such as :class:`~uncertainty_mm.Conflict` compares.
+        """Computes the summaries, which :class:`~uncertainty_mm.Conflict` can compare as well.
 
         Args:
             features: As for :meth:`forward`.
             padding_mask: As for :meth:`forward`.
 
         Returns:
-            Tensors (B, 2 D_m + 3) in at least float32 by name of the modalities that are in `features`. Those of a
-            sequence without a step that counts are finite, and mean nothing.
+            Tensors (B, 2 D_m + 3) in at least float32 by modality name, for the modalities in `features`. The summary
+            of a sequence without valid steps is finite, but has no meaning.
 
         Raises:
             ValueError: If shapes, devices or names disagree, or an unpadded feature is not finite.
@@ -202,20 +197,20 @@ class Typicality(Component):
 
     @property
     def summary_dims(self) -> dict[str, int]:
-        """Number of columns of the summaries of every modality by name, 2 D_m + 3."""
+        """Number of columns of the summaries by modality name, 2 D_m + 3."""
         return {name: 2 * dim + 3 for name, dim in self.modality_dims.items()}
 
     @torch.no_grad()
     def summaries_of(
         self, data: MultimodalDataset | Iterable[MultimodalBatch]
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """The :meth:`summaries` of a whole data set, read batch by batch: what ``Conflict.fit`` takes.
+        """Computes the :meth:`summaries` of a whole data set batch by batch, for ``Conflict.fit``.
 
         Args:
             data: As for :meth:`fit`, on any device.
 
         Returns:
-            Tensors (N, 2 D_m + 3) by modality name, and a bool tensor (N, M), True where a modality is missing; on the
+            Tensors (N, 2 D_m + 3) by modality name, and a bool tensor (N, M), True where a modality is missing, on the
             device of the module.
 
         Raises:
@@ -258,7 +253,7 @@ class Typicality(Component):
     def _measured(
         self, features: Mapping[str, Tensor], padding_mask: Mapping[str, Tensor] | None
     ) -> tuple[Tensor, Tensor]:
-        """Distances (B, M), and where a modality is missing."""
+        """Distances (B, M), and a mask (B, M) of missing modalities."""
         check_features(features, padding_mask, self.modality_dims)
         missing = missing_modalities(features, padding_mask, self.modality_dims)
         dtype = torch.float32
@@ -278,26 +273,27 @@ class Typicality(Component):
 
     @torch.no_grad()
     def fit(self, data: MultimodalDataset | Iterable[MultimodalBatch]) -> Typicality:
-        """Describes the sequences of a data set, whatever was fitted before.
+        """Fits the Gaussians to the sequences of a data set; an earlier fit is replaced.
 
-        The data are read twice, batch by batch: for the moments of the steps, then for the summaries, of which 2D + 3
-        numbers a sequence are held in memory. Computed on the CPU, moments in float64. A summary belongs to the fold
-        `indices % 5`; the distances of a fold, of which the quantile is taken, are to a Gaussian fitted without it.
+        The data are read twice, batch by batch: first for the moments of the steps, then for the summaries, whose
+        2D + 3 numbers per sequence are kept in memory. All is computed on the CPU, the moments in float64. A summary
+        belongs to the fold `indices % 5`, and the quantile is taken over the distances of each fold to a Gaussian that
+        was fitted without it.
 
         Missing sequences, padded steps, and steps that are not finite do not count. Under `torch.distributed` nothing
-        is exchanged: every rank has to be given all of the data, and then all fit the same.
+        is exchanged: give every rank all of the data, and all ranks get the same fit.
 
         Args:
-            data: The training split; or its batches, which must be the same when they are read again, such as a
-                `loader` of it. Batches lie on any device.
+            data: The training split, or its batches, which must be the same at the second reading, such as a `loader`
+                of it. Batches may be on any device.
 
         Returns:
             The module itself. A modality with fewer than two sequences is not fitted: a warning says so, and its factor
             stays 1.
 
         Raises:
-            ValueError: If there is no sample, the two readings differ, a loader is for one of several ranks, or shapes
-                or names disagree; what was fitted before is then unchanged.
+            ValueError: If there is no sample, the two readings differ, a loader serves one of several ranks, or shapes
+                or names disagree; an earlier fit is then unchanged.
             TypeError: If `data` can be read only once, or does not hold batches.
         """
         read = _reader(data)
@@ -345,8 +341,8 @@ class Typicality(Component):
         return self
 
     def _check_batch(self, batch: object) -> int:
-        """The number of samples."""
-        from uncertainty_mm.data import MultimodalBatch  # a room that is not opened by all
+        """Checks a batch, and returns its number of samples."""
+        from uncertainty_mm.data import MultimodalBatch  # imported only where it is needed
 
         if not isinstance(batch, MultimodalBatch):
             raise TypeError(
@@ -364,7 +360,7 @@ class Typicality(Component):
         folds: list[_Moments],
         sequence: _Whitening,
     ) -> Tensor:
-        """Of the distances of left-out folds; of all rows where the others of a fold are too few."""
+        """Quantile of the distances of the folds; of all rows if a fold leaves too few others."""
         distances = []
         for k in range(_FOLDS):
             others = _Moments.all(folds[:k] + folds[k + 1 :])
@@ -374,19 +370,19 @@ class Typicality(Component):
         if not sum(map(len, distances)):
             distances = [sequence.distance(rows) for rows, _ in held]
         quantile = torch.cat(distances).double().quantile(self.level)
-        # 0 is no measure of what is usual: the factor stays 1
+        # with a quantile of 0 nothing can be compared, and the factor stays 1
         return torch.where(quantile > 0, quantile, torch.inf)
 
 
 class _Whitening(NamedTuple):
-    """What makes rows (..., P) of equal and independent spread: shift and weight (P,), then root (P, P)."""
+    """Transforms rows (..., P) to unit, uncorrelated variances: shift and weight (P,), then root (P, P)."""
 
     shift: Tensor
     weight: Tensor  # 1 over the standard deviation, 0 for a column that never varied
     root: Tensor  # of the inverse covariance of standardised rows
 
     def standardized(self, x: Tensor) -> Tensor:
-        """(..., P), finite for whatever is no NaN."""
+        """Standardised rows (..., P), finite unless they hold NaN."""
         largest = torch.finfo(torch.float32).max
         centred = (x - self.shift).clamp(-largest, largest)
         return (centred * self.weight).clamp(-_LIMIT, _LIMIT)
@@ -401,7 +397,7 @@ class _Whitening(NamedTuple):
 
 
 class _Modality(FittedComponent):
-    """The two Gaussians of a modality, of its steps and of the summaries of its sequences."""
+    """The two Gaussians of a modality: that of its steps, and that of the summaries of its sequences."""
 
     step_shift: Tensor
     step_weight: Tensor
@@ -426,25 +422,25 @@ class _Modality(FittedComponent):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Forgets the fit: all distances are 0."""
+        """Removes the fit, so that all distances are 0."""
         for name in self._states:
             getattr(self, name).zero_()
         self.quantile.fill_(torch.inf)
 
     def set(self, step: _Whitening, sequence: _Whitening, quantile: Tensor) -> None:
-        """Keeps what was fitted."""
+        """Stores a fit."""
         for name, value in zip(self._states, (*step, *sequence, quantile), strict=True):
             state = getattr(self, name)
-            state.copy_(value.to(state.dtype))  # before the copy: not every device has float64
+            state.copy_(value.to(state.dtype))  # cast first, since not every device has float64
 
     def forward(self, name: str, x: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
-        """Distances (B,), and where there is no step."""
+        """Distances (B,), and a mask of the sequences without valid steps."""
         summary, missing = self.summary(name, x, padding)
         sequence = _Whitening(*self._there(x, self._states[3:-1]))
         return sequence.distance(summary).masked_fill(missing, 0), missing
 
     def summary(self, name: str, x: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
-        """Summaries (B, 2D + 3), and where there is no step."""
+        """Summaries (B, 2D + 3), and a mask of the sequences without valid steps."""
         if x.device != self.shift.device and not self._is_replica:
             raise ValueError(
                 f"Expected `features[{name!r}]` to be on {self.shift.device}, where the module is, "
@@ -459,12 +455,12 @@ class _Modality(FittedComponent):
 
 
 def _valid(x: Tensor, padding: Tensor) -> Tensor:
-    """(B, S) bool, True for the steps that count."""
+    """Bool mask (B, S), True for the steps that count."""
     return ~padding & x.isfinite().all(2)
 
 
 def _summary(x: Tensor, valid: Tensor, step: _Whitening) -> Tensor:
-    """Summaries (B, 2D + 3) of sequences (B, S, D), in at least float32, without what is not `valid` (B, S)."""
+    """Summaries (B, 2D + 3), in at least float32, of the steps of sequences (B, S, D) that are `valid` (B, S)."""
     kept = valid.unsqueeze(2)
     z = step.standardized(at_least_float32(x).masked_fill(~kept, 0)).masked_fill(~kept, 0)
     count, dim = valid.sum(1, keepdim=True).clamp_min(1), z.shape[2]
@@ -472,7 +468,7 @@ def _summary(x: Tensor, valid: Tensor, step: _Whitening) -> Tensor:
     variance = (z - mean.unsqueeze(1)).masked_fill(~kept, 0).square().sum(1) / count
     size = z.square().sum((1, 2)).unsqueeze(1) / (count * dim)
     distance = step.length(z).sum(1, keepdim=True) / (count * dim)
-    # Rolled, not sliced: a program exported with slices refuses sequences of one or two steps.
+    # Rolled instead of sliced, since an exported program with slices refuses sequences of one or two steps.
     later = torch.arange(z.shape[1], device=z.device) > 0
     pairs = valid & valid.roll(1, 1) & later
     change = (z - z.roll(1, 1)).masked_fill(~pairs.unsqueeze(2), 0).square().sum((1, 2))
@@ -494,7 +490,7 @@ def _summary(x: Tensor, valid: Tensor, step: _Whitening) -> Tensor:
 
 @dataclass(frozen=True)
 class _Moments:
-    """What is known of rows (N, P) seen so far; sums join it with that of others (Chan et al. 1983)."""
+    """The moments of rows (N, P) seen so far, which are merged by addition (Chan et al. 1983)."""
 
     count: int
     mean: Tensor  # (P,)
@@ -533,11 +529,11 @@ class _Moments:
 
 
 def _whitening(moments: _Moments, covariance: str, least_spread: float) -> _Whitening:
-    """The whitening of rows with these moments, in float32, without columns and directions that do not vary."""
+    """The whitening for these moments, in float32, without columns and directions that do not vary."""
     limits = torch.finfo(torch.float32)
     products = moments.scatter / max(moments.count, 1)
     std = products.diagonal().sqrt()
-    # what float32 cannot tell from rounding does not vary
+    # a spread that float32 cannot distinguish from rounding does not count
     varies = std > (limits.eps * moments.largest).clamp_min(least_spread)
     weight = torch.where(varies, 1 / std, 0)
     columns = varies.nonzero().squeeze(1)
@@ -554,7 +550,7 @@ def _whitening(moments: _Moments, covariance: str, least_spread: float) -> _Whit
 
 
 def _shrunk(covariance: Tensor, count: int) -> Tensor:
-    """The covariance (P, P) of so many rows, drawn towards a multiple of the identity: OAS as scikit-learn has it."""
+    """The covariance (P, P) of `count` rows, shrunk towards a multiple of the identity: OAS as in scikit-learn."""
     dim = len(covariance)
     size, square = covariance.diagonal().mean(), covariance.square().mean()
     excess = (count + 1) * (square - size.square() / dim)
@@ -577,7 +573,7 @@ def _sequences(batch: MultimodalBatch) -> Iterator[tuple[str, Tensor, Tensor]]:
 def _reader(
     data: MultimodalDataset | Iterable[MultimodalBatch],
 ) -> Callable[[], Iterable[MultimodalBatch]]:
-    """What gives the batches anew each time that it is called."""
+    """A function that gives the batches anew at each call."""
     from uncertainty_mm.data import MultimodalDataset
 
     if isinstance(data, MultimodalDataset):

@@ -32,9 +32,10 @@ class BetaCalibration(Component):
 
     Args:
         num_labels: Number of labels :math:`Q`.
-        validate_args: Look at values (probabilities in [0, 1]) in a forward pass: None on the CPU only (elsewhere it
-            costs a wait), False never, True everywhere. :meth:`fit`, which computes on the CPU, looks unless it is
-            False; then a label is present above 0.5, and probabilities that are not finite are left out.
+        validate_args: Check values (probabilities in [0, 1]) in a forward pass on the CPU only (None), never (False),
+            or everywhere (True), which makes the host wait for an accelerator. :meth:`fit` computes on the CPU and
+            checks unless it is False; then a label above 0.5 counts as present, and probabilities that are not finite
+            are left out.
 
     Attributes:
         a: Tensor (Q,), at least 0.
@@ -73,10 +74,6 @@ class BetaCalibration(Component):
         self.b.fill_(1)
         self.c.zero_()
 
-    def extra_repr(self) -> str:
-        """The settings, for `repr`."""
-        return f"num_labels={self.num_labels}"
-
     def forward(self, probs: Tensor) -> Tensor:
         r"""Calibrates probabilities.
 
@@ -110,7 +107,7 @@ class BetaCalibration(Component):
         Args:
             probs: Tensor (B, Q) in [0, 1], of a validation set.
             labels: Tensor (B, Q) of 0 and 1.
-            unknown: Bool tensor (B, Q), True leaves out a label that is not known. What stands there has no influence.
+            unknown: Bool tensor (B, Q), True where a label is not known. Values there are ignored.
 
         Returns:
             The module itself.

@@ -35,9 +35,10 @@ class HistogramBinning(Component):
         num_bins: Number of bins :math:`N`.
         binning: `"mass"`: bins with equally many samples of :meth:`fit`, as far as ties allow. `"width"`: bins of equal
             width.
-        validate_args: Look at values (probabilities in [0, 1]) in a forward pass: None on the CPU only (elsewhere it
-            costs a wait), False never, True everywhere. :meth:`fit`, which computes on the CPU, looks unless it is
-            False; then a label is present above 0.5, and probabilities that are not finite are left out.
+        validate_args: Check values (probabilities in [0, 1]) in a forward pass on the CPU only (None), never (False),
+            or everywhere (True), which makes the host wait for an accelerator. :meth:`fit` computes on the CPU and
+            checks unless it is False; then a label above 0.5 counts as present, and probabilities that are not finite
+            are left out.
 
     Attributes:
         edges: Tensor (Q, N - 1), ascending, between the bins; a bin is closed below, the last one also above.
@@ -89,10 +90,6 @@ class HistogramBinning(Component):
         self.edges.copy_((steps / self.num_bins).expand_as(self.edges))
         self.frequency.fill_(-1)
 
-    def extra_repr(self) -> str:
-        """The settings, for `repr`."""
-        return f"num_labels={self.num_labels}, num_bins={self.num_bins}, binning={self.binning!r}"
-
     def forward(self, probs: Tensor) -> Tensor:
         """Calibrates probabilities.
 
@@ -118,7 +115,7 @@ class HistogramBinning(Component):
         Args:
             probs: Tensor (B, Q) in [0, 1], of a validation set.
             labels: Tensor (B, Q) of 0 and 1.
-            unknown: Bool tensor (B, Q), True leaves out a label that is not known. What stands there has no influence.
+            unknown: Bool tensor (B, Q), True where a label is not known. Values there are ignored.
 
         Returns:
             The module itself.

@@ -30,9 +30,10 @@ class IsotonicCalibration(Component):
         num_labels: Number of labels :math:`Q`.
         max_knots: Number :math:`N` of points that are kept for the map of a label, at least 2. Of a map that has more,
             points at equal steps are kept; it still never falls.
-        validate_args: Look at values (probabilities in [0, 1]) in a forward pass: None on the CPU only (elsewhere it
-            costs a wait), False never, True everywhere. :meth:`fit`, which computes on the CPU, looks unless it is
-            False; then a label is present above 0.5, and probabilities that are not finite are left out.
+        validate_args: Check values (probabilities in [0, 1]) in a forward pass on the CPU only (None), never (False),
+            or everywhere (True), which makes the host wait for an accelerator. :meth:`fit` computes on the CPU and
+            checks unless it is False; then a label above 0.5 counts as present, and probabilities that are not finite
+            are left out.
 
     Attributes:
         knots: Tensor (Q, N) in [0, 1], ascending: where the map is known. The last knot is repeated to fill the row.
@@ -76,10 +77,6 @@ class IsotonicCalibration(Component):
             state.fill_(1)
             state[:, 0] = 0
 
-    def extra_repr(self) -> str:
-        """The settings, for `repr`."""
-        return f"num_labels={self.num_labels}, max_knots={self.max_knots}"
-
     def forward(self, probs: Tensor) -> Tensor:
         """Calibrates probabilities.
 
@@ -115,7 +112,7 @@ class IsotonicCalibration(Component):
         Args:
             probs: Tensor (B, Q) in [0, 1], of a validation set.
             labels: Tensor (B, Q) of 0 and 1.
-            unknown: Bool tensor (B, Q), True leaves out a label that is not known. What stands there has no influence.
+            unknown: Bool tensor (B, Q), True where a label is not known. Values there are ignored.
 
         Returns:
             The module itself.

@@ -31,9 +31,9 @@ class PlattScaling(Component):
         num_labels: Number of labels :math:`Q`.
         per_label: Let the labels depart from the pair that they share; False fits one scale and one shift for all.
         shift: Fit a shift as well; False leaves it at 0.
-        validate_args: Look at values (NaN, infinity) in a forward pass: None on the CPU only (elsewhere it costs a
-            wait), False never, True everywhere. :meth:`fit`, which computes on the CPU, looks unless it is False; then
-            a label is present above 0.5, and logits that are not finite are left out.
+        validate_args: Check values (NaN, infinity) in a forward pass on the CPU only (None), never (False), or
+            everywhere (True), which makes the host wait for an accelerator. :meth:`fit` computes on the CPU and checks
+            unless it is False; then a label above 0.5 counts as present, and logits that are not finite are left out.
 
     Attributes:
         scale: Tensor (Q,), above 0; 1 before :meth:`fit`.
@@ -85,10 +85,6 @@ class PlattScaling(Component):
         self.scale.fill_(1)
         self.shift.zero_()
 
-    def extra_repr(self) -> str:
-        """The settings, for `repr`."""
-        return f"num_labels={self.num_labels}, per_label={self.per_label}, shift={self.with_shift}"
-
     def forward(self, logits: Tensor) -> Tensor:
         """Calibrates logits.
 
@@ -130,7 +126,7 @@ class PlattScaling(Component):
         Args:
             logits: Tensor (B, Q), of a validation set.
             labels: Tensor (B, Q) of 0 and 1.
-            unknown: Bool tensor (B, Q), True leaves out a label that is not known. What stands there has no influence.
+            unknown: Bool tensor (B, Q), True where a label is not known. Values there are ignored.
             groups: Integers (B,), who a sample is of, such as a user. Those of a group count as one sample together:
                 hundreds of a few users say little of the next user, and without this they overrule the prior.
 

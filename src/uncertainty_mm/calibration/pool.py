@@ -31,9 +31,10 @@ class LogitPool(Component):
     Args:
         num_experts: Number of predictions :math:`E`.
         num_labels: Number of labels :math:`Q`.
-        validate_args: Look at values (NaN, infinity) in a forward pass: None on the CPU only (elsewhere it costs a
-            wait), False never, True everywhere. :meth:`fit`, which computes on the CPU, looks unless it is False; then
-            a label is present above 0.5, and left out where the logit of any expert is not finite.
+        validate_args: Check values (NaN, infinity) in a forward pass on the CPU only (None), never (False), or
+            everywhere (True), which makes the host wait for an accelerator. :meth:`fit` computes on the CPU and checks
+            unless it is False; then a label above 0.5 counts as present, and is left out where the logit of an expert
+            is not finite.
 
     Attributes:
         weight: Tensor (E,), at least 0, of sum 1; 1 / E before :meth:`fit`.
@@ -71,10 +72,6 @@ class LogitPool(Component):
     def reset_parameters(self) -> None:
         """Forgets the fit: equal weights."""
         self.weight.fill_(1 / self.num_experts)
-
-    def extra_repr(self) -> str:
-        """The settings, for `repr`."""
-        return f"num_experts={self.num_experts}, num_labels={self.num_labels}"
 
     def forward(self, logits: Tensor) -> Tensor:
         """Pools logits.
@@ -119,7 +116,7 @@ class LogitPool(Component):
         Args:
             logits: Tensor (B, E, Q), of a validation set.
             labels: Tensor (B, Q) of 0 and 1.
-            unknown: Bool tensor (B, Q), True leaves out a label that is not known. What stands there has no influence.
+            unknown: Bool tensor (B, Q), True where a label is not known. Values there are ignored.
             groups: Integers (B,), who a sample is of, such as a user. Those of a group count as one sample together.
 
         Returns:

@@ -27,9 +27,9 @@ class TemperatureScaling(Component):
     Args:
         num_labels: Number of labels :math:`Q`.
         per_label: One temperature for each label instead of one for all.
-        validate_args: Look at values (NaN, infinity) in a forward pass: None on the CPU only (elsewhere it costs a
-            wait), False never, True everywhere. :meth:`fit`, which computes on the CPU, looks unless it is False; then
-            a label is present above 0.5, and logits that are not finite are left out.
+        validate_args: Check values (NaN, infinity) in a forward pass on the CPU only (None), never (False), or
+            everywhere (True), which makes the host wait for an accelerator. :meth:`fit` computes on the CPU and checks
+            unless it is False; then a label above 0.5 counts as present, and logits that are not finite are left out.
 
     Attributes:
         temperature: Tensor (Q,), above 0; 1 before :meth:`fit`.
@@ -66,10 +66,6 @@ class TemperatureScaling(Component):
         """Forgets the fit: nothing is changed."""
         self.temperature.fill_(1)
 
-    def extra_repr(self) -> str:
-        """The settings, for `repr`."""
-        return f"num_labels={self.num_labels}, per_label={self.per_label}"
-
     def forward(self, logits: Tensor) -> Tensor:
         """Calibrates logits.
 
@@ -102,7 +98,7 @@ class TemperatureScaling(Component):
         Args:
             logits: Tensor (B, Q), of a validation set.
             labels: Tensor (B, Q) of 0 and 1.
-            unknown: Bool tensor (B, Q), True leaves out a label that is not known. What stands there has no influence.
+            unknown: Bool tensor (B, Q), True where a label is not known. Values there are ignored.
 
         Returns:
             The module itself.

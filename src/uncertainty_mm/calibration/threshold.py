@@ -36,10 +36,10 @@ def best_threshold(
     Args:
         probs: Tensor (B, Q) of probabilities in [0, 1], calibrated before (:class:`PlattScaling`).
         labels: Tensor (B, Q) of 0 and 1, any real dtype.
-        unknown: Bool tensor (B, Q), True leaves out a label that is not known. What stands there has no influence.
+        unknown: Bool tensor (B, Q), True where a label is not known. Values there are ignored.
         per_label: One threshold for each label instead of one for all.
-        validate_args: Look at values: None on the CPU only, False never, True everywhere. Where they are not looked
-            at, a label is present above 0.5, and probabilities of NaN are left out.
+        validate_args: Check values on the CPU only (None), never (False), or everywhere (True). Where they are not
+            checked, a label above 0.5 counts as present, and probabilities of NaN are left out.
 
     Returns:
         Tensor (1,), or (Q,) with `per_label`, on the device of `probs`; `probs > threshold` decides.
@@ -109,10 +109,10 @@ def expected_threshold(
 
     Args:
         probs: Tensor (B, Q) of calibrated probabilities in [0, 1] (:class:`PlattScaling`), of a validation split.
-        unknown: Bool tensor (B, Q), True leaves the entry out. What stands there has no influence.
+        unknown: Bool tensor (B, Q), True to leave the entry out. Values there are ignored.
         per_label: One threshold for each label instead of one for all.
-        validate_args: Look at values: None on the CPU only, False never, True everywhere. Where they are not looked
-            at, probabilities of NaN are left out.
+        validate_args: Check values on the CPU only (None), never (False), or everywhere (True). Where they are not
+            checked, probabilities of NaN are left out.
 
     Returns:
         Tensor (1,), or (Q,) with `per_label`, in float32 on the device of `probs`; `probs > threshold` decides.

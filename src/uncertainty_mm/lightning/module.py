@@ -369,7 +369,7 @@ def masked_bce(logits: Tensor, target: Tensor, unknown: Tensor | None = None) ->
     Args:
         logits: Tensor (B, Q).
         target: Tensor (B, Q) in [0, 1].
-        unknown: Bool tensor (B, Q), True leaves the label out.
+        unknown: Bool tensor (B, Q), True to leave the label out.
     """
     if unknown is not None:
         target = target.masked_fill(unknown, 0)

@@ -150,7 +150,7 @@ def modality_attribution(
     Args:
         sizes: Tensor (B, M), the size of the uncertainty of every modality, above 0: the norm of its standard
             deviations, say. Only ratios within a row matter.
-        missing: Bool tensor (B, M), True where a sample does not have a modality. What stands there has no influence.
+        missing: Bool tensor (B, M), True where a sample does not have a modality. Values there are ignored.
         validate_args: Whether values are looked at, see above.
 
     Returns:
