@@ -1157,7 +1157,7 @@ MEASURES = {
     "risk_coverage": _function(measures.risk_coverage, lambda sizes: draw_scores(sizes)[:2]),
     "sample_jaccard": _function(measures.sample_jaccard, draw_probs),
     "selective_f1": _function(
-        lambda probs, labels: measures.selective_f1(probs[:, 0], probs, labels, coverage=0.5),
+        lambda probs, labels: measures.selective_f1(probs.sum(1), probs, labels, coverage=0.5),
         draw_probs,
     ),
     "smooth_calibration_error": _function(measures.smooth_calibration_error, draw_probs),

@@ -365,6 +365,14 @@ def test_expected_threshold_is_near_the_best_one_of_labels_drawn_from_the_probab
     assert (expected_threshold(probs, per_label=per_label) - expected).abs().max() < 0.02
 
 
+@pytest.mark.parametrize("threshold", [best_threshold, expected_threshold])
+def test_threshold_without_labels(threshold):
+    probs = torch.rand(4, 0)
+    given = (probs, probs.long()) if threshold is best_threshold else (probs,)
+    close(threshold(*given), [0.5])
+    assert threshold(*given, per_label=True).shape == (0,)
+
+
 def test_expected_threshold_of_nothing_and_of_zeros():
     close(expected_threshold(torch.rand(4, LABELS), torch.ones(4, LABELS).bool()), [0.5])
     probs = torch.tensor([[0.0, 1.0], [0.0, 1.0]])

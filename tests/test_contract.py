@@ -173,6 +173,13 @@ def test_layout_in_memory_has_no_influence(name, layout):
         torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12, equal_nan=True)
 
 
+@pytest.mark.parametrize("sizes", [Sizes(batch=0), Sizes(labels=0), Sizes(batch=0, labels=0)])
+@pytest.mark.parametrize("name", MEASURES)
+def test_measures_take_no_samples_and_no_labels(name, sizes):
+    case = MEASURES[name]
+    assert not any(x.isinf().any() for x in case.results(case.build(), case.inputs(0, sizes=sizes)))
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("name", MEASURES)
 def test_measures_are_those_of_the_values_in_float64(name, dtype):

@@ -293,6 +293,20 @@ def test_distances_of_half_precision_are_finite_at_its_limits(similarity, dtype)
 
 
 @pytest.mark.parametrize("similarity", DISTANCES)
+def test_distances_of_huge_numbers_are_finite_and_leave_the_queue_usable(similarity):
+    loss = distance_loss(similarity).float()
+    for size in (1.0, 1e20, torch.finfo(torch.float32).max, 1.0):
+        latent, labels = random_batch(dtype=torch.float32)
+        latent = DiagonalGaussian(*((size * x.clamp(-1, 1)).requires_grad_() for x in latent))
+        result = loss(latent, labels)
+        assert result.isfinite()
+        assert all(x.isfinite().all() for x in gradient(result, *latent))
+    unseen = distance_loss(similarity, validate_args=False).float()
+    unseen(DiagonalGaussian(torch.full_like(latent.mean, math.inf), latent.std), labels)
+    assert unseen.queue.length == 0
+
+
+@pytest.mark.parametrize("similarity", DISTANCES)
 def test_distances_in_bfloat16_products_keep_the_squares(similarity):
     batches = [random_batch() for _ in range(2)]
     exact, rounded = (distance_loss(similarity, bf16_products=x) for x in (False, True))
@@ -417,6 +431,24 @@ def test_missing_modality_does_not_influence_the_loss_or_the_queue(value):
 
 
 # --------------------------------------------------------------------------------------- the queue
+
+
+@pytest.mark.parametrize("sizes", [(MODALITIES, LABELS), (LABELS, MODALITIES)])
+@pytest.mark.parametrize("settings", [{"similarity": "sampled"}, {}, {"embedding": "both"}])
+def test_queue_of_another_meaning_does_not_load(settings, sizes):
+    source = DistributionSupConLoss(*sizes, LATENT, queue_size=8, similarity="wasserstein")
+    source(random_latent(2, *sizes, LATENT), torch.ones(2, sizes[1]))
+    loss = DistributionSupConLoss(MODALITIES, LABELS, LATENT, queue_size=8, **settings)
+    if "similarity" in settings and sizes == (MODALITIES, LABELS):  # the same rows
+        loss.load_state_dict(source.state_dict())
+        assert torch.equal(loss.queue.rows, source.queue.rows)
+        return
+    own = "'wasserstein' or 'sampled'" if settings.get("similarity") else "'cosine'"
+    words = rf"Expected `queue.meaning` to be similarity {own}.*, but got similarity 'wasserstein' "
+    for options in ({}, {"strict": False}, {"assign": True}):
+        with pytest.raises(RuntimeError, match=words):
+            loss.load_state_dict(source.state_dict(), **options)
+        assert loss.queue.length == 0
 
 
 def test_defaults_are_those_of_the_contract():

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from decimal import Decimal, localcontext
 
 import pytest
 import torch
@@ -62,6 +63,24 @@ def test_divergence_is_that_of_quadrature(label):
     left = [(1, f + 1) if label else (e + 1, 1) for e, f in PAIRS]
     expected = [expectation(a, b, lambda _, log_density: log_density) for a, b in left]
     close(beta_evidence_kl(EVIDENCE, torch.full((1, 4), label))[0], torch.stack(expected))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_divergence_of_little_evidence_keeps_its_digits(dtype):
+    wrong = torch.cat([torch.logspace(-17, 4, 64), torch.linspace(0.15, 0.25, 64)]).to(dtype)
+    evidence = torch.stack([torch.zeros_like(wrong), wrong], 1).unsqueeze(0).requires_grad_()
+    actual = beta_evidence_kl(evidence, torch.ones(1, len(wrong)))
+    with localcontext() as context:
+        context.prec = 60
+        exact = [Decimal(x) for x in wrong.tolist()]
+        values = [float((1 + e).ln() - e / (1 + e)) for e in exact]
+        slopes = [float(e / (1 + e) ** 2) for e in exact]
+    tolerance = {"rtol": 16 * torch.finfo(dtype).eps, "atol": 0}
+    slope = gradient(actual, evidence)[0][0, :, 1]
+    for x, expected in ((actual[0].detach(), values), (slope, slopes)):
+        torch.testing.assert_close(
+            x.double(), torch.tensor(expected, dtype=torch.float64), **tolerance
+        )
 
 
 @pytest.mark.parametrize("size", [1e3, 1e6, 1e30])

@@ -1,14 +1,17 @@
 """What a Lightning run needs around a model: guard, checkpoints, data module, calibration, weight averaging."""
 
+import contextlib
 import copy
 import math
 import os
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import ConcatDataset, DataLoader, Subset
 
 from endurance import same
 from examples_support import QUIET, need_extras, toy
@@ -22,6 +25,7 @@ need_extras()
 L = pytest.importorskip("lightning")
 rooms = pytest.importorskip("uncertainty_mm.lightning")
 callbacks = pytest.importorskip("lightning.pytorch.callbacks")
+CombinedLoader = pytest.importorskip("lightning.pytorch.utilities").CombinedLoader
 pytestmark = QUIET
 
 SIZES = {
@@ -223,15 +227,26 @@ class Linear(rooms.MultilabelModule):
         return self(batch.features, batch.padding_mask).logits.square().mean()
 
 
-@pytest.mark.parametrize("grouped", [True, False])
-def test_calibration_counts_groups_whoever_loads_the_data(tmp_path, grouped):
+# A loader of a data set, as users hand it to a trainer.
+HANDED = {
+    "a loader": lambda data: data.loader(8),
+    "a list": lambda data: [data.loader(8)],
+    "a dictionary": lambda data: {"validation": data.loader(8)},
+    "a combined loader": lambda data: CombinedLoader([data.loader(8)], "sequential"),
+    "a subset": lambda data: DataLoader(Subset(data, range(len(data))), 8),
+}
+
+
+@pytest.mark.parametrize(
+    ("grouped", "handed"), [(False, "a loader"), *((True, name) for name in HANDED)]
+)
+def test_calibration_counts_groups_whoever_loads_the_data(tmp_path, grouped, handed):
     """Without a data module of ours, or any; samples of a group count as one."""
     groups = {"groups": np.arange(90) // 10} if grouped else {}
     parts = rooms.MultimodalDataModule(toy(tmp_path / "data.npz", **groups)).parts
     model = Linear(["happy", "sad", "fear"])
-    loaders = [parts[split].loader(8) for split in ("train", "validation")]
-    trainer_with(max_epochs=1).fit(model, *loaders)
     part = parts["validation"]
+    trainer_with(max_epochs=1).fit(model, parts["train"].loader(8), HANDED[handed](part))
     assert (part.groups is not None) == grouped
     with torch.no_grad():
         logits = model(part.features, part.padding_mask).logits
@@ -240,6 +255,28 @@ def test_calibration_counts_groups_whoever_loads_the_data(tmp_path, grouped):
     torch.testing.assert_close(model.calibration.shift, fitted.shift, rtol=1e-4, atol=1e-5)
     other = PlattScaling(3).fit(logits, part.labels)
     assert torch.allclose(other.scale, fitted.scale, rtol=1e-3) != grouped
+
+
+@pytest.mark.filterwarnings("error:Expected one data set in validation")
+def test_groups_of_several_data_sets_are_not_used_and_it_is_said_once(tmp_path):
+    parts = rooms.MultimodalDataModule(toy(tmp_path / "data.npz", groups=np.arange(90) // 10)).parts
+    data = ConcatDataset([parts["validation"], parts["test"]])
+    trainer, model = trainer_with(max_epochs=2), Linear(["happy", "sad", "fear"])
+    with pytest.warns(UserWarning, match="every sample counts for itself") as told:
+        trainer.fit(model, parts["train"].loader(8), DataLoader(data, 8))
+    assert len([x for x in told if "every sample counts" in str(x.message)]) == 1
+
+
+def test_indices_of_a_validation_are_exact(tmp_path):
+    """However large, and whatever the default dtype."""
+    parts = rooms.MultimodalDataModule(toy(tmp_path / "data.npz")).parts
+    batch = parts["validation"].batch(range(30))
+    batch = batch._replace(indices=batch.indices + 2**40)
+    model = Linear(["happy", "sad", "fear"])
+    model.calibrate = mock.Mock()
+    trainer = trainer_with(max_epochs=1, precision="bf16-true")
+    trainer.fit(model, parts["train"].loader(8), DataLoader([batch], batch_size=None))
+    assert torch.equal(model.calibrate.call_args.args[0]["indices"], batch.indices)
 
 
 def test_calibration_and_thresholds_travel_with_the_checkpoint(lddu, trained):
@@ -313,6 +350,20 @@ def test_default_device_does_not_matter_to_reasons():
     finally:
         no_default_device()
     assert said == ["audio seems to be of another sample"]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("name", ["ask", "predict"])
+def test_modes_of_the_parts_are_as_they_were(lddu, trained, name, fails):
+    model, part = lddu.load(trained.ckpt).train(), trained.data.part("test")
+    model.encoder.eval()
+    modes = [x.training for x in model.modules()]
+    if fails:
+        model.calibration.forward = mock.Mock(side_effect=ArithmeticError)
+    given = {"a": torch.zeros(2, 3)} if name == "ask" else part
+    with pytest.raises(ArithmeticError) if fails else contextlib.nullcontext():
+        getattr(model, name)(given)
+    assert [x.training for x in model.modules()] == modes
 
 
 def test_sample_is_asked(lddu, trained):

@@ -23,6 +23,7 @@ from uncertainty_mm.data import MultimodalDataset
 from uncertainty_mm.examples.baselines.networks import PooledMLP
 from uncertainty_mm.lightning import PredictionWriter
 from uncertainty_mm.lightning.cli import ModelCLI, quiet
+from uncertainty_mm.lightning.selection import losses_of
 from uncertainty_mm.metrics.functional import evaluate, predictive_entropy
 
 FILE = "model.joblib"
@@ -128,14 +129,14 @@ class Fitted(NamedTuple):
         return torch.from_numpy(probs).clamp(1e-6, 1 - 1e-6).logit().float()
 
     def calibrate(self, x: Tensor, validation: MultimodalDataset) -> float:
-        """Fits calibration and thresholds to pooled features of the validation split; returns the miF1 there."""
+        """Fits calibration and thresholds to pooled features of the validation split; returns the loss there."""
         found, known = self.logits(x), (validation.labels, validation.unknown)
-        probs = self.network.calibration.fit(found, *known, groups=validation.groups)(
-            found
-        ).sigmoid()
+        calibration, groups = self.network.calibration, validation.groups
+        calibrated = calibration.fit(found, *known, groups=groups)(found)
         per_label = self.network.hparams["thresholds"] == "label"
+        probs = calibrated.sigmoid()
         self.threshold.copy_(expected_threshold(probs, validation.unknown, per_label=per_label))
-        return evaluate(probs, validation.labels, self.threshold, validation.unknown)["miF1"] or 0.0
+        return losses_of(calibrated, *known, groups).mean().item()
 
     def predict(self, data: MultimodalDataset, batch_size: int = 256) -> dict[str, Tensor]:
         """Probabilities, calibrated and not, and their entropy."""
@@ -156,7 +157,7 @@ class Fitted(NamedTuple):
 
 
 def fit(name: str, configs: Path, options: Sequence[str], folder: Path) -> dict[str, float | None]:
-    """Fits a method; of several models the one with the best validation miF1 counts.
+    """Fits a method; of several models the one of the least calibrated cross-entropy in validation counts.
 
     Options are those of the network on the same features, which so reads the same data, standardises them, and has the
     calibration and the thresholds of all networks.
@@ -176,14 +177,14 @@ def fit(name: str, configs: Path, options: Sequence[str], folder: Path) -> dict[
     share = np.nan_to_num(np.nanmean(y, 0), nan=0.5)
     varies = (share > 0) & (share < 1)
     method, models = METHODS[name]
-    best = -1.0
+    best = np.inf
     for model in models(seed):
         predict = method(model, x, y[:, varies]) if varies.any() else None
         fitted = Fitted(copy.deepcopy(network), share, varies, predict)
-        score = fitted.calibrate(x_validation, validation)
-        print(f"{model}: validation miF1 {score}")
-        if score > best:
-            best, chosen = score, fitted
+        loss = fitted.calibrate(x_validation, validation)
+        print(f"{model}: validation cross-entropy {loss:.4f}")
+        if loss < best:
+            best, chosen = loss, fitted
     folder.mkdir(parents=True, exist_ok=True)
     chosen.save(folder)
     answers = chosen.predict(test)

@@ -76,6 +76,10 @@ class Component(FixedSettings, nn.Module):
             if part is not self and callable(reset):
                 reset()
 
+    def _refusal(self, prefix: str, given: Mapping[str, Tensor]) -> str | None:
+        """Why a state of the right shapes cannot be loaded; asked where settings decide what the numbers mean."""
+        return None
+
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
@@ -105,6 +109,8 @@ class Component(FixedSettings, nn.Module):
             for key in given
             if (problem := _mismatch(key, given[key], own[key])) is not None
         ]
+        if not problems and (why := self._refusal(prefix, given)) is not None:
+            problems = [why]
         absent = [key for key in own if key not in given]
         missing_keys += absent if strict else []
         error_msgs += problems

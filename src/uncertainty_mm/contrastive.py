@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
@@ -32,6 +33,55 @@ if TYPE_CHECKING:
 
 Anchors = Literal["present", "all"]
 Similarity = Literal["cosine", DistanceKind]
+
+# What stands for a distribution in the queue, by its number in a `state_dict`.
+_ROWS = {
+    "joint": "similarity 'cosine' of embedding 'joint'",
+    "both": "similarity 'cosine' of embedding 'both'",
+    "mean": "similarity 'cosine' of embedding 'mean'",
+    "std": "similarity 'cosine' of embedding 'std'",
+    "gaussian": "similarity 'wasserstein' or 'sampled'",
+}
+# What is further away than this counts as this far, so that squared distances are numbers in float32.
+_FARTHEST = 1e16
+
+
+class _Queue(EmbeddingQueue):
+    """A queue that says in its state what its rows are and how their classes are numbered, and loads no other."""
+
+    meaning: Tensor
+    _meaning: tuple[int, int, int]
+
+    def __init__(
+        self, size: int, dim: int, meaning: tuple[str, int, int], validate_args: bool | None
+    ) -> None:
+        super().__init__(size, dim, validate_args=validate_args)
+        self._set(_meaning=(list(_ROWS).index(meaning[0]), *meaning[1:]))
+        self._keep(meaning=torch.empty(3, dtype=torch.int64))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        for index, number in enumerate(getattr(self, "_meaning", ())):
+            self.meaning[index].fill_(number)
+
+    def _get_name(self) -> str:
+        return EmbeddingQueue.__name__
+
+    def _refusal(self, prefix: str, given: Mapping[str, Tensor]) -> str | None:
+        key = f"{prefix}meaning"
+        if key not in given or given[key].is_meta:
+            return None
+        theirs = tuple(given[key].tolist())
+        if theirs == self._meaning:
+            return None
+        return f"Expected `{key}` to be {_told(*self._meaning)}, but got {_told(*theirs)}"
+
+
+def _told(rows: int, num_modalities: int, num_labels: int) -> str:
+    """What the meaning of a queue says."""
+    kind = dict(enumerate(_ROWS.values())).get(rows, "unknown rows")
+    return f"{kind}, `num_modalities` {num_modalities}, `num_labels` {num_labels}"
 
 
 class DistributionSupConLoss(Component):
@@ -69,6 +119,7 @@ class DistributionSupConLoss(Component):
     means of length :math:`\sqrt K`, as from :class:`~uncertainty_mm.GaussianDecoupler`, and equal standard deviations,
     :math:`-d / 2K` is the cosine of the means minus a constant. Terms of the anchor alone cancel in the softmax, so
     `"sampled"` depends on the standard deviations of the keys only: a key with a large one is far from every anchor.
+    Means and standard deviations beyond 1e16 count as that, so that every distance is a number.
 
     Under gradient checkpointing the recomputation sees the queue as the forward pass saw it, and does not enqueue
     again. Where that is impossible (two forward passes before the backward pass, a compiled loss that enqueues), an
@@ -109,7 +160,8 @@ class DistributionSupConLoss(Component):
             finite do not enter the queue.
 
     Attributes:
-        queue: The :class:`~uncertainty_mm.EmbeddingQueue` of earlier distributions.
+        queue: The :class:`~uncertainty_mm.EmbeddingQueue` of earlier distributions. Its state also says what the rows
+            are (`meaning`), so that one filled by another similarity, or for other modalities or labels, does not load.
 
     Raises:
         ValueError: If an argument is out of range or unknown.
@@ -194,7 +246,9 @@ class DistributionSupConLoss(Component):
             validate_args=validate_args,
         )
         width = latent_dim * (2 if embedding in ("joint", "both") else 1)
-        self.queue = EmbeddingQueue(queue_size, width, validate_args=validate_args)
+        rows = embedding if similarity == "cosine" else "gaussian"
+        meaning = rows, num_modalities, num_labels
+        self.queue: EmbeddingQueue = _Queue(queue_size, width, meaning, validate_args)
 
     def forward(
         self,
@@ -303,10 +357,12 @@ class DistributionSupConLoss(Component):
         if missing is not None or unknown is not None:
             left_out = (classes < 0).unsqueeze(3)
             mean, std = mean.masked_fill(left_out, 0), std.masked_fill(left_out, 0)
-        is_cosine = (
-            self.similarity == "cosine"
-        )  # for a distance the queue holds the Gaussians themselves
-        rows = embed(mean, std, self.embedding) if is_cosine else torch.cat([mean, std], -1)
+        if self.similarity == "cosine":
+            rows = embed(mean, std, self.embedding)
+        else:  # the Gaussians themselves
+            rows = torch.cat([mean, std], -1)
+            near = rows.clamp(-_FARTHEST, _FARTHEST)
+            rows = torch.where(rows.isfinite(), near, rows)  # what is not finite stays so
         return rows.flatten(0, 2), classes.flatten()
 
     def _with_square(self, rows: Tensor, centre: Tensor) -> Tensor:

@@ -77,7 +77,7 @@ def best_threshold(
     place = exceeded * sizes["Q"] + torch.arange(sizes["Q"], device=device)
     counts = torch.zeros(2, (len(grid) + 1) * sizes["Q"], dtype=torch.int64, device=device)
     counts.index_add_(1, place.flatten(), torch.stack([present, known]).flatten(1).long())
-    counts = counts.unflatten(1, (-1, sizes["Q"]))
+    counts = counts.view(2, len(grid) + 1, sizes["Q"])
     if not per_label:
         counts = counts.sum(2, keepdim=True)
     # Of those that exceed more than i thresholds, all exceed the one at place i.

@@ -5,15 +5,19 @@ from __future__ import annotations
 import inspect
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import product
 from typing import Any, ClassVar, Literal
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics import CatMetric
+from torch.utils.data import ConcatDataset, Subset
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
 
 from uncertainty_mm._checks import check_finite
 from uncertainty_mm._component import Component, states
@@ -25,7 +29,7 @@ from uncertainty_mm.calibration import (
 )
 from uncertainty_mm.data import MultimodalBatch, MultimodalDataset
 from uncertainty_mm.lightning.checkpoints import UsageError, read_checkpoint
-from uncertainty_mm.lightning.selection import OneStandardError, mean_by
+from uncertainty_mm.lightning.selection import OneStandardError, losses_of
 from uncertainty_mm.metrics.functional import evaluate, predictive_entropy
 
 
@@ -97,7 +101,8 @@ class MultilabelModule(Component, L.LightningModule):
         self.by_modality = True
         self.results: dict[str, Any] = {}
         self._selection = OneStandardError()
-        self._seen: dict[str, CatMetric] = {}
+        self._seen: dict[str, _Kept] = {}
+        self._told = False  # that groups of several data sets are not used
 
     def part(self, name: str, options: Mapping[str, Any], *sizes: Any) -> Any:
         """A part of the model from its sizes and options; values are left to the :class:`FiniteGuard`."""
@@ -175,10 +180,9 @@ class MultilabelModule(Component, L.LightningModule):
         output = self(batch.features, batch.padding_mask)
         unknown = torch.zeros_like(batch.labels) if batch.unknown is None else batch.unknown
         seen = {**self.observed(output), "labels": batch.labels, "unknown": unknown}
-        seen["indices"] = batch.indices
+        seen = {key: value.float() for key, value in seen.items()} | {"indices": batch.indices}
         for key, value in seen.items():
-            self._seen.setdefault(key, CatMetric(nan_strategy="disable"))
-            self._seen[key].to(value.device).update(value.float())
+            self._seen.setdefault(key, _Kept()).to(value.device).update(value)
         loss = masked_bce(output.logits, batch.labels.float(), batch.unknown)
         self.log("val/cls", loss, prog_bar=True, batch_size=len(output.logits), sync_dist=True)
 
@@ -203,12 +207,27 @@ class MultilabelModule(Component, L.LightningModule):
         self.raw_threshold.copy_(raw)
 
     def _groups_of(self, seen: Mapping[str, Tensor]) -> Tensor | None:
-        """Groups of the samples of a validation (N,), if its data set, anybody's, has some."""
-        data = getattr(self.trainer.val_dataloaders, "dataset", None)
-        groups: Tensor | None = getattr(data, "groups", None)
-        if groups is None:
+        """Groups of the samples of a validation (N,), if its data set, anybody's, has some.
+
+        Indices are positions in one data set: of several, nobody knows which group they mean.
+        """
+        loaders = CombinedLoader(self.trainer.val_dataloaders, "sequential").flattened
+        data = [getattr(loader, "dataset", None) for loader in loaders]
+        while any(isinstance(x, (Subset, ConcatDataset)) for x in data):
+            data = [part for x in data for part in _parts(x)]
+        of_each = [getattr(x, "groups", None) for x in data]
+        if all(groups is None for groups in of_each):
             return None
-        return groups.to(seen["indices"].device)[seen["indices"].long()]
+        if any(groups is not of_each[0] for groups in of_each):
+            if not self._told:
+                rank_zero_warn(
+                    "Expected one data set in validation, whose `groups` the calibration counts as one sample each, "
+                    f"but got {len(data)}: every sample counts for itself"
+                )
+            self._told = True
+            return None
+        groups = torch.as_tensor(of_each[0], device=seen["indices"].device)
+        return groups[seen["indices"]]
 
     def on_validation_epoch_end(self) -> None:
         """Calibrates, during a fit; then measures."""
@@ -221,13 +240,9 @@ class MultilabelModule(Component, L.LightningModule):
         calibrated = self.calibration(self.pool(seen["logits"]))
         row = evaluate(calibrated.sigmoid(), labels, self.threshold, unknown)
         self.results = {"validation": row}
-        # It picks the checkpoint: a mean over all labels, which says more than counts of those on the right side.
-        target = labels.masked_fill(unknown, 0)
-        each = F.binary_cross_entropy_with_logits(calibrated.float(), target, reduction="none")
-        each = each.nan_to_num(torch.inf, torch.inf)  # a prediction of NaN is not an unknown label
-        losses = each.masked_fill(unknown, torch.nan).nanmean(1)
         order, groups = seen["indices"].argsort(stable=True), self._groups_of(seen)
-        losses = mean_by(None if groups is None else groups[order], losses[order])
+        groups = None if groups is None else groups[order]
+        losses = losses_of(calibrated[order], labels[order], unknown[order], groups)
         self.log("val/nll", losses.mean() if len(losses) else 0.0, prog_bar=True)
         if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
             chosen = self._selection.update(self.trainer.global_step, losses)
@@ -319,21 +334,18 @@ class MultilabelModule(Component, L.LightningModule):
             check_finite(f"features[{name!r}]", x)
             batch[name] = x.unsqueeze(0)
             padding[name] = torch.full((1, len(x)), not there, device=self.threshold.device)
-        training = [part for part in self.modules() if part.training]
-        for part in training:
-            part.training = False
         empty = MultimodalBatch(batch, padding, torch.zeros(1, 0), torch.zeros(1).long())
-        answer = self.predict_step(empty, 0)
-        for part in training:
-            part.training = True
+        with _evaluating(self):
+            answer = self.predict_step(empty, 0)
         answer["predicted"] = answer["probs"] > self.threshold
         return {key: value[0] for key, value in answer.items()}
 
     @torch.no_grad()
     def predict(self, data: MultimodalDataset, batch_size: int = 256) -> dict[str, Tensor]:
         """What :meth:`predict_step` says of all samples of a data set, on the CPU."""
-        self.eval()
-        answers = [self.predict_step(batch.to(self.device), 0) for batch in data.loader(batch_size)]
+        batches = data.loader(batch_size)
+        with _evaluating(self):
+            answers = [self.predict_step(batch.to(self.device), 0) for batch in batches]
         return {key: torch.cat([each[key] for each in answers]).cpu() for key in answers[0]}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -361,6 +373,45 @@ class MultilabelModule(Component, L.LightningModule):
             reason = " ".join(str(error).split())
             raise UsageError(f"{path}: of another model or version ({reason})") from error
         return module.eval()
+
+
+class _Kept(Metric):
+    """All values of all batches and processes, in their own dtype: indices do not fit into a float."""
+
+    values: list[Tensor]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("values", [], dist_reduce_fx="cat")
+
+    def update(self, values: Tensor) -> None:
+        """Adds those of a batch."""
+        if len(values):
+            self.values.append(values)
+
+    def compute(self) -> Tensor:
+        """All of them, in one tensor."""
+        return dim_zero_cat(self.values)
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Within it all parts are in evaluation mode; afterwards, whatever happens, each is in the mode that it was in."""
+    training = [part for part in module.modules() if part.training]
+    for part in training:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
+
+
+def _parts(data: Any) -> Sequence[Any]:
+    """The data sets that a subset is of, or that were joined; else the data set itself."""
+    if isinstance(data, Subset):
+        return [data.dataset]
+    return data.datasets if isinstance(data, ConcatDataset) else [data]
 
 
 def masked_bce(logits: Tensor, target: Tensor, unknown: Tensor | None = None) -> Tensor:

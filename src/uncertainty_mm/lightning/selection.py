@@ -1,11 +1,13 @@
-"""Which checkpoint to keep: :class:`OneStandardError`."""
+"""Which checkpoint to keep: :class:`OneStandardError`, by the losses of validation samples."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 class OneStandardError:
@@ -71,6 +73,21 @@ class OneStandardError:
         """Goes on from a :meth:`state_dict`."""
         self.chosen, self._latest = state_dict["chosen"], state_dict["latest"]
         self._best = state_dict["best"]
+
+
+def losses_of(
+    logits: Tensor, labels: Tensor, unknown: Tensor | None, groups: Tensor | None
+) -> Tensor:
+    """Cross-entropies of calibrated logits (N, Q), a mean over the known labels of each sample, then of each group.
+
+    They choose among models: they say more than counts of predictions on the right side of a threshold.
+    """
+    if unknown is None:
+        unknown = torch.zeros_like(logits, dtype=torch.bool)
+    target = labels.float().masked_fill(unknown, 0)
+    each = F.binary_cross_entropy_with_logits(logits.float(), target, reduction="none")
+    each = each.nan_to_num(torch.inf, torch.inf)  # a prediction of NaN is not an unknown label
+    return mean_by(groups, each.masked_fill(unknown, torch.nan).nanmean(1))
 
 
 def mean_by(groups: Tensor | None, values: Tensor) -> Tensor:

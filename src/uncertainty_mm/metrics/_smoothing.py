@@ -39,6 +39,8 @@ def smoothed_error(sums: Tensor, count: Tensor, bandwidth: float | None) -> Tens
     is that of a walk along the grid in continuous time, of variance sigma^2: it tends to the Gaussian one as the grid
     gets finer, and is nowhere negative for any sigma, so the integral falls with sigma as it must.
     """
+    if not len(count):
+        return count  # there is no transform of nothing
     mean = sums / count.unsqueeze(1)
     around = torch.cat([mean, mean[:, 1:-1].flip(1)], 1)
     around[:, [0, GRID]] *= 2  # the ends are their own reflections
