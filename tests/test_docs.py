@@ -15,7 +15,7 @@ from pages import DOCS, blocks
 from support import NO_EXPORT_OF_ANY_BATCH, TORCH_2_6
 
 # They train, or export for other run times.
-LONG = {"howto/serve", "howto/thresholds", "uncertainty"}
+LONG = {"howto/serve", "howto/thresholds", "laboratory/uncertainty"}
 PAGES = {
     page.relative_to(DOCS).with_suffix("").as_posix(): page
     for page in sorted(DOCS.rglob("*.md"))

@@ -1,6 +1,6 @@
 """Overflow, underflow and cancellation: values and gradients at the ends of the range, against float64 or closed forms.
 
-docs/reliability/numerics.md lists every such place of the library and the test that watches it, here or beside the
+docs/laboratory/numerics.md lists every such place of the library and the test that watches it, here or next to the
 component.
 """
 
