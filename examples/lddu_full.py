@@ -74,6 +74,7 @@ class Output(NamedTuple):
     missing: Tensor  # (B, M)
     typicality: Tensor  # (B, M) factor of the variance, 1 for what is like the training data
     conflict: Tensor  # (B, Q) how far the modalities contradict each other
+    summaries: dict[str, Tensor]  # (B, P_m) by modality, what typicality was told by; none in training
 
     @property
     def logits(self) -> Tensor:
@@ -257,11 +258,12 @@ class LDDU(MultilabelModule):
         modality_logits = modality_logits + self.modality_bias
         # What is unlike the training data counts less in all three predictions
         factor, conflict = torch.ones_like(missing, dtype=z.dtype), torch.zeros_like(z[:, 0, :, 0])
+        summaries: dict[str, Tensor] = {}
         if not self.training:
             conflict = reduced_chi2(latent.mean, latent.std, missing)
+            grown, summaries = self.typicality(features, padding_mask, need_summaries=True)
             if self.use_typicality:
-                factor = self.typicality(features, padding_mask)
-                latent = latent.inflated(factor)
+                factor, latent = grown, latent.inflated(grown)
         shrunk = z / factor[:, :, None, None].to(z.dtype)
         dir_logits = self.info_classifier(shrunk.flatten(1))  # Eq. 3
         place_logits = None
@@ -273,9 +275,8 @@ class LDDU(MultilabelModule):
             place_logits = self.places(steps, padding_mask, factor)
         uncertainty = self.uncertainty(dir_logits.detach().float().sigmoid(), labels, unknown)
         fused = self.fusion(latent, uncertainty, missing)  # Eq. 8
-        return Output(
-            dir_logits, place_logits, latent, modality_logits, fused, missing, factor, conflict
-        )
+        predicted = dir_logits, place_logits, latent, modality_logits, fused
+        return Output(*predicted, missing, factor, conflict, summaries)
 
     def experts(self, output: Output) -> Tensor:
         """Logits of the predictions that are pooled, (B, E, Q)."""
@@ -297,20 +298,18 @@ class LDDU(MultilabelModule):
         return expected_distance(probs)
 
     def details(self, output: Output) -> dict[str, Tensor]:
-        """What explains a prediction; a modality that is missing has no standard deviation."""
+        """What explains a prediction; a modality that is missing has no standard deviation.
+
+        `foreign` is how likely each modality is to be of another sample.
+        """
         return {
             "gate": output.fused.mean_weight,
             "std_norm": output.std_norm.masked_fill(output.missing.unsqueeze(2), torch.nan),
             "missing": output.missing,
             "typicality": output.typicality,
             "conflict": output.conflict / self.usual_conflict,
+            "foreign": self.conflict(output.summaries, output.missing),
         }
-
-    def predict_step(self, batch: MultimodalBatch, batch_idx: int) -> dict[str, Tensor]:
-        """Also says how likely each modality is to be of another sample."""
-        answer = super().predict_step(batch, batch_idx)
-        rows = self.typicality.summaries(batch.features, batch.padding_mask)
-        return {**answer, "foreign": self.conflict(rows, answer["missing"])}
 
     def observed(self, output: Output) -> dict[str, Tensor]:
         """What calibration needs of a validation."""

@@ -158,13 +158,15 @@ def check_like_parameters(name: str, tensor: Tensor, parameter: Tensor) -> None:
         )
 
 
+def sum_is_finite(tensor: Tensor) -> bool:
+    """One pass without a temporary: where it is, all values are. A sum that overflows says nothing."""
+    dtype = torch.promote_types(tensor.dtype, torch.float32)
+    return math.isfinite(tensor.detach().sum(dtype=dtype).item())
+
+
 def check_finite(name: str, tensor: Tensor, left_out: Tensor | None = None) -> None:
     """Raises for NaN and infinity, except where `left_out` (broadcastable) is True."""
-    if tensor.numel() == 0:
-        return
-    # One pass without a temporary: a sum is finite only if all is. One that overflows says nothing.
-    dtype = torch.promote_types(tensor.dtype, torch.float32)
-    if math.isfinite(tensor.detach().sum(dtype=dtype).item()):
+    if sum_is_finite(tensor):
         return
     bad = ~torch.isfinite(tensor)
     if left_out is not None:

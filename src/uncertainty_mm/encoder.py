@@ -44,12 +44,17 @@ class PackedSteps:
     """
 
     def __init__(self, padding: Tensor) -> None:
-        self.shape = padding.shape
-        rows = torch.arange(padding.numel(), device=padding.device)
+        self.padding, self.shape = padding, padding.shape
         counted = checks_values(padding)
-        self.rows = rows[~padding.flatten()] if counted else rows
         self.left_out = None if counted else padding.flatten().unsqueeze(1)
-        self.whole = counted and len(self.rows) == padding.numel()  # nothing to move
+        self.whole = counted and not padding.any()  # nothing to move
+        if self.whole:
+            return
+        rows = torch.arange(padding.numel(), device=padding.device)
+        self.rows = rows[~padding.flatten()] if counted else rows
+        self.sample = self.rows // padding.shape[1]
+        # not %, which ONNX lacks for sizes that vary
+        self.step = self.rows - self.sample * padding.shape[1]
 
     def pack(self, x: Tensor) -> Tensor:
         """(B, S, D) -> (N, D), 0 where padding is packed too."""
@@ -58,6 +63,26 @@ class PackedSteps:
             return x
         x = x.index_select(0, self.rows)
         return x if self.left_out is None else x.masked_fill(self.left_out, 0)
+
+    def of_samples(self, x: Tensor) -> Tensor:
+        """(B, D) -> (N, D), the row of its sample for every step."""
+        if self.whole:
+            return x.unsqueeze(1).expand(*self.shape, -1).flatten(0, 1)
+        return x[self.sample]
+
+    def of_places(self, x: Tensor) -> Tensor:
+        """(S or more, D) -> (N, D), the row of its place in the sequence for every step."""
+        if self.whole:
+            return x[: self.shape[1]].expand(self.shape[0], -1, -1).flatten(0, 1)
+        return F.embedding(self.step, x)
+
+    def mean(self, x: Tensor) -> Tensor:
+        """(N, D) -> (B, D), over the steps of every sample that are not padding; 0 without any."""
+        x = self.unpack(x)
+        if self.whole:
+            return x.sum(1) / max(x.shape[1], 1)
+        valid = (~self.padding).unsqueeze(2)
+        return (x * valid).sum(1) / valid.sum(1).clamp_min(1)
 
     def unpack(self, x: Tensor) -> Tensor:
         """(N, D) -> (B, S, D), 0 where nothing was packed."""
@@ -92,29 +117,33 @@ class EncoderLayer(nn.Module):
             nn.Dropout(dropout),
         )
 
-    def forward(self, x: Tensor, steps: PackedSteps, mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, steps: PackedSteps, mask: Tensor | None) -> Tensor:
         """Lets every step attend to its sequence.
 
         Args:
             x: Packed steps (N, dim).
             steps: What packed them.
-            mask: Bool tensor (B, 1, 1, S), True at the steps to attend to, at least one a sequence.
+            mask: Bool tensor (B, 1, 1, S), True at the steps to attend to, at least one a sequence; None for all.
 
         Returns:
             Tensor (N, dim).
         """
-        qkv = steps.unpack(self.qkv(self.norm(x))).unflatten(2, (3, self.num_heads, -1))
-        if x.is_cpu and qkv.dtype in (torch.float16, torch.bfloat16):
-            qkv = (
-                qkv.float()
-            )  # the backward pass of attention in half precision takes five times as long there
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # (B, num_heads, S, dim / num_heads)
-        with torch.autocast("cpu", enabled=False):
-            attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        attended = steps.pack(attended.transpose(1, 2).flatten(2)).to(x.dtype)
+        attended = self._attended(steps.unpack(self.qkv(self.norm(x))), mask)
+        attended = steps.pack(attended).to(x.dtype)
         x = x + self.dropout(self.out(attended))
         output: Tensor = x + self.feed_forward(x)
         return output
+
+    def _attended(self, qkv: Tensor, mask: Tensor | None) -> Tensor:
+        """Values (B, S, dim), each the mean of those that its step attends to."""
+        if qkv.is_cpu and qkv.dtype in (torch.float16, torch.bfloat16):
+            # the backward pass of attention in half precision takes five times as long there
+            with torch.autocast("cpu", enabled=False):
+                return self._attended(qkv.float(), mask)
+        parts = qkv.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        query, key, value = parts  # (B, num_heads, S, dim / num_heads)
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        return attended.transpose(1, 2).flatten(2)
 
 
 class SequenceEncoder(Component):
@@ -260,24 +289,22 @@ class SequenceEncoder(Component):
         """
         _check_sequence(self, x, padding)
         steps = PackedSteps(padding)
-        # A missing sequence attends to itself, which is harmless: nobody reads it.
-        mask = ~padding | padding.all(dim=1, keepdim=True)
-        sample = steps.rows // x.shape[1]
-        step = steps.rows - sample * x.shape[1]  # %, which ONNX lacks for sizes that vary
+        mask = None
+        if not steps.whole:
+            # A missing sequence attends to itself, which is harmless: nobody reads it.
+            mask = (~padding | padding.all(dim=1, keepdim=True)).unsqueeze(1).unsqueeze(1)
         features = steps.pack(self.standardized(x))
-        embedded = F.embedding(step, self.positions)
+        embedded = steps.of_places(self.positions)
         if self.size is not None:
             features = features.to(torch.promote_types(features.dtype, torch.float32))
             features = features.clamp(-1e15, 1e15)  # whose squares can be added
-            square = steps.unpack(features.square().mean(1, keepdim=True))
-            valid = (~padding).unsqueeze(2)
-            size = ((square * valid).sum(1) / valid.sum(1).clamp_min(1)).clamp_min(1e-6).sqrt()
-            features = features / size[sample]
-            embedded = embedded + self.size(size.log().to(x.dtype))[sample]
+            size = steps.mean(features.square().mean(1, keepdim=True)).clamp_min(1e-6).sqrt()
+            features = features / steps.of_samples(size)
+            embedded = embedded + steps.of_samples(self.size(size.log().to(x.dtype)))
         # tools that cast inputs and parameters, as sharding does, leave the statistics as they are
         x = self.dropout(self.project(features.to(x.dtype)) + embedded)
         for layer in self.layers:
-            x = layer(x, steps, mask.unsqueeze(1).unsqueeze(1))
+            x = layer(x, steps, mask)
         encoded = steps.unpack(self.norm(x))
         return encoded if steps.left_out is None else encoded.masked_fill(padding.unsqueeze(2), 0)
 

@@ -16,12 +16,14 @@ from uncertainty_mm._checks import (
     check_choice,
     check_features,
     check_finite,
+    check_flag,
     check_modality_dims,
     check_number,
     check_tensor,
     check_validate_args,
     checks_values,
     missing_modalities,
+    sum_is_finite,
 )
 from uncertainty_mm._component import Component, FittedComponent
 from uncertainty_mm.functional import at_least_float32
@@ -127,27 +129,35 @@ class Typicality(Component):
         self.modality = nn.ModuleDict({name: _Modality(dim) for name, dim in modality_dims.items()})
 
     def forward(
-        self, features: Mapping[str, Tensor], padding_mask: Mapping[str, Tensor] | None = None
-    ) -> Tensor:
+        self,
+        features: Mapping[str, Tensor],
+        padding_mask: Mapping[str, Tensor] | None = None,
+        *,
+        need_summaries: bool = False,
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """Computes the factor by which the variances of each modality should grow.
 
         Args:
             features: Sequences (B, S_m, D_m) by modality name, as given to :meth:`fit`. A modality may be absent.
             padding_mask: Bool masks (B, S_m) by modality name, True at the steps to leave out; without a mask all steps
                 are used. Values at padded steps are ignored, even NaN.
+            need_summaries: Also return the :meth:`summaries`, which are computed anyway.
 
         Returns:
-            Tensor (B, M) in at least float32, at least 1; exactly 1 where a modality is missing or not fitted.
+            Tensor (B, M) in at least float32, at least 1; exactly 1 where a modality is missing or not fitted. With
+            `need_summaries` a pair of it and the summaries.
 
         Raises:
             ValueError: If shapes, devices or names disagree, or an unpadded feature is not finite.
             TypeError: If a dtype is wrong.
         """
-        distances, missing = self._measured(features, padding_mask)
+        check_flag("need_summaries", need_summaries)
+        distances, missing, summaries = self._measured(features, padding_mask)
         parts = [part.quantile.to(distances) for part in self._parts()]
         log_ratio = (distances / torch.stack(parts)).clamp_min(1).log()
         grown = torch.expm1(self.power * log_ratio) / self.power if self.power else log_ratio
-        return (1 + grown).masked_fill(missing, 1)
+        factor = (1 + grown).masked_fill(missing, 1)
+        return (factor, summaries) if need_summaries else factor
 
     def distances(
         self, features: Mapping[str, Tensor], padding_mask: Mapping[str, Tensor] | None = None
@@ -252,12 +262,13 @@ class Typicality(Component):
 
     def _measured(
         self, features: Mapping[str, Tensor], padding_mask: Mapping[str, Tensor] | None
-    ) -> tuple[Tensor, Tensor]:
-        """Distances (B, M), and a mask (B, M) of missing modalities."""
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Distances (B, M), a mask (B, M) of missing modalities, and the summaries."""
         check_features(features, padding_mask, self.modality_dims)
         missing = missing_modalities(features, padding_mask, self.modality_dims)
         dtype = torch.float32
         columns: list[tuple[Tensor, Tensor]] = []
+        summaries: dict[str, Tensor] = {}
         kind = missing.device.type
         with torch.autocast(kind if kind != "meta" else "cpu", enabled=False):
             for index, (name, part) in enumerate(self.modality.items()):
@@ -267,9 +278,12 @@ class Typicality(Component):
                     )
                     continue
                 dtype = torch.promote_types(dtype, features[name].dtype)
-                columns.append(part(name, *self._checked(name, features, padding_mask)))
+                distance, gone, summaries[name] = part(
+                    name, *self._checked(name, features, padding_mask)
+                )
+                columns.append((distance, gone))
         distances, missings = zip(*columns, strict=True)
-        return torch.stack([x.to(dtype) for x in distances], 1), torch.stack(missings, 1)
+        return torch.stack([x.to(dtype) for x in distances], 1), torch.stack(missings, 1), summaries
 
     @torch.no_grad()
     def fit(self, data: MultimodalDataset | Iterable[MultimodalBatch]) -> Typicality:
@@ -433,11 +447,11 @@ class _Modality(FittedComponent):
             state = getattr(self, name)
             state.copy_(value.to(state.dtype))  # cast first, since not every device has float64
 
-    def forward(self, name: str, x: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
-        """Distances (B,), and a mask of the sequences without valid steps."""
+    def forward(self, name: str, x: Tensor, padding: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Distances (B,), a mask of the sequences without valid steps, and summaries."""
         summary, missing = self.summary(name, x, padding)
         sequence = _Whitening(*self._there(x, self._states[3:-1]))
-        return sequence.distance(summary).masked_fill(missing, 0), missing
+        return sequence.distance(summary).masked_fill(missing, 0), missing, summary
 
     def summary(self, name: str, x: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
         """Summaries (B, 2D + 3), and a mask of the sequences without valid steps."""
@@ -446,8 +460,10 @@ class _Modality(FittedComponent):
                 f"Expected `features[{name!r}]` to be on {self.shift.device}, where the module is, "
                 f"but got {x.device}"
             )
-        valid = _valid(x, padding)
         step = _Whitening(*self._there(x, self._states[:3]))
+        if x.shape[1] and checks_values(x) and not padding.any() and sum_is_finite(x):
+            return _summary(x, None, step), padding[:, 0]  # no step is left out, none is missing
+        valid = _valid(x, padding)
         return _summary(x, valid, step), ~valid.any(1)
 
     def _there(self, x: Tensor, names: tuple[str, ...]) -> list[Tensor]:
@@ -459,30 +475,34 @@ def _valid(x: Tensor, padding: Tensor) -> Tensor:
     return ~padding & x.isfinite().all(2)
 
 
-def _summary(x: Tensor, valid: Tensor, step: _Whitening) -> Tensor:
-    """Summaries (B, 2D + 3), in at least float32, of the steps of sequences (B, S, D) that are `valid` (B, S)."""
-    kept = valid.unsqueeze(2)
-    z = step.standardized(at_least_float32(x).masked_fill(~kept, 0)).masked_fill(~kept, 0)
-    count, dim = valid.sum(1, keepdim=True).clamp_min(1), z.shape[2]
+def _summary(x: Tensor, valid: Tensor | None, step: _Whitening) -> Tensor:
+    """Summaries (B, 2D + 3) of sequences (B, S, D), in at least float32.
+
+    What is not `valid` (B, S) has no part in them; with None all of at least one step has.
+    """
+
+    def kept(x: Tensor) -> Tensor:
+        return x if valid is None else x.masked_fill(~valid.unsqueeze(2), 0)
+
+    z = kept(step.standardized(kept(at_least_float32(x))))
+    steps, dim = z.shape[1:]
+    count: Tensor | int
+    number: Tensor | int
+    if valid is None:
+        count, number, change = steps, max(steps - 1, 1), z.diff(dim=1)
+    else:
+        count = valid.sum(1, keepdim=True).clamp_min(1)
+        # Rolled instead of sliced, since an exported program with slices refuses sequences of one or two steps.
+        pairs = valid & valid.roll(1, 1) & (torch.arange(steps, device=z.device) > 0)
+        number = pairs.sum(1, keepdim=True).clamp_min(1)
+        change = (z - z.roll(1, 1)).masked_fill(~pairs.unsqueeze(2), 0)
     mean = z.sum(1) / count
-    variance = (z - mean.unsqueeze(1)).masked_fill(~kept, 0).square().sum(1) / count
+    variance = kept(z - mean.unsqueeze(1)).square().sum(1) / count
     size = z.square().sum((1, 2)).unsqueeze(1) / (count * dim)
     distance = step.length(z).sum(1, keepdim=True) / (count * dim)
-    # Rolled instead of sliced, since an exported program with slices refuses sequences of one or two steps.
-    later = torch.arange(z.shape[1], device=z.device) > 0
-    pairs = valid & valid.roll(1, 1) & later
-    change = (z - z.roll(1, 1)).masked_fill(~pairs.unsqueeze(2), 0).square().sum((1, 2))
-    roughness = change.unsqueeze(1) / (pairs.sum(1, keepdim=True).clamp_min(1) * dim)
-    logarithms = [
-        0.5 * (square + least).log()
-        for square, least in (
-            (variance, _SPREAD),
-            (size, _SIZE),
-            (distance, _SIZE),
-            (roughness, _ROUGHNESS),
-        )
-    ]
-    return torch.cat([mean, *logarithms], 1)
+    roughness = change.square().sum((1, 2)).unsqueeze(1) / (number * dim)
+    squares = variance + _SPREAD, size + _SIZE, distance + _SIZE, roughness + _ROUGHNESS
+    return torch.cat([mean, 0.5 * torch.cat(squares, 1).log()], 1)
 
 
 # --------------------------------------------------------------------------------------------- fit
