@@ -247,8 +247,8 @@ def test_predictions_are_named_each_once(build, wrong):
 
 def factors(monkeypatch, model, *columns):
     """From now on the factor of the modalities is that."""
-    factor = torch.tensor(columns).expand(6, 2)
-    monkeypatch.setattr(model.typicality, "forward", lambda *_: factor)
+    grown = torch.tensor(columns).expand(6, 2), {}
+    monkeypatch.setattr(model.typicality, "forward", lambda *_, **__: grown)
 
 
 def predictions(output):

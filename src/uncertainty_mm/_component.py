@@ -48,7 +48,7 @@ class Component(FixedSettings, nn.Module):
 
     def extra_repr(self) -> str:
         """The settings that were given a value, for `repr`."""
-        settings = {name: getattr(self, name) for name in self._settings}
+        settings = {n: getattr(self, n) for n in self._settings if not n.startswith("_")}
         return ", ".join(
             f"{name}={value:g}" if isinstance(value, float) else f"{name}={value!r}"
             for name, value in settings.items()
