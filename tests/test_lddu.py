@@ -247,8 +247,10 @@ def test_predictions_are_named_each_once(build, wrong):
 
 def factors(monkeypatch, model, *columns):
     """From now on the factor of the modalities is that."""
-    grown = torch.tensor(columns).expand(6, 2), {}
-    monkeypatch.setattr(model.typicality, "forward", lambda *_, **__: grown)
+    factor, summaries = torch.tensor(columns).expand(6, 2), model.typicality.summaries
+    monkeypatch.setattr(
+        model.typicality, "forward", lambda *inputs, **_: (factor, summaries(*inputs))
+    )
 
 
 def predictions(output):
