@@ -21,15 +21,15 @@ The defaults are what was measured to work; `--config paper` has the paper's val
 names the rest. Ours, where the paper is silent: standardised features, the size of a sequence as an input of its own,
 normalisation before the sublayers, labels that scale and shift their Z, dropout, clipped gradients, early stopping,
 calibration, a prediction from every modality alone, so that its own errors can be compared with its standard deviation,
-a prediction that reads the steps at their places, a pool of the three predictions, variances that grow where a sequence
-is unlike the training data, and a probability that it is of another sample.
+a prediction that reads the steps at their places, a pool of the predictions, variances that grow where a sequence is
+unlike the training data, and a probability that it is of another sample.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from uncertainty_mm import (
     Conflict,
     CorrectnessTracker,
+    DecisionFusion,
     DiagonalGaussian,
     DistributionSupConLoss,
     EmotionQueryAttention,
@@ -61,6 +62,7 @@ from uncertainty_mm.lightning import (
 from uncertainty_mm.places import PlaceClassifier
 
 Options = Mapping[str, Any]
+Prediction = Literal["fused", "first", "places", "modalities"]
 
 
 class Output(NamedTuple):
@@ -112,7 +114,8 @@ class LDDU(MultilabelModule):
             the labels (`"oracle"`, Eq. 8 as printed, in training only), that of the released code, or a constant;
             `"mean"` and `"std"` leave one branch alone.
         predictions: Which predictions the pool weighs, on the validation split: Eq. 8 (`"fused"`), Eq. 3 (`"first"`),
-            and that by place, from which no other part learns (`"places"`). The paper: the first of these alone.
+            that by place, from which no other part learns (`"places"`), and the mean of those of the modalities alone,
+            by their typicality (`"modalities"`). The paper: the first of these alone.
         targets: Whose errors the standard deviations are compared with: the joint prediction's (`"sample"`, the paper),
             or each modality's own, ranked among the samples (`"modality"`), among samples and modalities (`"pooled"`),
             or `"both"`.
@@ -167,7 +170,7 @@ class LDDU(MultilabelModule):
         typicality: Options = {},  # noqa: B006
         conflict: Options = {},  # noqa: B006
         gate: Literal["expected", "constant", "oracle", "released", "mean", "std"] = "expected",
-        predictions: Sequence[Literal["fused", "first", "places"]] = ("fused", "first", "places"),
+        predictions: Sequence[Prediction] = get_args(Prediction),
         targets: Literal["both", "modality", "pooled", "sample"] = "both",
         scl_weight: float = 0.1,
         scl_rows: int | None = 512,
@@ -181,7 +184,7 @@ class LDDU(MultilabelModule):
     ) -> None:
         super().__init__(label_names, **training)
         modalities, labels = len(modality_dims), len(label_names)
-        if not predictions or len({*predictions} & {"fused", "first", "places"}) < len(predictions):
+        if not predictions or len({*predictions} & {*get_args(Prediction)}) < len(predictions):
             raise ValueError(f"Expected some `predictions`, each once, but got {predictions}")
         if scl_rows is not None and scl_rows < 1:
             raise ValueError(f"Expected `scl_rows` to be None or at least 1, but got {scl_rows}")
@@ -219,6 +222,7 @@ class LDDU(MultilabelModule):
         # The same from the steps, encoded and plain, at their places
         sizes = ({n: hidden_dim + dim for n, dim in modality_dims.items()}, max_steps, labels)
         self.places = self.part("places", places, *sizes) if "places" in predictions else None
+        self.decisions = DecisionFusion("precision", validate_args=False)
         self.pool = LogitPool(len(self.predictions), labels, validate_args=False)
         # Section 3.3.2: every answer as a Gaussian
         self.decoupler = self.part("decoupler", decoupler, modalities, z_dim)
@@ -256,7 +260,7 @@ class LDDU(MultilabelModule):
         latent = self.decoupler(z, missing)
         modality_logits = torch.einsum("bmqk,mk->bmq", latent.mean, self.modality_readout)
         modality_logits = modality_logits + self.modality_bias
-        # What is unlike the training data counts less in all three predictions
+        # What is unlike the training data counts less in all predictions
         factor, conflict = torch.ones_like(missing, dtype=z.dtype), torch.zeros_like(z[:, 0, :, 0])
         summaries: dict[str, Tensor] = {}
         if not self.training:
@@ -280,7 +284,11 @@ class LDDU(MultilabelModule):
 
     def experts(self, output: Output) -> Tensor:
         """Logits of the predictions that are pooled, (B, E, Q)."""
-        logits = {"fused": output.logits, "first": output.dir_logits, "places": output.place_logits}
+        each = output.modality_logits
+        std = output.typicality.sqrt().unsqueeze(2).expand_as(each)
+        mean = self.decisions(each, std=std, missing=output.missing).logits
+        first, places = output.dir_logits, output.place_logits
+        logits = dict(fused=output.logits, first=first, places=places, modalities=mean)
         return torch.stack([logits[name].float() for name in self.predictions], dim=1)
 
     def uncertainty(self, probs: Tensor, labels: Tensor | None, unknown: Tensor | None) -> Tensor:
@@ -298,10 +306,7 @@ class LDDU(MultilabelModule):
         return expected_distance(probs)
 
     def details(self, output: Output) -> dict[str, Tensor]:
-        """What explains a prediction; a modality that is missing has no standard deviation.
-
-        `foreign` is how likely each modality is to be of another sample.
-        """
+        """What explains a prediction; `foreign` is how likely a modality is to be of another sample."""
         return {
             "gate": output.fused.mean_weight,
             "std_norm": output.std_norm.masked_fill(output.missing.unsqueeze(2), torch.nan),
@@ -351,11 +356,7 @@ class LDDU(MultilabelModule):
         return self.contrastive(latent, batch.labels[some], missing, unknown=unknown)
 
     def ordinality_loss(self, output: Output, batch: MultimodalBatch) -> Tensor:
-        """Eq. 10-15: the standard deviations in the order of the errors; the tracker learns of the outcome.
-
-        The paper holds the size of all standard deviations of a sample against the errors of the joint prediction. That
-        does not say which modality is to blame; with the other `targets` each modality answers for its own.
-        """
+        """Eq. 10-15: the standard deviations in the order of the errors; the tracker learns of the outcome."""
         labels, unknown, indices = batch.labels, batch.unknown, batch.indices
         unseen = self.tracker.counts(indices) == 0  # nothing to compare with yet
         history = self.tracker(indices)

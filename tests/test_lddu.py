@@ -293,23 +293,40 @@ def test_unfitted_or_unused_typicality_changes_nothing(build, monkeypatch):
 
 @pytest.mark.parametrize("half", [False, True])
 def test_large_factor_tends_to_the_missing_modality(build, monkeypatch, half):
-    """With infinity all three predictions are those without the modality, to the bit."""
+    """With infinity all predictions are those without the modality, to the bit."""
     model, batch = build().eval(), small_batch()
     if half:
         model = model.bfloat16()
         batch = batch._replace(features={name: x.bfloat16() for name, x in batch.features.items()})
-    missing = predictions(read(model, without(batch, "b")))
+    torch.nn.init.normal_(model.modality_readout)
+    missing = model.experts(read(model, without(batch, "b"))).unbind(1)
     distances = []
     for size in (1.0, 100.0, 1e4, torch.inf):
         factors(monkeypatch, model, 1.0, size)
-        found = predictions(read(model, batch))
+        found = model.experts(read(model, batch)).unbind(1)
         distances.append([(x - y).abs().max().item() for x, y in zip(found, missing, strict=True)])
     first, second, third, last = (torch.tensor(each) for each in distances)
-    assert last.tolist() == [0, 0, 0]
+    assert last.tolist() == [0, 0, 0, 0]
     assert (third < 0.02).all()
     if not half:
         assert (first > second).all()
         assert (second > third).all()
+
+
+def test_fourth_prediction_is_the_mean_of_the_modalities_by_their_typicality(build, monkeypatch):
+    model, batch = build().eval(), small_batch()
+    torch.nn.init.normal_(model.modality_readout)
+    factors(monkeypatch, model, 1.0, 3.0)
+    output = read(model, without(batch, "a"))
+    alone = output.modality_logits[:, 1] / (1 + torch.pi * 3 / 8) ** 0.5  # its expected probability
+    there = ~output.missing[:, 1]
+    torch.testing.assert_close(model.experts(output)[there, 3], alone[there])
+    assert not model.experts(output)[~there, 3].any()
+    both = read(model, batch)
+    mean = (3 * both.modality_logits[:, 0] + both.modality_logits[:, 1]) / 4
+    there = ~both.missing.any(1)
+    found = model.experts(both)[there, 3]
+    torch.testing.assert_close(found, mean[there] / (1 + torch.pi * 1.2 / 8) ** 0.5)
 
 
 def test_conflict_needs_two_modalities(build):
