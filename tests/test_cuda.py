@@ -13,8 +13,7 @@ if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
 
-# Within a graph cuSOLVER does not factorise the covariances of a batch
-@pytest.fixture(params=[name for name in CASES if name != "Conflict"])
+@pytest.fixture(params=CASES)
 def case(request):
     return CASES[request.param]
 

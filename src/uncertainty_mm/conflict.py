@@ -345,7 +345,10 @@ class _Joint(NamedTuple):
         # one takes its place.
         pairs = left_out.unsqueeze(-1) | left_out.unsqueeze(-2)
         nothing = torch.eye(y.shape[1], dtype=y.dtype, device=y.device)
-        precision = torch.cholesky_inverse(_root(torch.where(pairs, nothing, self.covariance)))
+        # torch.cholesky_inverse does this too, but not within a CUDA graph
+        root = _root(torch.where(pairs, nothing, self.covariance))
+        whitening = torch.linalg.solve_triangular(root, nothing.expand_as(root), upper=False)
+        precision = whitening.mT @ whitening
         z = y @ precision if missing.dim() == 1 else (precision @ y.unsqueeze(2)).squeeze(2)
         columns, start = [], 0
         for rank in ranks:
