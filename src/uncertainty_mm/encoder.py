@@ -1,7 +1,4 @@
-"""Sequences of one modality, read by a masked Transformer (section 3.2) or by place.
-
-:class:`SequenceEncoder` and :class:`PlaceReads`.
-"""
+"""Encoders for the sequences of one modality: :class:`SequenceEncoder` (section 3.2) and :class:`PlaceReads`."""
 
 from __future__ import annotations
 
@@ -30,8 +27,8 @@ __all__ = ["EncoderLayer", "PackedSteps", "PlaceReads", "SequenceEncoder"]
 class PackedSteps:
     """Packs the steps of padded sequences (B, S, D) into one matrix (N, D), and back.
 
-    All but attention treats every step alone and need not compute what stands at padding. To count the steps, however,
-    the host would wait for an accelerator: there, as in a compiled or exported program and under the transforms of
+    Everything except attention treats each step separately, and can skip padding. Counting the steps would make the
+    host wait for an accelerator, however. There, as in compiled or exported programs and under the transforms of
     `torch.func`, N is B * S, padding included.
 
     Args:
@@ -49,10 +46,10 @@ class PackedSteps:
         counted = checks_values(padding)
         self.rows = rows[~padding.flatten()] if counted else rows
         self.left_out = None if counted else padding.flatten().unsqueeze(1)
-        self.whole = counted and len(self.rows) == padding.numel()  # nothing to move
+        self.whole = counted and len(self.rows) == padding.numel()  # no step is padding
 
     def pack(self, x: Tensor) -> Tensor:
-        """(B, S, D) -> (N, D), 0 where padding is packed too."""
+        """Packs (B, S, D) into (N, D), with 0 for padding if it is included."""
         x = x.flatten(0, 1)
         if self.whole:
             return x
@@ -60,7 +57,7 @@ class PackedSteps:
         return x if self.left_out is None else x.masked_fill(self.left_out, 0)
 
     def unpack(self, x: Tensor) -> Tensor:
-        """(N, D) -> (B, S, D), 0 where nothing was packed."""
+        """Unpacks (N, D) into (B, S, D), with 0 for steps that were not packed."""
         if self.whole:
             return x.view(*self.shape, x.shape[1])
         padded = x.new_zeros(math.prod(self.shape), x.shape[1])
@@ -74,7 +71,7 @@ class EncoderLayer(nn.Module):
     Args:
         dim: Width of a step.
         num_heads: Attention heads, a divisor of `dim`.
-        dropout: Probability after each sublayer. Attention weights are not dropped: that would forbid the fused kernel.
+        dropout: Dropout probability after each sublayer. Attention weights are kept, for the sake of the fused kernel.
     """
 
     def __init__(self, dim: int, num_heads: int, dropout: float) -> None:
@@ -86,7 +83,7 @@ class EncoderLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.feed_forward = nn.Sequential(
             nn.LayerNorm(dim),
-            nn.Linear(dim, dim),  # as narrow as the released configuration has it
+            nn.Linear(dim, dim),  # as narrow as in the released configuration
             nn.GELU(),
             nn.Linear(dim, dim),
             nn.Dropout(dropout),
@@ -97,8 +94,8 @@ class EncoderLayer(nn.Module):
 
         Args:
             x: Packed steps (N, dim).
-            steps: What packed them.
-            mask: Bool tensor (B, 1, 1, S), True at the steps to attend to, at least one a sequence.
+            steps: The object that packed them.
+            mask: Bool tensor (B, 1, 1, S), True at the steps to attend to, at least one per sequence.
 
         Returns:
             Tensor (N, dim).
@@ -118,13 +115,13 @@ class EncoderLayer(nn.Module):
 
 
 class SequenceEncoder(Component):
-    r"""Reads a sequence of any length: every step learns of the others, and padding of none.
+    r"""Encodes each step of a sequence in the context of its other steps, and ignores padding.
 
-    Features are standardised (:meth:`standardize`), projected to `hidden_dim`, marked with learned positions, and pass
-    `num_layers` Transformer layers that normalise before their sublayers, and a last normalisation. With
-    `size="apart"` each sequence is first divided by its root mean square :math:`r`, and :math:`\log r` enters as one
-    more input to all of its steps: the normalisation inside the layers would otherwise hide how large, and with it how
-    noisy, a sequence is.
+    Features are standardised (:meth:`standardize`), projected to `hidden_dim`, and added to learned positions. Then
+    follow `num_layers` Transformer layers, which normalise before their sublayers, and a last normalisation. With
+    `size="apart"` each sequence is first divided by its root mean square :math:`r`, and :math:`\log r` is a further
+    input to all of its steps. Otherwise the normalisation inside the layers would hide how large, and so how noisy, a
+    sequence is.
 
     Source: Huang et al. 2025, arXiv 2502.13954, section 3.2 (linear layer, positions, Transformer); Vaswani et al.
     2017, arXiv 1706.03762; standardisation, the order of normalisation and the separate size are additions.
@@ -136,12 +133,12 @@ class SequenceEncoder(Component):
         num_layers: Number of Transformer layers.
         num_heads: Attention heads of a layer, a divisor of `hidden_dim`.
         dropout: Dropout probability.
-        size: `"apart"`: the size of a sequence is an input of its own; `"within"`: it stays in the features.
-        validate_args: Whether to look at values: None on the CPU only, False never, True everywhere.
+        size: `"apart"`: the size of a sequence is a separate input; `"within"`: it stays in the features.
+        validate_args: Check values on the CPU only (None), never (False), or everywhere (True).
 
     Attributes:
-        mean: Tensor (in_dim,), subtracted from the features; 0 before :meth:`standardize`. State, saved with the model.
-        std: Tensor (in_dim,), above 0, divides them; 1 before :meth:`standardize`. State.
+        mean: Tensor (in_dim,) that is subtracted from the features; 0 before :meth:`standardize`. Saved with the model.
+        std: Tensor (in_dim,), above 0, that divides the features; 1 before :meth:`standardize`. Saved with the model.
         positions: Parameter (max_steps, hidden_dim).
 
     Raises:
@@ -209,22 +206,22 @@ class SequenceEncoder(Component):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Gives all parameters their initial distribution, and forgets the statistics."""
+        """Gives all parameters their initial distribution, and resets the statistics."""
         super().reset_parameters()
-        # as large as the projected features: much smaller ones are hardly seen on small data sets
+        # as large as the projected features, because much smaller positions have little effect on small data sets
         nn.init.normal_(self.positions, std=0.5)
         self.mean.zero_()
         self.std.fill_(1)
 
     def standardize(self, mean: Tensor, std: Tensor) -> None:
-        """Sets the statistics by which features are standardised, those of the training data.
+        """Sets the mean and standard deviation of the training data, by which features are standardised.
 
         Args:
             mean: Tensor (in_dim,), finite.
-            std: Tensor (in_dim,), at least 0; what is below 1e-3 counts as 1e-3, as a column that never varies.
+            std: Tensor (in_dim,), at least 0; values below 1e-3, as of constant columns, count as 1e-3.
 
         Raises:
-            ValueError: If a shape is wrong, a value is not finite, or `std` is negative; nothing is changed then.
+            ValueError: If a shape is wrong, a value is not finite, or `std` is negative; nothing is then changed.
             TypeError: If a dtype is wrong.
         """
         sizes = {"in_dim": self.in_dim}
@@ -237,11 +234,11 @@ class SequenceEncoder(Component):
         self.std.copy_(std.clamp_min(1e-3))
 
     def standardized(self, x: Tensor) -> Tensor:
-        """Features (..., in_dim) less the mean of the training data, in units of their standard deviation."""
+        """Features (..., in_dim) minus the mean of the training data, divided by its standard deviation."""
         mean, std = (
             self.mean.to(x.device),
             self.std.to(x.device),
-        )  # `DataParallel` leaves state alone
+        )  # `DataParallel` does not move state
         return (x - mean) / std
 
     def forward(self, x: Tensor, padding: Tensor) -> Tensor:
@@ -260,21 +257,21 @@ class SequenceEncoder(Component):
         """
         _check_sequence(self, x, padding)
         steps = PackedSteps(padding)
-        # A missing sequence attends to itself, which is harmless: nobody reads it.
+        # A missing sequence attends to itself, which is harmless because its output is not used.
         mask = ~padding | padding.all(dim=1, keepdim=True)
         sample = steps.rows // x.shape[1]
-        step = steps.rows - sample * x.shape[1]  # %, which ONNX lacks for sizes that vary
+        step = steps.rows - sample * x.shape[1]  # not %, which ONNX lacks for dynamic sizes
         features = steps.pack(self.standardized(x))
         embedded = F.embedding(step, self.positions)
         if self.size is not None:
             features = features.to(torch.promote_types(features.dtype, torch.float32))
-            features = features.clamp(-1e15, 1e15)  # whose squares can be added
+            features = features.clamp(-1e15, 1e15)  # so that their squares can be added
             square = steps.unpack(features.square().mean(1, keepdim=True))
             valid = (~padding).unsqueeze(2)
             size = ((square * valid).sum(1) / valid.sum(1).clamp_min(1)).clamp_min(1e-6).sqrt()
             features = features / size[sample]
             embedded = embedded + self.size(size.log().to(x.dtype))[sample]
-        # tools that cast inputs and parameters, as sharding does, leave the statistics as they are
+        # tools that cast inputs and parameters, such as sharding, do not cast the statistics
         x = self.dropout(self.project(features.to(x.dtype)) + embedded)
         for layer in self.layers:
             x = layer(x, steps, mask.unsqueeze(1).unsqueeze(1))
@@ -296,14 +293,14 @@ def _check_sequence(module: SequenceEncoder | PlaceReads, x: Tensor, padding: Te
 
 
 class PlaceReads(Component):
-    r"""Reads a sequence by the place of a step, which attention by content cannot see.
+    r"""Reads a sequence by the position of its steps, which attention by content ignores.
 
     .. math::
         \operatorname{out}_{br} = \sum_s P_{rs}\, x_{bs}
 
-    over the steps :math:`s` that are not padding. For sequences whose steps are places, as the patches of an image or
-    fixed times of a day. Each of the :math:`R` readings is one learned number a step, the same for all features: a
-    linear layer on the flattened sequence takes `in_dim` times as many for one number of output.
+    over the steps :math:`s` that are not padding. It suits sequences whose steps have fixed meanings, such as the
+    patches of an image or times of day. Each of the :math:`R` readings has one learned weight per step, the same for
+    all features; a linear layer on the flattened sequence needs `in_dim` times as many for each output.
 
     Source: none; it is new here.
 
@@ -311,10 +308,10 @@ class PlaceReads(Component):
         in_dim: Size of a step.
         max_steps: Steps of the longest sequence.
         num_reads: Number of readings :math:`R`.
-        validate_args: Whether to look at values: None on the CPU only, False never, True everywhere.
+        validate_args: Check values on the CPU only (None), never (False), or everywhere (True).
 
     Attributes:
-        weight: Parameter (num_reads, max_steps), :math:`P`; normal at first, of variance 1 / max_steps.
+        weight: Parameter (num_reads, max_steps), :math:`P`; initially normal with variance 1 / max_steps.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -360,7 +357,7 @@ class PlaceReads(Component):
             padding: Bool tensor (B, S), True where a step is to be left out. Values there are ignored.
 
         Returns:
-            Tensor (B, num_reads * in_dim), the readings one after the other; 0 where all steps are padding.
+            Tensor (B, num_reads * in_dim), the concatenated readings; 0 where all steps are padding.
 
         Raises:
             ValueError: If shapes or devices disagree, a sequence is too long, or a step that counts is not finite.
@@ -369,5 +366,5 @@ class PlaceReads(Component):
         _check_sequence(self, x, padding)
         x = x.masked_fill(padding.unsqueeze(2), 0)  # 0 times NaN is NaN
         steps = torch.arange(x.shape[1], device=x.device)
-        # a slice would be exported for one number of steps alone
+        # a slice would be exported for a single number of steps
         return (self.weight.index_select(1, steps) @ x).flatten(1)
