@@ -303,9 +303,8 @@ class DistributionSupConLoss(Component):
         if missing is not None or unknown is not None:
             left_out = (classes < 0).unsqueeze(3)
             mean, std = mean.masked_fill(left_out, 0), std.masked_fill(left_out, 0)
-        is_cosine = (
-            self.similarity == "cosine"
-        )  # for a distance the queue holds the Gaussians themselves
+        is_cosine = self.similarity == "cosine"
+        # with a distance the queue holds the Gaussians themselves
         rows = embed(mean, std, self.embedding) if is_cosine else torch.cat([mean, std], -1)
         return rows.flatten(0, 2), classes.flatten()
 

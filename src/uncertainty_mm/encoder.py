@@ -102,9 +102,8 @@ class EncoderLayer(nn.Module):
         """
         qkv = steps.unpack(self.qkv(self.norm(x))).unflatten(2, (3, self.num_heads, -1))
         if x.is_cpu and qkv.dtype in (torch.float16, torch.bfloat16):
-            qkv = (
-                qkv.float()
-            )  # the backward pass of attention in half precision takes five times as long there
+            # on a CPU the backward pass of attention takes five times as long in half precision
+            qkv = qkv.float()
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # (B, num_heads, S, dim / num_heads)
         with torch.autocast("cpu", enabled=False):
             attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
@@ -235,11 +234,8 @@ class SequenceEncoder(Component):
 
     def standardized(self, x: Tensor) -> Tensor:
         """Features (..., in_dim) minus the mean of the training data, divided by its standard deviation."""
-        mean, std = (
-            self.mean.to(x.device),
-            self.std.to(x.device),
-        )  # `DataParallel` does not move state
-        return (x - mean) / std
+        # `DataParallel` does not move state
+        return (x - self.mean.to(x.device)) / self.std.to(x.device)
 
     def forward(self, x: Tensor, padding: Tensor) -> Tensor:
         """Encodes a batch of sequences.

@@ -260,9 +260,8 @@ def reduced_chi2(
     # Differences from the most certain mean are exactly 0 for equal means, and have the same spread as the means.
     mean = mean - mean.detach().gather(1, log_precision.argmax(1, keepdim=True))
     centre = (log_precision.softmax(1) * mean).sum(1, keepdim=True)
-    ratio = ((mean - centre) / std).clamp(
-        -1e9, 1e9
-    )  # so that squares and gradients do not overflow
+    # limited so that squares and gradients do not overflow
+    ratio = ((mean - centre) / std).clamp(-1e9, 1e9)
     square = ratio.square().masked_fill(left_out, 0)
     freedom = (~left_out).sum(1) - 1
     compared = freedom > 0  # for each dimension, (B, Q, K)
