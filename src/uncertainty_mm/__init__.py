@@ -70,7 +70,7 @@ __all__ = [
     "functional",
 ]
 
-# Imported when asked for, because they take time or need an extra.
+# Imported on first use, because they take time or need an extra.
 _ROOMS = ("data", "encoder", "metrics", "plots")
 
 

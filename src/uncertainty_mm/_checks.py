@@ -1,7 +1,7 @@
-"""Argument checks with one wording: the argument, the rule, what was received.
+"""Argument checks whose messages name the argument, the rule, and what was received.
 
-Shape, dtype and device cost nothing and are always checked. Values need the numbers themselves, which on an accelerator
-makes the host wait; :func:`checks_values` says when that is acceptable.
+Shape, dtype and device cost nothing to check, and always are. Reading values makes the host wait for an accelerator;
+:func:`checks_values` tells when that is acceptable.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _KINDS = {
 
 
 def checks_values(tensor: Tensor, validate_args: bool | None = None) -> bool:
-    """Whether values may be looked at: None on the CPU only, False never, True everywhere; never while tracing."""
+    """Whether to check values: None on the CPU only, False never, True everywhere; never while tracing."""
     if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         return False
     if validate_args is None:
@@ -53,7 +53,7 @@ def check_positive_ints(**values: object) -> None:
 
 
 def check_number(name: str, value: object, rule: str, ok: bool) -> None:
-    """`ok` is the rule evaluated by the caller; comparisons with NaN are false, so NaN never passes."""
+    """Raises unless `ok`, the rule as evaluated by the caller, is True; comparisons with NaN are always False."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"Expected `{name}` to be a number {rule}, but got {value!r}")
     if not ok:
@@ -70,7 +70,7 @@ def check_dropout(value: float) -> None:
 
 def check_positive(name: str, value: float) -> None:
     check_number(name, value, "above 0", isinstance(value, Real) and 0 < value < float("inf"))
-    limits = torch.finfo(torch.float32)  # beyond them a division is one by 0 or by infinity
+    limits = torch.finfo(torch.float32)  # beyond them, a division is by 0 or by infinity
     check_number(name, value, "in the range of float32", limits.tiny <= value <= limits.max)
 
 
@@ -112,7 +112,7 @@ def check_tensor(
         kind: `"floating"`, `"bool"`, `"integer"` or `"number"` (any of these).
         dims: Names of the dimensions, such as `"B M Q"`.
         sizes: Known sizes by dimension name; names met for the first time are added.
-        device: Where the tensor has to be, if that is known.
+        device: Where the tensor has to be; None for any device.
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"Expected `{name}` to be a tensor, but got {type(value).__name__}")
@@ -145,7 +145,7 @@ def check_tensor(
 
 
 def check_like_parameters(name: str, tensor: Tensor, parameter: Tensor) -> None:
-    """Raises unless a tensor can meet the parameters of the module: same device and, without autocast, dtype."""
+    """Raises unless a tensor has the device and, without autocast, the dtype of the parameters of the module."""
     if tensor.device != parameter.device:
         raise ValueError(
             f"Expected `{name}` to be on {parameter.device}, where the module is, but got {tensor.device}"
@@ -178,7 +178,7 @@ def check_finite(name: str, tensor: Tensor, left_out: Tensor | None = None) -> N
 
 
 def _extremes(tensor: Tensor) -> tuple[float, float]:
-    """Smallest and largest value, both NaN if any is; one pass without a temporary."""
+    """Smallest and largest value, both NaN if any value is; one pass without a temporary."""
     smallest, largest = tensor.detach().aminmax()
     return smallest.item(), largest.item()
 
@@ -206,7 +206,7 @@ def check_labels(
     unknown: Tensor | None = None,
     hint: str = "mark a label that is not known in `unknown` (True: leave out)",
 ) -> None:
-    """Raises unless all values are 0 or 1, except where `unknown` is True; -1 and NaN with a hint at it."""
+    """Raises unless all values are 0 or 1, except where `unknown` is True; for -1 and NaN with a hint."""
     if labels.dtype is torch.bool or labels.numel() == 0:
         return
     if labels.dtype in _INTEGER:
@@ -225,14 +225,14 @@ def check_labels(
 def check_unknown(
     unknown: Tensor | None, dims: str, sizes: dict[str, int], device: torch.device
 ) -> Tensor | None:
-    """Checks the mask of labels that are not known: bool, of the shape of the labels, on their device."""
+    """Checks that the mask of unknown labels is bool, with the shape and on the device of the labels."""
     if unknown is not None:
         check_tensor("unknown", unknown, "bool", dims, sizes, device)
     return unknown
 
 
 def any_dims(tensor: object) -> str:
-    """Names for the dimensions of a tensor that may have any number of them."""
+    """Names for the dimensions of a tensor of any number of dimensions."""
     return " ".join(
         f"d{index}" for index in range(tensor.dim() if isinstance(tensor, Tensor) else 0)
     )
@@ -254,7 +254,7 @@ def check_gaussian(mean: Tensor, std: Tensor, validate_args: bool | None = None)
 def check_std(
     name: str, std: Tensor, left_out: Tensor | None = None, infinite: bool = False
 ) -> None:
-    """Raises unless all values are at least 0 and, unless `infinite` ones are welcome, finite."""
+    """Raises unless all values are at least 0 and, unless `infinite` is True, finite."""
     if std.numel() == 0:
         return
     smallest, largest = _extremes(std)
@@ -314,7 +314,7 @@ def check_modality_dims(value: object) -> None:
 
 
 def check_known_names(argument: str, value: object, modality_dims: Mapping[str, int]) -> None:
-    """Raises unless the argument is a mapping of nothing but modalities."""
+    """Raises unless the argument is a mapping whose keys are modalities."""
     if not isinstance(value, Mapping):
         raise TypeError(
             f"Expected `{argument}` to be a mapping from modality names to tensors, "
@@ -362,7 +362,7 @@ def missing_modalities(
     padding_mask: Mapping[str, Tensor] | None,
     names: Iterable[str],
 ) -> Tensor:
-    """(B, M) bool, True where a modality is absent from `features` or padded from end to end."""
+    """Bool tensor (B, M), True where a modality is absent from `features` or wholly padded."""
     some = next(iter(features.values()))
     columns = []
     for name in names:

@@ -1,4 +1,4 @@
-"""What all components share: settings that stay as they were made, and state that only the component changes."""
+"""Base classes of all components, with read-only settings and with state that only the component changes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class FixedSettings:
-    """A setting is checked once, by the constructor, and read-only from then on: `loss.reduction = "maen"` raises."""
+    """Settings are checked once by the constructor and read-only afterwards, so `loss.reduction = "maen"` raises."""
 
     _settings: tuple[str, ...] = ()
 
@@ -29,11 +29,11 @@ class FixedSettings:
 
 
 class Component(FixedSettings, nn.Module):
-    """A module with fixed settings and with state that is saved and moved like buffers, but is none.
+    """A module with fixed settings, and with state that is saved and moved like buffers but is not in `buffers()`.
 
-    State (the queue, a history, a fitted scale) is in `state_dict()`, follows `.to()`, `to_empty()`, `deepcopy` and
-    pickling, and loads whole or not at all: with `strict=False`, a state that lacks a part stays as it was. It is kept
-    out of `buffers()`, because tools take buffers for statistics: weight averaging would average class numbers and
+    State (a queue, a history, a fitted scale) is in `state_dict()`, follows `.to()`, `to_empty()`, `deepcopy` and
+    pickling, and is loaded completely or not at all: with `strict=False`, state stays unchanged if a part is absent. It
+    is not in `buffers()`, because tools take buffers for statistics: weight averaging would average class numbers and
     counts, and `DistributedDataParallel` would replace the state of every rank by that of rank 0.
     """
 
@@ -41,7 +41,7 @@ class Component(FixedSettings, nn.Module):
     _is_replica = False  # True in the copies that `DataParallel` makes for one forward pass
 
     def _keep(self, **states: Tensor) -> None:
-        """Registers state by name, with the values that it has now."""
+        """Registers state by name, with its current values."""
         for name, value in states.items():
             object.__setattr__(self, name, value)
         object.__setattr__(self, "_states", (*self._states, *states))
@@ -56,7 +56,7 @@ class Component(FixedSettings, nn.Module):
         )
 
     def _check_remembers(self) -> None:
-        """Refuses to change the state of all from within a copy that sees a part of the batch."""
+        """Raises in a copy made by `DataParallel`, which sees only a part of the batch."""
         if self._is_replica:
             raise RuntimeError(
                 f"This {type(self).__name__} is a copy that `DataParallel` makes for one forward pass, and cannot "
@@ -101,7 +101,7 @@ class Component(FixedSettings, nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        # torch knows nothing of the state, so it takes its keys for unexpected ones
+        # torch does not know the state, and so reports its keys as unexpected
         unexpected_keys[:] = [key for key in unexpected_keys if key not in own]
         given = {key: state_dict[key] for key in own if key in state_dict}
         problems = [
@@ -115,7 +115,7 @@ class Component(FixedSettings, nn.Module):
         missing_keys += absent if strict else []
         error_msgs += problems
         if problems or (absent and strict):
-            return  # parts of a state belong together
+            return  # state is loaded completely or not at all
         assign = bool(local_metadata.get("assign_to_params_buffers", False))
         with torch.no_grad():
             for name in self._states:
@@ -130,7 +130,7 @@ class Component(FixedSettings, nn.Module):
 
 
 class FittedComponent(Component):
-    """A component whose state keeps its dtype: rounded to half precision, a root of an inverse is another one."""
+    """A component whose state keeps its dtype, because rounding to half precision would invalidate a fit."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Component:
         def moved(state: Tensor) -> Tensor:
@@ -141,7 +141,7 @@ class FittedComponent(Component):
 
 
 def _mismatch(key: str, value: object, own: Tensor) -> str | None:
-    """Why a value cannot be loaded as a state: classes and counts that were made floating are not what they were."""
+    """The reason why a value cannot be loaded as state, if any; integers that became floating may have changed."""
     if not isinstance(value, Tensor) or value.shape != own.shape:
         got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         return f"Expected `{key}` to have shape {tuple(own.shape)}, but got {got}"
@@ -152,7 +152,7 @@ def _mismatch(key: str, value: object, own: Tensor) -> str | None:
 
 
 def states(module: nn.Module) -> dict[str, Tensor]:
-    """All state of a module and of the modules in it, by the names of `state_dict()`."""
+    """All state of a module and its submodules, by the names in `state_dict()`."""
     return {
         f"{prefix}.{name}" if prefix else name: getattr(each, name)
         for prefix, each in module.named_modules()

@@ -1,4 +1,4 @@
-"""Files that are whole: written in one step (:func:`replacing`), checked for damage (:func:`check_sums`)."""
+"""Writes files in one step (:func:`replacing`) and checks them for damage (:func:`check_sums`)."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from typing import BinaryIO
 
 try:
     from fcntl import LOCK_EX, LOCK_NB, flock
-except ImportError:  # Windows: what a killed writer leaves is not found again
+except ImportError:  # on Windows, remnants of a killed writer are not removed
     flock = None  # type: ignore[assignment]
 
 
 @contextmanager
 def replacing(path: str | PathLike[str]) -> Iterator[Path]:
-    """A file beside `path` to write to, which takes its place in one step when the block ends well.
+    """Gives a temporary file next to `path` to write to, which replaces it in one step if the block succeeds.
 
-    Where the block raises (a full disk, an interruption), the process is killed or the power fails, `path` is as it was
-    before. A link stays, and what it leads to is replaced. A device, such as /dev/null, is written to. The name beside
-    `path` belongs to this writer alone, so that several may write one path: the last to end wins. The permissions are
-    those that opening `path` for writing would have left.
+    If the block raises (a full disk, an interruption), the process is killed or the power fails, `path` is unchanged. A
+    link is kept, and its target is replaced. A device, such as /dev/null, is written to directly. Each writer has its
+    own temporary file, so several may write to one path, and the last to finish wins. The permissions are those that
+    opening `path` for writing would have left.
 
     Raises:
         PermissionError: If `path` is protected against writing.
@@ -55,12 +55,12 @@ def replacing(path: str | PathLike[str]) -> Iterator[Path]:
 
 
 def _beside(path: Path) -> tuple[str, str]:
-    """How the names of files beside `path` begin and end: hidden, and cut where a name may not be longer."""
+    """Start and end of the names of temporary files for `path`, which are hidden and limited in length."""
     return f".{path.stem[:50]}.", f".part{path.suffix}"
 
 
 def _own_file(path: Path) -> tuple[Path, BinaryIO]:
-    """A new, empty file beside `path`, and what keeps it locked as long as its writer lives."""
+    """A new, empty file next to `path`, and the handle that keeps it locked as long as its writer lives."""
     start, end = _beside(path)
     while True:
         own = path.with_name(start + secrets.token_hex(4) + end)
@@ -73,13 +73,13 @@ def _own_file(path: Path) -> tuple[Path, BinaryIO]:
             return own, file
         with suppress(OSError):  # a file system without locks
             flock(file, LOCK_EX)
-        if own.exists():  # else another writer took it for a remnant
+        if own.exists():  # otherwise another writer has removed it as a remnant
             return own, file
         file.close()
 
 
 def _clear_remnants(path: Path) -> None:
-    """Removes what writers of `path` left who were killed: nobody holds the lock of such a file."""
+    """Removes the files that killed writers of `path` have left, which nobody has locked."""
     if flock is None:
         return
     start, end = map(escape, _beside(path))
@@ -92,7 +92,7 @@ def _clear_remnants(path: Path) -> None:
 def check_sums(path: str | PathLike[str]) -> None:
     """Raises ValueError if a part of an archive, such as a file of `torch.save`, has changed since it was written.
 
-    `torch.load` does not look at the check sums, so that damaged weights would pass for others.
+    `torch.load` does not read the check sums, so it would accept damaged weights.
     """
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as file:

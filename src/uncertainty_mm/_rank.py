@@ -1,4 +1,4 @@
-"""Soft ranks by sorting: every pair counts, but no matrix of pairs exists."""
+"""Soft ranks by sorting, over all pairs but without a matrix of pairs."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from torch import Tensor
 
 
 def _neighbours(scores: Tensor, weights: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    r"""Sums of :math:`w_j \exp(-|s_i - s_j| / \tau)` over the smaller and over the larger ones of ascending scores.
+    r"""Sums of :math:`w_j \exp(-|s_i - s_j| / \tau)` over the smaller and over the larger of ascending scores.
 
-    The sum over the last `reach` entries doubles its reach by adding the one that ends where it begins, faded by the
-    distance between the two: log2(B) steps. All terms have the sign of their weight and every distance is one
-    subtraction, so that nothing overflows or cancels, as it would in cumulative sums of exponentials.
+    The sum over the last `reach` entries doubles its reach by adding the sum that ends where it begins, scaled by the
+    distance between the two, so log2(B) steps are needed. All terms have the sign of their weight, and every distance
+    is one subtraction, so nothing overflows or cancels, unlike in cumulative sums of exponentials.
     """
-    # The larger ones are the smaller ones of the mirrored batch.
+    # Larger scores are the smaller ones of the mirrored batch.
     scores = torch.stack([scores, -scores.flip(0)])
     totals = torch.stack([weights, weights.flip(-1)], -2)
 
     def from_before(reach: int) -> Tensor:
-        """What each total receives from the one that is `reach` places before it."""
+        """The contribution to each total from the one `reach` places before it."""
         faded = ((scores[:, :-reach] - scores[:, reach:]) / temperature).exp()
         return F.pad(faded * totals[..., :-reach], (reach, 0))
 
@@ -35,7 +35,7 @@ def _neighbours(scores: Tensor, weights: Tensor, temperature: float) -> tuple[Te
 
 def laplace_rank(scores: Tensor, kept: Tensor, temperature: float) -> Tensor:
     """Soft ranks (B,) of scores among those that are kept; see :func:`uncertainty_mm.functional.soft_rank`."""
-    if torch.compiler.is_compiling():  # which plans the memory itself
+    if torch.compiler.is_compiling():  # a compiler manages the memory itself
         return _rank(scores, kept, temperature)
     return _Rank.apply(scores, kept, temperature)  # type: ignore[no-any-return, no-untyped-call]
 
@@ -43,15 +43,15 @@ def laplace_rank(scores: Tensor, kept: Tensor, temperature: float) -> Tensor:
 def _rank(scores: Tensor, kept: Tensor, temperature: float) -> Tensor:
     order = scores.detach().argsort()
     kept = kept.gather(0, order)
-    below = kept.cumsum(0) - kept.long()  # integers: exact, and deterministic on every device
+    below = kept.cumsum(0) - kept.long()  # integers are exact and deterministic on every device
     smaller, larger = _neighbours(scores.gather(0, order), kept.to(scores.dtype), temperature)
-    # Against a smaller score it gets 1 - exp(-distance) / 2, against a larger one exp(-distance) / 2.
+    # A smaller score adds 1 - exp(-distance) / 2 to the rank, a larger one exp(-distance) / 2.
     ranks = 1 + (below - 0.5 * smaller) + 0.5 * larger
     return ranks.gather(0, order.argsort())
 
 
 class _Rank(torch.autograd.Function):
-    """The derivative written out, so that the backward pass needs the scores only and not every step of the sums."""
+    """The derivative written out, so that the backward pass needs only the scores and not every step of the sums."""
 
     generate_vmap_rule = True
 
@@ -69,7 +69,7 @@ class _Rank(torch.autograd.Function):
         scores, kept = ctx.saved_tensors
         order = scores.detach().argsort()
         kept, grad = kept.gather(0, order).to(grad.dtype), grad.gather(0, order)
-        # Moving a score moves its own rank, and that of every other by as much the other way.
+        # Moving a score changes its own rank, and every other rank by its share in the opposite direction.
         weights = torch.stack([kept, kept * grad])
         smaller, larger = _neighbours(scores.gather(0, order), weights, ctx.temperature)
         near, moved = smaller + larger

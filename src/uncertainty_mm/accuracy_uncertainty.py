@@ -1,4 +1,4 @@
-"""Certain where it is right, uncertain where it is wrong: :class:`AccuracyUncertaintyLoss`."""
+"""Trains certainty where predictions are accurate: :class:`AccuracyUncertaintyLoss`."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ class AccuracyUncertaintyLoss(Component):
     .. math::
         \ell = -\log \frac{n_{AC} + n_{IU}}{n_{AC} + n_{IU} + n_{AU} + n_{IC}}
 
-    The kinds are those of all labels of the batch together. Where no prediction is as it should be the loss is not
-    infinite but about 16 in float32, and still has a gradient.
+    The sums run over all labels of the batch. If no prediction is accurate and certain, or inaccurate and uncertain,
+    the loss is about 16 in float32 instead of infinite, and still has a gradient.
 
     Source: Krishnan and Tickoo 2020, "Improving model calibration with accuracy versus uncertainty optimization",
     arXiv 2012.07923, for two classes.
 
     Args:
-        threshold: Uncertainty up to which a prediction is certain. None computes it for every batch as the paper does
-            once, after some epochs: halfway between the mean uncertainties of accurate and of inaccurate predictions
-            (where there is one kind only, the mean).
+        threshold: Uncertainty up to which a prediction counts as certain. None computes it for every batch, halfway
+            between the mean uncertainties of accurate and inaccurate predictions (if there is only one kind, its
+            mean). The paper does this once, after some epochs.
         validate_args: Check values on the CPU only (None), never (False), or everywhere (True), which makes the host
             wait for an accelerator.
 
@@ -85,8 +85,8 @@ class AccuracyUncertaintyLoss(Component):
 
         Args:
             probs: Tensor (B, Q) of probabilities in [0, 1]. Above 0.5 the label is predicted.
-            uncertainty: Tensor (B, Q) of at least 0, on a scale on which `tanh` tells values apart: the entropy of
-                every label in nats, as in the paper, or what lies about in [0, 1].
+            uncertainty: Tensor (B, Q) of at least 0, on a scale where `tanh` does not saturate: the entropy of each
+                label in nats, as in the paper, or values of about [0, 1].
             labels: Tensor (B, Q) of 0 and 1, any real dtype. Where values are not checked, a label above 0.5 counts as
                 present.
             unknown: Bool tensor (B, Q), True where a label is not known; a whole row leaves the sample out. Values
@@ -125,7 +125,7 @@ class AccuracyUncertaintyLoss(Component):
 
 
 def _halfway(u: Tensor, accurate: Tensor, known: Tensor) -> Tensor:
-    """Between the mean uncertainties of accurate and inaccurate predictions; where one kind is absent, the other's."""
+    """The middle of the mean uncertainties of accurate and inaccurate predictions, or the one of the only kind."""
     groups = torch.stack([known * accurate, known * ~accurate])
     counts = groups.sum((1, 2))
     means = (u.detach() * groups).sum((1, 2)) / counts.clamp_min(1)

@@ -172,7 +172,7 @@ class EmotionQueryAttention(Component):
     def missing(
         self, features: Mapping[str, Tensor], padding_mask: Mapping[str, Tensor] | None = None
     ) -> Tensor:
-        """Which modalities are absent from `features` or padded from end to end.
+        """Which modalities are absent from `features` or wholly padded.
 
         Only names, shapes and masks are read, neither the values of the features nor any parameter.
 

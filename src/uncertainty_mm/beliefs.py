@@ -1,4 +1,4 @@
-"""Evidence for and against every label, of all modalities together: :class:`BeliefFusion`."""
+"""Fuses the evidence of all modalities for and against each label: :class:`BeliefFusion`."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ BeliefRule = Literal["cumulative", "average", "dempster", "discounted"]
 
 
 class FusedBelief(NamedTuple):
-    """What :class:`BeliefFusion` returns, all in at least float32.
+    """The result of :class:`BeliefFusion`, all in at least float32.
 
     Attributes:
         evidence: Tensor (B, Q, 2), evidence that a label is present, `[..., 0]`, and that it is absent, `[..., 1]`.
-        probs: Tensor (B, Q), expected probabilities: mean of the Beta distribution with these two plus 1.
-        uncertainty: Tensor (B, Q) in (0, 1], the share of belief that nothing supports: 1 without evidence.
+        probs: Tensor (B, Q), expected probabilities: the mean of the Beta distribution with `evidence + 1`.
+        uncertainty: Tensor (B, Q) in (0, 1], the share of belief without any support: 1 without evidence.
         conflict: Tensor (B, Q) in [0, 1], the largest degree of conflict between two modalities.
     """
 
@@ -40,16 +40,16 @@ class FusedBelief(NamedTuple):
 
 
 class BeliefFusion(Component):
-    r"""Fuses what modalities say for and against each label, as counts of observations, and says where they disagree.
+    r"""Fuses the evidence of the modalities for and against each label, and measures how far they disagree.
 
-    Evidence :math:`(e, \bar e)` is an opinion on a label: with :math:`S = e + \bar e + 2` the belief
-    :math:`b = e / S`, the disbelief :math:`\bar e / S`, the uncertainty :math:`u = 2 / S`, and the expected
-    probability :math:`p = (e + 1) / S`. For either side
+    Evidence :math:`(e, \bar e)`, like counts of observations for and against, is an opinion on a label. With
+    :math:`S = e + \bar e + 2` it has the belief :math:`b = e / S`, the disbelief :math:`\bar e / S`, the uncertainty
+    :math:`u = 2 / S`, and the expected probability :math:`p = (e + 1) / S`. The rules are, for each of the two sides:
 
     - `"cumulative"`: :math:`\sum_m e_m`, for independent observations;
-    - `"average"`: :math:`\sum_m e_m / P` over the :math:`P` modalities present, for repeated ones;
+    - `"average"`: :math:`\sum_m e_m / P` over the :math:`P` modalities present, for repeated observations;
     - `"dempster"`: :math:`1 + e / 2 = \prod_m (1 + e_m / 2)`, Dempster's rule in closed form;
-    - `"discounted"`: cumulative, after each modality has been trusted as far as others do not contradict it:
+    - `"discounted"`: cumulative, where each modality is trusted as far as the others do not contradict it:
 
       .. math::
           e = \sum_m \frac{2 t_m e_m}{(1 - t_m) S_m + 2 t_m}, \qquad
@@ -57,19 +57,19 @@ class BeliefFusion(Component):
 
       which multiplies belief and disbelief by :math:`t_m` and gives the rest to uncertainty.
 
-    The degree of conflict of two opinions is how far their probabilities differ, as far as both are sure
+    The degree of conflict of two opinions is the difference of their probabilities, weighted by both certainties,
 
     .. math::
         c_{mn} = |p_m - p_n| (1 - u_m)(1 - u_n)
 
-    and `conflict` the largest of all pairs. No rule depends on the order of modalities. Evidence of zero changes
-    nothing, except that it is averaged.
+    and `conflict` is the largest over all pairs. The order of modalities does not matter. Zero evidence has no effect,
+    except on an average.
 
     Source: Jøsang 2016, doi 10.1007/978-3-319-42337-1 (opinions, cumulative and averaging fusion, degree of conflict,
     trust discounting); Dempster 1967, doi 10.1214/aoms/1177698950. The product over the others as trust is new here.
 
     Args:
-        rule: One of the four.
+        rule: One of the four rules.
         validate_args: Check values (NaN, negative evidence) on the CPU only (None), never (False), or everywhere
             (True), which makes the host wait for an accelerator.
 
@@ -79,7 +79,7 @@ class BeliefFusion(Component):
 
     Example:
         >>> evidence = torch.tensor([[98.0, 0.0], [0.0, 98.0]]).view(1, 2, 1, 2)  # one for, one against
-        >>> BeliefFusion("dempster")(evidence).uncertainty  # contradicted, and yet surer than each: 0.02
+        >>> BeliefFusion("dempster")(evidence).uncertainty  # despite the conflict below that of each, 0.02
         tensor([[0.0101]])
         >>> fused = BeliefFusion("discounted")(evidence)
         >>> fused.conflict, fused.uncertainty
@@ -99,12 +99,12 @@ class BeliefFusion(Component):
         """Fuses the modalities of every label.
 
         Args:
-            evidence: Tensor (B, M, Q, 2), at least 0, such as `F.softplus` of two outputs a label: for its presence,
+            evidence: Tensor (B, M, Q, 2), at least 0, such as `F.softplus` of two outputs per label: for its presence,
                 `[..., 0]`, and its absence, `[..., 1]`. Any number of modalities.
             missing: Bool tensor (B, M), True where a modality is missing. Values there are ignored.
 
         Returns:
-            Evidence, expected probability, uncertainty and conflict. Without any modality no evidence, 0.5, 1 and 0.
+            Evidence, expected probability, uncertainty and conflict: 0, 0.5, 1 and 0 if all modalities are missing.
 
         Raises:
             ValueError: If shapes or devices disagree, or evidence is negative or not finite.
@@ -118,7 +118,7 @@ class BeliefFusion(Component):
             check_finite("evidence", evidence, left_out)
             check_range("evidence", evidence, 0, math.inf, left_out)
         evidence = at_least_float32(evidence)
-        # no more than this on either side, so that their sum is a number
+        # the limit on either side keeps their sum finite
         most = torch.finfo(evidence.dtype).max / 8
         evidence = evidence.clamp_max(most)
         if left_out is not None:
@@ -127,7 +127,7 @@ class BeliefFusion(Component):
         if self.rule == "dempster":
             log_product = torch.log1p(evidence / 2).sum(1)
             fused = 2 * torch.expm1(log_product.clamp_max(math.log(most / 2)))
-            # log(1 + e) where e itself is beyond the dtype
+            # log(1 + e) is finite even if e overflows
             log_strength = log_product + torch.log1p(-torch.expm1(-log_product))
         else:
             if self.rule == "discounted":
@@ -142,13 +142,13 @@ class BeliefFusion(Component):
             log_strength = torch.log1p(fused)
         probs = (log_strength[..., 0] - log_strength[..., 1]).sigmoid()
         uncertainty = 2 / (2 + fused.sum(-1))
-        # one more row of zeros, for no modality at all
+        # one more row of zeros, in case there is no modality at all
         conflict = torch.cat([degrees.flatten(1, 2), torch.zeros_like(probs).unsqueeze(1)], 1)
         return FusedBelief(fused, probs, uncertainty, conflict.amax(1))
 
 
 def _conflict(evidence: Tensor) -> Tensor:
-    """Degree of conflict of every pair of modalities, (B, M, M, Q); 0 of one with itself."""
+    """Degree of conflict of every pair of modalities, (B, M, M, Q), with 0 on the diagonal."""
     total = evidence.sum(-1)
     certainty = total / (2 + total)
     probs = (evidence[..., 0] + 1) / (2 + total)
@@ -157,8 +157,8 @@ def _conflict(evidence: Tensor) -> Tensor:
 
 
 def _discounted(evidence: Tensor, degrees: Tensor) -> Tensor:
-    """Evidence of each modality, as far as it is trusted."""
-    largest = 1 - torch.finfo(degrees.dtype).eps  # of which the logarithm is a number
+    """Evidence of each modality, discounted by its trust."""
+    largest = 1 - torch.finfo(degrees.dtype).eps  # keeps the logarithm finite
     trust = torch.log1p(-degrees.clamp_max(largest)).sum(2).exp().unsqueeze(-1)
     strength = 2 + evidence.sum(-1, keepdim=True)
     return evidence * (2 * trust / ((1 - trust) * strength + 2 * trust))

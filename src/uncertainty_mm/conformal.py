@@ -1,4 +1,4 @@
-"""Sets of labels that miss few of the true ones, guaranteed: :class:`ConformalRiskControl`."""
+"""Sets of labels with a guaranteed bound on the share of true labels missed: :class:`ConformalRiskControl`."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from uncertainty_mm.calibration._data import checked_input, fitting_data
 
 
 class ConformalRiskControl(Component):
-    r"""Predicts for every sample a set of labels that misses no more of its true labels than was asked for.
+    r"""Predicts sets of labels that miss, on average, no more than a given share of the true labels.
 
     .. math::
         C(p) = \{q : p_q \ge \lambda\}, \qquad
         \mathbb{E}\left[\frac{|\{q : y_q = 1\} \setminus C(p)|}{|\{q : y_q = 1\}|}\right] \le \text{risk}
 
-    whatever the distribution, the model and the number of samples of :meth:`fit`, as long as these and the new ones are
-    exchangeable; the expectation is over both. A sample without labels misses nothing. The better the probabilities,
-    the smaller the sets. Before :meth:`fit` all labels are predicted. The threshold is saved with the model; no
-    optimizer touches it, and no averaging of weights.
+    for any distribution, model and number of samples in :meth:`fit`, as long as these and the new samples are
+    exchangeable; the expectation is over both. A sample without labels misses nothing. Better probabilities give
+    smaller sets. Before :meth:`fit` all labels are predicted. The threshold is saved with the model; optimizers and
+    weight averaging do not change it.
 
     Source: Angelopoulos et al. 2022, "Conformal Risk Control", arXiv 2208.02814.
 
@@ -65,7 +65,7 @@ class ConformalRiskControl(Component):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Forgets the fit: everything is predicted."""
+        """Removes the fit, so that all labels are predicted."""
         self.threshold.zero_()
 
     def forward(self, probs: Tensor) -> Tensor:
@@ -88,13 +88,13 @@ class ConformalRiskControl(Component):
     def fit(
         self, probs: Tensor, labels: Tensor, unknown: Tensor | None = None
     ) -> ConformalRiskControl:
-        r"""Finds the threshold, whatever it was before.
+        r"""Fits the threshold; an earlier fit is replaced.
 
         .. math::
             \lambda = \max \left\{ t \in [0, 1] : \frac{n}{n + 1} \hat R(t) + \frac{1}{n + 1} \le \text{risk} \right\}
 
-        with :math:`\hat R(t)` the mean over the :math:`n` samples of the share of true labels below :math:`t`. Where no
-        threshold does that, which is so for :math:`n < 1 / \text{risk} - 1`, it is 0, and everything is predicted.
+        where :math:`\hat R(t)` is the mean over the :math:`n` samples of the share of true labels below :math:`t`. If
+        no threshold satisfies this, as for :math:`n < 1 / \text{risk} - 1`, it is 0 and all labels are predicted.
         Computed in float64 on the CPU, and rounded down.
 
         Args:
@@ -113,7 +113,7 @@ class ConformalRiskControl(Component):
         """
         p, present, known = fitting_data(self, "probs", probs, labels, unknown)
         count = known.any(1).sum()
-        # What the risk grows by once the threshold is above the probability of a true label.
+        # The increase of the risk when the threshold exceeds the probability of a true label.
         share = (present / present.sum(1, keepdim=True).clamp_min(1)).flatten()
         ordered, order = p.flatten().sort()
         total = share[order].cumsum(0) + 1

@@ -1,4 +1,4 @@
-"""One decision of those of all modalities, by four rules: :class:`DecisionFusion`."""
+"""Four rules to fuse the logits of all modalities: :class:`DecisionFusion`."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ _NEEDS = {"precision": "std", "predictive": "confidence"}
 
 
 class FusedDecision(NamedTuple):
-    """What :class:`DecisionFusion` returns, all in at least float32.
+    """The result of :class:`DecisionFusion`, all in at least float32.
 
     Attributes:
-        logits: Tensor (B, Q), of all modalities together.
-        weights: Tensor (B, M, Q), how much each modality counts. They sum to 1 over those that count, and to 0 where
+        logits: Tensor (B, Q), the fused logits.
+        weights: Tensor (B, M, Q), the weight of each modality. They sum to 1 over the modalities that count, or to 0 if
             none does.
         conflict: Tensor (B, Q) in [0, 1], how far the probabilities of the modalities differ.
     """
@@ -44,12 +44,12 @@ class FusedDecision(NamedTuple):
 
     @property
     def probs(self) -> Tensor:
-        """Probabilities of all modalities together, shape (B, Q)."""
+        """Fused probabilities, shape (B, Q)."""
         return self.logits.sigmoid()
 
 
 class DecisionFusion(Component):
-    r"""Averages the logits of all modalities, each trusted as a rule says, and says where they disagree.
+    r"""Averages the logits of all modalities with weights from a rule, and measures how far they disagree.
 
     With logits :math:`l_m` of the :math:`P` modalities present, for each label
 
@@ -57,48 +57,48 @@ class DecisionFusion(Component):
         l = \sum_m w_m l_m, \qquad w = \operatorname{softmax}_m(r_m)
 
     - `"mean"`: :math:`r_m = 0`, so that each has the weight :math:`1 / P`;
-    - `"precision"`: :math:`r_m = \log \tau_m` with :math:`\tau_m = \sigma_m^{-2}`, for logits of which a standard
-      deviation is known. Mean and precision of the fused logit are averages by the same weights, and `logits` is the
+    - `"precision"`: :math:`r_m = \log \tau_m` with :math:`\tau_m = \sigma_m^{-2}`, for logits with a standard
+      deviation. The mean and the precision of the fused logit are averages with the same weights, and `logits` is the
       logit of its expected probability (:func:`~uncertainty_mm.functional.logistic_normal_probs`):
 
       .. math::
           \mu = \sum_m w_m l_m, \quad \frac{1}{\sigma^2} = \sum_m w_m \tau_m, \quad
           l = \frac{\mu}{\sqrt{1 + \pi \sigma^2 / 8}}
 
-    - `"energy"`: :math:`r_m = \log \sum_q \log(1 + e^{l_{mq}})`, which gives every modality its share of the energy
-      of all. The labels share the weights. Logits that are high for some label mean input like that of the training;
-      a modality that finds no label at all has little energy, and hardly counts.
-    - `"predictive"`: from a predicted confidence :math:`c_m`, the probability that the modality gives to the truth.
-      With the losses :math:`\ell_m = -\log c_m` that follow from it
+    - `"energy"`: :math:`r_m = \log \sum_q \log(1 + e^{l_{mq}})`, which weights each modality by its share of the total
+      energy, equally for all labels. High logits for some label indicate input like the training data; a modality that
+      finds no label has little energy, and hardly counts.
+    - `"predictive"`: from a predicted confidence :math:`c_m`, the probability that the modality gives to the true
+      value. With the resulting losses :math:`\ell_m = -\log c_m`
 
       .. math::
           r_m = k_m \Bigl(c_m + \frac{\sum_{n \ne m} \ell_n}{\sum_n \ell_n}\Bigr), \qquad
           k_m = \min\Bigl(1, \frac{d_m}{\frac{1}{P - 1} \sum_{n \ne m} d_n}\Bigr), \qquad
           d_m = \bigl|\operatorname{sigmoid}(l_m) - \tfrac{1}{2}\bigr|
 
-      the sum of its own confidence and of that which the losses of the others leave it, less where it is closer to
-      undecided than the others are.
+      that is, its own confidence plus the share of the losses that the others have, reduced if it is less decided than
+      the others.
 
-    The order of modalities changes nothing, and a missing one counts as one that is not there. Copies of one modality
-    give what it gives alone: its logit, and with `"precision"` the logit of its expected probability. Without any, the
-    logit is 0.
+    The order of modalities does not matter, and missing modalities are ignored. Copies of one modality give the same
+    result as this modality alone: its logit, or with `"precision"` the logit of its expected probability. Without any
+    modality, the logit is 0.
 
-    Conflict is the Jensen-Shannon divergence of the modalities in bits, each with the same weight whatever the rule:
-    with the binary entropy :math:`H` and the probabilities :math:`p_m` (with `"precision"` the expected ones)
+    Conflict is the Jensen-Shannon divergence of the modalities in bits, with equal weights for any rule. With the
+    binary entropy :math:`H` and the probabilities :math:`p_m` (with `"precision"` the expected ones) it is
 
     .. math::
         H\Bigl(\frac{1}{P} \sum_m p_m\Bigr) - \frac{1}{P} \sum_m H(p_m)
 
-    0 where all agree, 1 where half of them are sure of the opposite of what the others are sure of.
+    which is 0 if all agree, and 1 if half of them are certain that the label is present and half that it is absent.
 
     Source: Kendall and Gal 2017, arXiv 1703.04977 (logits with a standard deviation); Zhang et al. 2023, arXiv
     2306.02050 (QMF: weights linear in the energy, here their shares), with the energy of labels that do not exclude
     each other of Wang et al. 2021, arXiv 2109.14162; Cao et al. 2024, arXiv 2406.04802 (PDF: its uniformity is
-    :math:`d_m` for present and absent as the two classes); Lin 1991, doi 10.1109/18.61115 (the divergence). That
-    precisions are averaged, and that :math:`d_m` is held against the mean of the others, is ours.
+    :math:`d_m` for present and absent as the two classes); Lin 1991, doi 10.1109/18.61115 (the divergence). Averaging
+    the precisions, and comparing :math:`d_m` with the mean of the others, are additions.
 
     Args:
-        rule: One of the four.
+        rule: One of the four rules.
         validate_args: Check values (NaN, a negative standard deviation) on the CPU only (None), never (False), or
             everywhere (True), which makes the host wait for an accelerator.
 
@@ -136,19 +136,19 @@ class DecisionFusion(Component):
         """Fuses the modalities of every label.
 
         Args:
-            logits: Tensor (B, M, Q), of any number of modalities.
-            std: Tensor (B, M, Q), at least 0, the standard deviations of the logits; needed by `"precision"`, and
-                read by no other rule. Those of 0 decide alone; one of infinity does not count.
+            logits: Tensor (B, M, Q), for any number of modalities.
+            std: Tensor (B, M, Q), at least 0, the standard deviations of the logits; needed by `"precision"`, and not
+                used by other rules. If some are 0, only these count; infinite ones do not count.
             confidence: Tensor (B, M, Q) in [0, 1], such as the output of a head that is trained to predict
-                `torch.where(labels, probs, 1 - probs)`; needed by `"predictive"`, and read by no other rule.
+                `torch.where(labels, probs, 1 - probs)`; needed by `"predictive"`, and not used by other rules.
             missing: Bool tensor (B, M), True where a modality is missing. Values there are ignored.
 
         Returns:
-            Logits, weights and conflict. Without any modality all are 0.
+            Logits, weights and conflict; all are 0 if all modalities are missing.
 
         Raises:
-            ValueError: If shapes or devices disagree, the rule lacks what it needs, a logit is not finite, `std` is
-                negative or NaN, or `confidence` is not in [0, 1].
+            ValueError: If shapes or devices disagree, an argument that the rule needs is None, a logit is not finite,
+                `std` is negative or NaN, or `confidence` is not in [0, 1].
             TypeError: If a dtype is wrong.
         """
         sizes: dict[str, int] = {}
@@ -199,7 +199,7 @@ class DecisionFusion(Component):
 
 
 def _log_softplus(x: Tensor) -> Tensor:
-    """Logarithm of log(1 + exp(x)), also where exp(x) is no number; below -15 it is x - exp(x) / 2, up to 1e-13."""
+    """Logarithm of log(1 + exp(x)), even where exp(x) overflows; below -15 it is x - exp(x) / 2, up to 1e-13."""
     low = x < -15
     return torch.where(
         low, x - x.clamp_max(-15).exp() / 2, (-F.logsigmoid(-x.clamp_min(-15))).log()
@@ -212,7 +212,7 @@ def _others(x: Tensor) -> Tensor:
 
 
 def _calibrated_belief(logits: Tensor, confidence: Tensor, counted: Tensor) -> Tensor:
-    """PDF's collaborative belief, calibrated; confidence is 1 and the logit 0 where a modality does not count."""
+    """The calibrated collaborative belief of PDF; modalities that do not count have confidence 1 and logit 0."""
     tiny = torch.finfo(logits.dtype).tiny
     present = counted.to(logits.dtype).sum(1, keepdim=True).clamp_min(1)
     loss = -confidence.clamp_min(tiny).log()
@@ -225,7 +225,7 @@ def _calibrated_belief(logits: Tensor, confidence: Tensor, counted: Tensor) -> T
 
 
 def _divergence(logits: Tensor, counted: Tensor) -> Tensor:
-    """Jensen-Shannon divergence in bits, as the mean divergence from the mean: no difference of entropies."""
+    """Jensen-Shannon divergence in bits, as the mean divergence from the mean, which avoids cancellation."""
     present = counted.to(logits.dtype).sum(1).clamp_min(1)
     log_probs = F.logsigmoid(torch.stack([logits, -logits]))
     log_mean = log_probs.masked_fill(~counted, _lowest(logits)).logsumexp(2) - present.log()

@@ -1,8 +1,8 @@
 """Exact exchange between ranks, for losses that compare samples with each other.
 
 With :func:`gather_rows` a loss sees the rows of all ranks, and its gradient is that of one process on the joined batch.
-All functions take the group of ranks as `process_group`, the group itself or its name; None stands for all ranks.
-Exchanges are operators, which compilers take as one step, and know the group by its name.
+All functions take the ranks that take part as `process_group`, a group or its name; None means all ranks. Exchanges are
+operators that compilers do not look into, and refer to the group by name.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def group_name(process_group: dist.ProcessGroup | str | None = None) -> str:
     """Name of a process group, which unlike the group can be copied, saved and compiled; empty for all ranks.
 
     Raises:
-        TypeError: If it is no process group, or one that this rank does not belong to.
+        TypeError: If it is not a process group, or not one that this rank belongs to.
     """
     if process_group is None or isinstance(process_group, str):
         return process_group or ""
@@ -49,7 +49,7 @@ def world_size(process_group: dist.ProcessGroup | str | None = None) -> int:
 
 
 def rank(process_group: dist.ProcessGroup | str | None = None) -> int:
-    """Place of this process in the group, 0 without `torch.distributed`."""
+    """Rank of this process in the group, 0 without `torch.distributed`."""
     place, _ = _place(group_name(process_group))
     return int(place)
 
@@ -71,7 +71,7 @@ def _group(name: str) -> dist.ProcessGroup | None:
 def largest_of_ranks(
     number: int, device: torch.device, process_group: dist.ProcessGroup | str | None = None
 ) -> int:
-    """The largest `number` that a rank passes; makes the host wait."""
+    """The largest `number` of all ranks; makes the host wait."""
     largest = torch.tensor(number, device=device)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=_group(group_name(process_group)))
     return int(largest)
@@ -90,21 +90,21 @@ def gather_rows(
     max_rows: int | None = None,
     process_group: dist.ProcessGroup | str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Rows and classes of all ranks, in the order of the ranks, with gradient.
+    """Gathers the rows and classes of all ranks, in the order of the ranks, with gradient.
 
-    Every rank sends as many: fewer rows are followed by rows of 0 and of class -1. So the rows of rank r start at
-    r * `max_rows`. The gradient of a row is the sum of its gradients on all ranks, so that a loss of which every rank
-    computes its share has, summed over the ranks, the gradient of one process on the joined batch.
-    (`DistributedDataParallel` averages: multiply the share by :func:`world_size`.)
+    All ranks send the same number of rows, padded with rows of 0 and class -1, so the rows of rank r start at
+    r * `max_rows`. The gradient of a row is the sum of its gradients on all ranks. If every rank computes its share of
+    a loss, the gradients summed over the ranks are therefore those of one process on the joined batch.
+    (`DistributedDataParallel` averages, so multiply the share by :func:`world_size`.)
 
-    Without `torch.distributed`, or with one rank, only the padding happens.
+    Without `torch.distributed`, or with one rank, the rows are only padded.
 
     Args:
-        rows: Tensor (N, ...). N may differ between ranks and be 0; the other sizes and the dtype may not.
-        classes: Integer tensor (N,), any numbers of at least 0 if only the padding matters.
-        max_rows: Largest N that any rank will have; None makes the ranks ask each other, for which the host waits, and
-            which cannot be compiled with `fullgraph=True`.
-        process_group: Ranks that take part.
+        rows: Tensor (N, ...). N may differ between ranks and be 0; the other sizes and the dtype may not differ.
+        classes: Integer tensor (N,); any numbers of at least 0 if only the padding matters.
+        max_rows: Largest N that any rank will have. With None the ranks agree on it, which makes the host wait and
+            cannot be compiled with `fullgraph=True`.
+        process_group: Ranks that take part; None for all.
 
     Returns:
         Tensors (W * max_rows, ...) and (W * max_rows,), for W ranks.
@@ -156,7 +156,7 @@ def _(tensor: Tensor, group: str) -> Tensor:
 
 @torch.library.custom_op("uncertainty_mm::gather_rows", mutates_args=())
 def _gather_rows(rows: Tensor, classes: Tensor, group: str) -> tuple[Tensor, Tensor]:
-    """One operator for both, so that all ranks exchange them in the same order, however each was compiled."""
+    """One operator for both, so that all ranks exchange them in the same order, however each is compiled."""
     return _gather(rows, group), _gather(classes, group)
 
 

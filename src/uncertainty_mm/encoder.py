@@ -1,7 +1,4 @@
-"""Sequences of one modality, read by a masked Transformer (section 3.2) or by place.
-
-:class:`SequenceEncoder` and :class:`PlaceReads`.
-"""
+"""Encoders for the sequences of one modality: :class:`SequenceEncoder` (section 3.2) and :class:`PlaceReads`."""
 
 from __future__ import annotations
 
@@ -30,8 +27,8 @@ __all__ = ["EncoderLayer", "PackedSteps", "PlaceReads", "SequenceEncoder"]
 class PackedSteps:
     """Packs the steps of padded sequences (B, S, D) into one matrix (N, D), and back.
 
-    All but attention treats every step alone and need not compute what stands at padding. To count the steps, however,
-    the host would wait for an accelerator: there, as in a compiled or exported program and under the transforms of
+    Everything except attention treats each step separately, and can skip padding. Counting the steps would make the
+    host wait for an accelerator, however. There, as in compiled or exported programs and under the transforms of
     `torch.func`, N is B * S, padding included.
 
     Args:
@@ -57,7 +54,7 @@ class PackedSteps:
         self.step = self.rows - self.sample * padding.shape[1]
 
     def pack(self, x: Tensor) -> Tensor:
-        """(B, S, D) -> (N, D), 0 where padding is packed too."""
+        """Packs (B, S, D) into (N, D), with 0 for padding if it is included."""
         x = x.flatten(0, 1)
         if self.whole:
             return x
@@ -85,7 +82,7 @@ class PackedSteps:
         return (x * valid).sum(1) / valid.sum(1).clamp_min(1)
 
     def unpack(self, x: Tensor) -> Tensor:
-        """(N, D) -> (B, S, D), 0 where nothing was packed."""
+        """Unpacks (N, D) into (B, S, D), with 0 for steps that were not packed."""
         if self.whole:
             return x.view(*self.shape, x.shape[1])
         padded = x.new_zeros(math.prod(self.shape), x.shape[1])
@@ -99,7 +96,7 @@ class EncoderLayer(nn.Module):
     Args:
         dim: Width of a step.
         num_heads: Attention heads, a divisor of `dim`.
-        dropout: Probability after each sublayer. Attention weights are not dropped: that would forbid the fused kernel.
+        dropout: Dropout probability after each sublayer. Attention weights are kept, for the sake of the fused kernel.
     """
 
     def __init__(self, dim: int, num_heads: int, dropout: float) -> None:
@@ -111,7 +108,7 @@ class EncoderLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.feed_forward = nn.Sequential(
             nn.LayerNorm(dim),
-            nn.Linear(dim, dim),  # as narrow as the released configuration has it
+            nn.Linear(dim, dim),  # as narrow as in the released configuration
             nn.GELU(),
             nn.Linear(dim, dim),
             nn.Dropout(dropout),
@@ -147,13 +144,13 @@ class EncoderLayer(nn.Module):
 
 
 class SequenceEncoder(Component):
-    r"""Reads a sequence of any length: every step learns of the others, and padding of none.
+    r"""Encodes each step of a sequence in the context of its other steps, and ignores padding.
 
-    Features are standardised (:meth:`standardize`), projected to `hidden_dim`, marked with learned positions, and pass
-    `num_layers` Transformer layers that normalise before their sublayers, and a last normalisation. With
-    `size="apart"` each sequence is first divided by its root mean square :math:`r`, and :math:`\log r` enters as one
-    more input to all of its steps: the normalisation inside the layers would otherwise hide how large, and with it how
-    noisy, a sequence is.
+    Features are standardised (:meth:`standardize`), projected to `hidden_dim`, and added to learned positions. Then
+    follow `num_layers` Transformer layers, which normalise before their sublayers, and a last normalisation. With
+    `size="apart"` each sequence is first divided by its root mean square :math:`r`, and :math:`\log r` is a further
+    input to all of its steps. Otherwise the normalisation inside the layers would hide how large, and so how noisy, a
+    sequence is.
 
     Source: Huang et al. 2025, arXiv 2502.13954, section 3.2 (linear layer, positions, Transformer); Vaswani et al.
     2017, arXiv 1706.03762; standardisation, the order of normalisation and the separate size are additions.
@@ -165,12 +162,12 @@ class SequenceEncoder(Component):
         num_layers: Number of Transformer layers.
         num_heads: Attention heads of a layer, a divisor of `hidden_dim`.
         dropout: Dropout probability.
-        size: `"apart"`: the size of a sequence is an input of its own; `"within"`: it stays in the features.
-        validate_args: Whether to look at values: None on the CPU only, False never, True everywhere.
+        size: `"apart"`: the size of a sequence is a separate input; `"within"`: it stays in the features.
+        validate_args: Check values on the CPU only (None), never (False), or everywhere (True).
 
     Attributes:
-        mean: Tensor (in_dim,), subtracted from the features; 0 before :meth:`standardize`. State, saved with the model.
-        std: Tensor (in_dim,), above 0, divides them; 1 before :meth:`standardize`. State.
+        mean: Tensor (in_dim,) that is subtracted from the features; 0 before :meth:`standardize`. Saved with the model.
+        std: Tensor (in_dim,), above 0, that divides the features; 1 before :meth:`standardize`. Saved with the model.
         positions: Parameter (max_steps, hidden_dim).
 
     Raises:
@@ -238,22 +235,22 @@ class SequenceEncoder(Component):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Gives all parameters their initial distribution, and forgets the statistics."""
+        """Gives all parameters their initial distribution, and resets the statistics."""
         super().reset_parameters()
-        # as large as the projected features: much smaller ones are hardly seen on small data sets
+        # as large as the projected features, because much smaller positions have little effect on small data sets
         nn.init.normal_(self.positions, std=0.5)
         self.mean.zero_()
         self.std.fill_(1)
 
     def standardize(self, mean: Tensor, std: Tensor) -> None:
-        """Sets the statistics by which features are standardised, those of the training data.
+        """Sets the mean and standard deviation of the training data, by which features are standardised.
 
         Args:
             mean: Tensor (in_dim,), finite.
-            std: Tensor (in_dim,), at least 0; what is below 1e-3 counts as 1e-3, as a column that never varies.
+            std: Tensor (in_dim,), at least 0; values below 1e-3, as of constant columns, count as 1e-3.
 
         Raises:
-            ValueError: If a shape is wrong, a value is not finite, or `std` is negative; nothing is changed then.
+            ValueError: If a shape is wrong, a value is not finite, or `std` is negative; nothing is then changed.
             TypeError: If a dtype is wrong.
         """
         sizes = {"in_dim": self.in_dim}
@@ -266,12 +263,9 @@ class SequenceEncoder(Component):
         self.std.copy_(std.clamp_min(1e-3))
 
     def standardized(self, x: Tensor) -> Tensor:
-        """Features (..., in_dim) less the mean of the training data, in units of their standard deviation."""
-        mean, std = (
-            self.mean.to(x.device),
-            self.std.to(x.device),
-        )  # `DataParallel` leaves state alone
-        return (x - mean) / std
+        """Features (..., in_dim) minus the mean of the training data, divided by its standard deviation."""
+        # `DataParallel` does not move state
+        return (x - self.mean.to(x.device)) / self.std.to(x.device)
 
     def forward(self, x: Tensor, padding: Tensor) -> Tensor:
         """Encodes a batch of sequences.
@@ -323,14 +317,14 @@ def _check_sequence(module: SequenceEncoder | PlaceReads, x: Tensor, padding: Te
 
 
 class PlaceReads(Component):
-    r"""Reads a sequence by the place of a step, which attention by content cannot see.
+    r"""Reads a sequence by the position of its steps, which attention by content ignores.
 
     .. math::
         \operatorname{out}_{br} = \sum_s P_{rs}\, x_{bs}
 
-    over the steps :math:`s` that are not padding. For sequences whose steps are places, as the patches of an image or
-    fixed times of a day. Each of the :math:`R` readings is one learned number a step, the same for all features: a
-    linear layer on the flattened sequence takes `in_dim` times as many for one number of output.
+    over the steps :math:`s` that are not padding. It suits sequences whose steps have fixed meanings, such as the
+    patches of an image or times of day. Each of the :math:`R` readings has one learned weight per step, the same for
+    all features; a linear layer on the flattened sequence needs `in_dim` times as many for each output.
 
     Source: none; it is new here.
 
@@ -338,10 +332,10 @@ class PlaceReads(Component):
         in_dim: Size of a step.
         max_steps: Steps of the longest sequence.
         num_reads: Number of readings :math:`R`.
-        validate_args: Whether to look at values: None on the CPU only, False never, True everywhere.
+        validate_args: Check values on the CPU only (None), never (False), or everywhere (True).
 
     Attributes:
-        weight: Parameter (num_reads, max_steps), :math:`P`; normal at first, of variance 1 / max_steps.
+        weight: Parameter (num_reads, max_steps), :math:`P`; initially normal with variance 1 / max_steps.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -387,7 +381,7 @@ class PlaceReads(Component):
             padding: Bool tensor (B, S), True where a step is to be left out. Values there are ignored.
 
         Returns:
-            Tensor (B, num_reads * in_dim), the readings one after the other; 0 where all steps are padding.
+            Tensor (B, num_reads * in_dim), the concatenated readings; 0 where all steps are padding.
 
         Raises:
             ValueError: If shapes or devices disagree, a sequence is too long, or a step that counts is not finite.
@@ -396,5 +390,5 @@ class PlaceReads(Component):
         _check_sequence(self, x, padding)
         x = x.masked_fill(padding.unsqueeze(2), 0)  # 0 times NaN is NaN
         steps = torch.arange(x.shape[1], device=x.device)
-        # a slice would be exported for one number of steps alone
+        # a slice would be exported for a single number of steps
         return (self.weight.index_select(1, steps) @ x).flatten(1)

@@ -1,4 +1,4 @@
-"""Training of evidence for and against every label: :class:`BetaEvidenceLoss`."""
+"""Trains evidence for and against each label: :class:`BetaEvidenceLoss`."""
 
 from __future__ import annotations
 
@@ -23,31 +23,32 @@ _ADVANCED = (
 
 
 class BetaEvidenceLoss(Component):
-    r"""Rewards evidence for what is there and, more and more, the absence of evidence for what is not.
+    r"""Rewards evidence for the correct side of each label and, increasingly, penalises evidence for the wrong side.
 
-    With the evidence :math:`e_w` for the wrong side, present or absent, of each label, the mean over labels of
+    With the evidence :math:`e_w` for the wrong side of a label, present or absent, it is the mean over labels of
 
     .. math::
         \ell + \lambda_t \operatorname{KL}\bigl(\mathrm{Beta}(1, 1 + e_w) \,\|\, \mathrm{Beta}(1, 1)\bigr),
         \qquad \lambda_t = \min(1, t / T)
 
     where :math:`\ell` is :func:`~uncertainty_mm.functional.beta_evidence_loss`, the expected cross entropy, and the
-    divergence :func:`~uncertainty_mm.functional.beta_evidence_kl`. It begins at a weight of 0, since a network that is
-    punished early for misleading evidence learns to give none.
+    divergence is :func:`~uncertainty_mm.functional.beta_evidence_kl`. Its weight starts at 0, since a network that is
+    penalised early for misleading evidence learns to give none at all.
 
-    A forward pass changes nothing: :math:`t` counts the calls of :meth:`advance`, one at the end of each epoch as in
-    the paper, or one after each step of the optimiser. Without any, the divergence never counts.
+    :math:`t` is the number of calls of :meth:`advance`. Call it once at the end of each epoch, as in the paper, or
+    after each step of the optimiser; without any call the divergence never counts. A forward pass does not change
+    :math:`t`.
 
     Source: Sensoy et al. 2018, arXiv 1806.01768, section 4, for two classes; with the cross entropy of their Eq. 4.
 
     Args:
-        annealing_steps: :math:`T`, after how many steps the divergence has its full weight; 10 epochs in the paper.
+        annealing_steps: :math:`T`, the steps until the divergence has its full weight; 10 epochs in the paper.
         reduction: `"mean"` over the known labels of the batch (0 without any), `"sum"`, or `"none"`.
         validate_args: Check values (negative evidence, labels) on the CPU only (None), never (False), or everywhere
             (True), which makes the host wait for an accelerator.
 
     Attributes:
-        step: Int64 tensor (), :math:`t`; state that is saved with the model.
+        step: Int64 tensor (), :math:`t`, saved with the model.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -90,10 +91,10 @@ class BetaEvidenceLoss(Component):
         self.step.zero_()
 
     def advance(self) -> None:
-        """Goes on by one step. Call it after the backward pass: checkpointing computes the loss again there.
+        """Advances by one step. Call it after the backward pass, in which checkpointing may repeat the loss.
 
         Raises:
-            RuntimeError: If gradient checkpointing computes the call again.
+            RuntimeError: If gradient checkpointing repeats the call.
         """
         self._check_remembers()
         one = torch.ones_like(self.step)
@@ -102,7 +103,7 @@ class BetaEvidenceLoss(Component):
         elif recomputing():
             raise RuntimeError(_ADVANCED)
         elif torch.is_grad_enabled():
-            # Something to save for a backward pass, so that a recomputation does not stop before it comes here.
+            # Saves a tensor for the backward pass, so that a recomputation does not stop before it gets here.
             torch.zeros((), requires_grad=True).square()
         self.step.add_(one)
 
@@ -110,14 +111,14 @@ class BetaEvidenceLoss(Component):
         """Computes the loss of one batch.
 
         Args:
-            evidence: Tensor (B, Q, 2), at least 0, such as `F.softplus` of two outputs a label: for its presence,
+            evidence: Tensor (B, Q, 2), at least 0, such as `F.softplus` of two outputs per label: for its presence,
                 `[..., 0]`, and its absence, `[..., 1]`.
             labels: Tensor (B, Q) of 0 and 1, any real dtype. Where values are not checked, a label above 0.5 counts as
                 present.
             unknown: Bool tensor (B, Q), True where a label is not known. Values there are ignored.
 
         Returns:
-            Scalar in at least float32; for `"none"` (B, Q), 0 with zero gradient where unknown.
+            Scalar, or (B, Q) for `"none"` with 0 and zero gradient where unknown; in at least float32.
 
         Raises:
             ValueError: If shapes or devices disagree, evidence is negative or not finite, or labels are not 0 or 1.

@@ -1,4 +1,4 @@
-"""The mathematics of the components, stateless and usable by itself."""
+"""The mathematics of the components as stateless functions, which can be used on their own."""
 
 from __future__ import annotations
 
@@ -57,49 +57,47 @@ def supcon_loss(
     bf16_products: bool = False,
     validate_args: bool | None = None,
 ) -> Tensor:
-    r"""Supervised contrastive loss of a batch against itself and a bank of further keys (Eq. 5-7).
+    r"""Draws rows of one class together and pushes the others away, within a batch and a bank of keys (Eq. 5-7).
 
-    For an anchor :math:`e` with keys :math:`T_e` (all rows of batch and bank but :math:`e` itself) and positives
-    :math:`P_e` (the keys of its class)
+    For an anchor :math:`e` with keys :math:`T_e` (all rows of batch and bank except :math:`e` itself) and positives
+    :math:`P_e` (the keys of its class), the loss is
 
     .. math::
         \ell_e = \log \sum_{k \in T_e} \exp(e^\top k / \tau) - \frac{1}{|P_e|} \sum_{p \in P_e} e^\top p / \tau
 
-    It starts at the logarithm of the number of keys or above (random unit rows: by about :math:`1 / (2 E \tau^2)`), and
-    is at least the logarithm of the number of positives.
+    It starts at or above the logarithm of the number of keys (for random unit rows by about
+    :math:`1 / (2 E \tau^2)`), and is at least the logarithm of the number of positives.
 
-    Time is linear in the number of keys, and the matrix of similarities never exists: tiles of it are reduced as they
-    are made, and the gradient is formed along the way, so that the backward pass only scales it (for `"none"`, where
-    the weights of the anchors are known only then, the backward pass computes it anew).
+    Time is linear in the number of keys. The matrix of similarities is never stored: its tiles are reduced as they are
+    computed, and the gradient is formed along the way, so that the backward pass only scales it (with `"none"`, where
+    the weights of the anchors are known only then, the backward pass recomputes it).
 
     Source: Huang et al. 2025, arXiv 2502.13954, Eq. 5-7; Khosla et al. 2020, arXiv 2004.11362 (:math:`L_{out}`).
 
     Args:
-        embeddings: Tensor (N, E), computed in at least float32. Usually of length 1 (`F.normalize(x, dim=1)`): the
-            similarity is a plain dot product, so long rows make huge losses (`torch.randn(64, 128)`: over 100), which
-            is no error.
-        classes: Integer tensor (N,). A negative class leaves the row out: neither anchor nor key.
+        embeddings: Tensor (N, E), converted to at least float32. Rows should have length 1 (`F.normalize(x, dim=1)`):
+            the similarity is a plain dot product, so long rows make huge losses (over 100 for `torch.randn(64, 128)`).
+        classes: Integer tensor (N,). A row with a negative class is left out, as an anchor and as a key.
         anchor_mask: Bool tensor (N,), True where a row is an anchor; None makes every row an anchor. All rows are keys.
         bank: Tensor (Q, E), further keys, which receive no gradient. May be changed once this call has returned.
-        bank_classes: Integer tensor (Q,), classes of the bank; -1 marks an empty slot, which is no key.
+        bank_classes: Integer tensor (Q,), classes of the bank; -1 marks an empty slot.
         temperature: :math:`\tau`, above 0.
-        reduction: `"mean"` over the anchors that have a positive (0 if none has), `"sum"` of the same, or `"none"`.
-        bf16_products: Round the factors and results of the matrix products to bfloat16, which is faster where the
-            processor multiplies it natively; a CPU that does not computes in float32, and a warning says so. Sums,
-            exponentials and logarithms stay in at least float32. Measured with 128 features, 12 classes and
-            :math:`\tau = 0.07`, the gradient is off by 0.2 % while the rows of a class point in all directions, by
-            0.7, 4 and 10 % when they are scattered about its centre by 1, 0.5 and 0.3 times its length, and means
-            nothing at 0.1: leave it off where the loss comes near its lowest value. The rounding of the embeddings
-            alone does most of that.
+        reduction: `"mean"` over the anchors that have a positive (0 if none has), `"sum"` over them, or `"none"`.
+        bf16_products: Round factors and results of the matrix products to bfloat16, which is faster on processors with
+            instructions for it; other CPUs use float32 and warn. Sums, exponentials and logarithms stay in at least
+            float32. With 128 features, 12 classes and :math:`\tau = 0.07`, the measured relative error of the gradient
+            is 0.2 % while the rows of a class point in all directions. It is 0.7, 4 and 10 % when they scatter about
+            their centre by 1, 0.5 and 0.3 times its length, and the gradient is useless at 0.1, so leave this off when
+            the loss approaches its lowest value. Most of the error comes from rounding the embeddings.
         validate_args: Check values on the CPU only (None), never (False), or everywhere (True).
 
     Returns:
-        Scalar, or (N,) for `"none"` with 0 where a row is no anchor or has no positive; in at least float32.
+        Scalar, or (N,) for `"none"` with 0 where a row is not an anchor or has no positive; in at least float32.
 
     Raises:
         ValueError: If shapes or devices disagree, a value is not finite, or an option is unknown.
         TypeError: If a dtype is wrong.
-        RuntimeError: In a double backward pass and under the transforms of `torch.func`, which are not implemented.
+        RuntimeError: In a double backward pass or under a transform of `torch.func`; neither is implemented.
 
     Example:
         >>> embeddings = torch.eye(3)[[0, 0, 1, 1]]
@@ -150,7 +148,7 @@ def supcon_loss(
 def distribution_embedding(
     mean: Tensor, std: Tensor, *, validate_args: bool | None = None
 ) -> Tensor:
-    r"""Point that stands for a Gaussian in the contrastive loss (Eq. 4).
+    r"""Vector that represents a Gaussian in the contrastive loss (Eq. 4).
 
     .. math::
         e = \Bigl[\frac{\mu}{\lVert \mu \rVert_2},\ \frac{\sigma}{\lVert \sigma \rVert_2}\Bigr]
@@ -165,7 +163,7 @@ def distribution_embedding(
         validate_args: Check values on the CPU only (None), never (False), or everywhere (True).
 
     Returns:
-        Tensor (..., 2K). The half of a zero vector is zero, with zero gradient; norms below 1e-12 count as 1e-12.
+        Tensor (..., 2K). A zero vector gives a half of zeros with zero gradient; norms below 1e-12 count as 1e-12.
 
     Raises:
         ValueError: If shapes or devices disagree, a value is not finite, or `std` is negative.
@@ -189,20 +187,20 @@ def embed(mean: Tensor, std: Tensor, kind: EmbeddingKind) -> Tensor:
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """Widens half precision."""
+    """Converts half precision to float32, and leaves other dtypes as they are."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def unit(x: Tensor) -> Tensor:
-    """Divides by the norm over the last axis, with 0 for 0; squares neither overflow nor vanish."""
+    """Divides by the norm over the last axis, where 0 stays 0; squares neither overflow nor underflow."""
     if x.shape[-1] == 0:
         return x
     y = at_least_float32(x)
     largest = y.detach().abs().amax(-1, keepdim=True)
-    y = y / largest.clamp_min(1e-12)  # as F.normalize: what is smaller shrinks to 0
+    y = y / largest.clamp_min(1e-12)  # as in F.normalize, smaller vectors shrink to 0
     # The largest entry is now 1 and the norm at least 1, except for these smallest vectors.
     norm = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
-    # clamp_min(1) has no gradient at 1 in torch 2.14, where that of a single entry is.
+    # In torch 2.14 clamp_min(1) has no gradient at 1, which is the norm of a single entry.
     unit: Tensor = y / torch.where(norm < 1, 1, norm)
     return unit.masked_fill(largest == 0, 0).to(x.dtype)
 
@@ -214,19 +212,20 @@ def reduced_chi2(
     *,
     validate_args: bool | None = None,
 ) -> Tensor:
-    r"""How far the modalities disagree, in units of what their standard deviations allow: 1 is as it should be.
+    r"""Measures how far the modalities disagree, relative to their standard deviations; 1 is the expected value.
 
-    A :meth:`product <uncertainty_mm.DiagonalGaussian.product>` of Gaussians does not see conflict: its standard
-    deviation is the same whether the means agree or not. With the mean weighted by precision
+    The standard deviation of a :meth:`product <uncertainty_mm.DiagonalGaussian.product>` of Gaussians is the same
+    whether the means agree or not, so it does not reveal a conflict. With the precision-weighted mean
     :math:`\bar\mu = \sum_m \mu_m \sigma_m^{-2} \big/ \sum_m \sigma_m^{-2}`
 
     .. math::
         \chi^2 = \frac{1}{K} \sum_k \frac{1}{M - 1} \sum_m \frac{(\mu_{mk} - \bar\mu_k)^2}{\sigma_{mk}^2}
 
-    over the :math:`M` modalities that are there. Its expectation is 1 for independent measurements of one thing with
-    the stated standard deviations; above 1, the modalities contradict each other or are surer than they should be.
+    over the :math:`M` modalities present. Its expectation is 1 for independent measurements of one quantity with the
+    stated standard deviations. Above 1, the modalities contradict each other or their standard deviations are too
+    small.
 
-    Source: Birge 1932, doi 10.1103/PhysRev.40.207 (his ratio, squared).
+    Source: Birge 1932, doi 10.1103/PhysRev.40.207 (the square of his ratio).
 
     Args:
         mean: Tensor (B, M, Q, K).
@@ -235,8 +234,8 @@ def reduced_chi2(
         validate_args: Check values on the CPU only (None), never (False), or everywhere (True).
 
     Returns:
-        Tensor (B, Q) of at least 0, in at least float32; 0 with zero gradient with fewer than two modalities. No term
-        of the sum is above 1e18, that of a standard deviation of 0 which is contradicted included.
+        Tensor (B, Q) of at least 0, in at least float32; 0 with zero gradient if there are fewer than two modalities.
+        Every term of the sum is at most 1e18, even for a standard deviation of 0.
 
     Raises:
         ValueError: If shapes or devices disagree, a mean is not finite, or `std` is negative or NaN.
@@ -256,17 +255,16 @@ def reduced_chi2(
         left_out = left_out | missing[:, :, None, None]
     mean = at_least_float32(mean).masked_fill(left_out, 0)
     std = at_least_float32(std).masked_fill(left_out, 1)
-    std = std.clamp_min(torch.finfo(std.dtype).tiny ** 0.5)  # its square is a number
+    std = std.clamp_min(torch.finfo(std.dtype).tiny ** 0.5)  # its square does not underflow
     log_precision = (-2 * std.log()).masked_fill(left_out, torch.finfo(std.dtype).min)
-    # Differences from the surest mean, since those of equal means are exactly 0. Their spread is that of the means.
+    # Differences from the most certain mean are exactly 0 for equal means, and have the same spread as the means.
     mean = mean - mean.detach().gather(1, log_precision.argmax(1, keepdim=True))
     centre = (log_precision.softmax(1) * mean).sum(1, keepdim=True)
-    ratio = ((mean - centre) / std).clamp(
-        -1e9, 1e9
-    )  # so that squares and gradients do not overflow
+    # limited so that squares and gradients do not overflow
+    ratio = ((mean - centre) / std).clamp(-1e9, 1e9)
     square = ratio.square().masked_fill(left_out, 0)
     freedom = (~left_out).sum(1) - 1
-    compared = freedom > 0  # per dimension, (B, Q, K)
+    compared = freedom > 0  # for each dimension, (B, Q, K)
     chi2 = square.sum(1).masked_fill(~compared, 0) / freedom.clamp_min(1)
     return chi2.sum(-1) / compared.sum(-1).clamp_min(1)
 
@@ -274,21 +272,21 @@ def reduced_chi2(
 def logistic_normal_probs(
     mean: Tensor, std: Tensor, *, validate_args: bool | None = None
 ) -> Tensor:
-    r"""Probability that is expected of a logit of which only a Gaussian is known: closer to 1/2 the less is known.
+    r"""Expected probability for a Gaussian logit, which is closer to 1/2 the more uncertain the logit is.
 
     .. math::
         \mathbb E\bigl[\operatorname{sigmoid}(l)\bigr] \approx
         \operatorname{sigmoid}\Bigl(\frac{\mu}{\sqrt{1 + \pi \sigma^2 / 8}}\Bigr), \qquad
         l \sim \mathcal N(\mu, \sigma^2)
 
-    the probit approximation. Against quadrature it is off by at most 0.0046 for standard deviations of up to 1, and by
-    0.0177 for any.
+    This is the probit approximation. Compared with quadrature, its error is at most 0.0046 for standard deviations of
+    up to 1, and at most 0.0177 for any.
 
     Source: MacKay 1992, doi 10.1162/neco.1992.4.5.720.
 
     Args:
         mean: Tensor of any shape, the means of the logits.
-        std: Tensor of the same shape, their standard deviations, at least 0; infinity gives 1/2.
+        std: Tensor of the same shape, the standard deviations, at least 0; infinity gives 1/2.
         validate_args: Check values on the CPU only (None), never (False), or everywhere (True).
 
     Returns:
@@ -314,8 +312,8 @@ def logistic_normal_probs(
 
 
 def moderated(mean: Tensor, std: Tensor) -> Tensor:
-    """Logit of :func:`logistic_normal_probs`, of checked arguments."""
-    std = std.clamp_max(torch.finfo(std.dtype).max ** 0.5)  # its square is a number
+    """Logit of :func:`logistic_normal_probs`, for checked arguments."""
+    std = std.clamp_max(torch.finfo(std.dtype).max ** 0.5)  # its square is finite
     return mean * (1 + math.pi / 8 * std.square()).rsqrt()
 
 
@@ -326,17 +324,17 @@ def beta_evidence_loss(
     *,
     validate_args: bool | None = None,
 ) -> Tensor:
-    r"""Binary cross entropy that is expected of a probability of which only a distribution is known.
+    r"""Expected binary cross entropy, if the probability of a label is known only up to a Beta distribution.
 
-    Evidence for and against a label are counts on top of a uniform prior: the probability follows
-    :math:`\mathrm{Beta}(a, b)` with :math:`a = e + 1, b = \bar e + 1`. With :math:`S = a + b` and the digamma function
+    Evidence for a label (:math:`e`) and against it (:math:`\bar e`) are counts added to a uniform prior, so that its
+    probability follows :math:`\mathrm{Beta}(a, b)` with :math:`a = e + 1, b = \bar e + 1`. With :math:`S = a + b` and
+    the digamma function :math:`\psi`
 
     .. math::
         \ell = \mathbb E\bigl[-y \log p - (1 - y) \log(1 - p)\bigr]
         = y\, (\psi(S) - \psi(a)) + (1 - y)(\psi(S) - \psi(b))
 
-    The loss is 1 without evidence. Differences of digammas are computed as such: they keep their digits where
-    :math:`\psi(S)` and :math:`\psi(a)` share theirs.
+    The loss is 1 without evidence. Differences of digammas are computed without cancellation.
 
     Source: Sensoy et al. 2018, arXiv 1806.01768, Eq. 4, for two classes.
 
@@ -371,10 +369,10 @@ def beta_evidence_kl(
     *,
     validate_args: bool | None = None,
 ) -> Tensor:
-    r"""How much evidence there is for the wrong side of a label: its divergence from knowing nothing.
+    r"""Penalises evidence for the wrong side of a label, by its divergence from no evidence.
 
-    The evidence for the right side is taken away, and what is left of the Beta distribution is held against the uniform
-    one. With the evidence :math:`e_w` for the wrong side
+    The evidence for the correct side is removed, and the remaining Beta distribution is compared with the uniform one.
+    With the evidence :math:`e_w` for the wrong side
 
     .. math::
         \operatorname{KL}\bigl(\mathrm{Beta}(1, 1 + e_w) \,\|\, \mathrm{Beta}(1, 1)\bigr)
@@ -456,14 +454,14 @@ def _check_evidence(
 
 
 def beta_expected_entropy(evidence: Tensor, *, validate_args: bool | None = None) -> Tensor:
-    r"""Entropy of a label that is expected of its unknown probability: what more evidence would not take away.
+    r"""Expected entropy of a label over its uncertain probability: the part that more evidence cannot remove.
 
     For :math:`p \sim \mathrm{Beta}(a, b)` with :math:`a = e + 1, b = \bar e + 1, S = a + b`
 
     .. math::
         \mathbb E[H(p)] = \frac{a}{S} (\psi(S + 1) - \psi(a + 1)) + \frac{b}{S} (\psi(S + 1) - \psi(b + 1))
 
-    The entropy of the expected probability :math:`a / S` is this and :func:`beta_mutual_information` together.
+    Together with :func:`beta_mutual_information` it adds up to the entropy of the expected probability :math:`a / S`.
 
     Source: Malinin and Gales 2018, arXiv 1802.10501, for two classes.
 
@@ -487,7 +485,7 @@ def beta_expected_entropy(evidence: Tensor, *, validate_args: bool | None = None
 
 
 def beta_mutual_information(evidence: Tensor, *, validate_args: bool | None = None) -> Tensor:
-    r"""How much a label would tell of its unknown probability: the part of the entropy that more evidence takes away.
+    r"""Information of a label about its uncertain probability: the part of the entropy that more evidence removes.
 
     For :math:`p \sim \mathrm{Beta}(a, b)` as in :func:`beta_expected_entropy`, with :math:`S = a + b` and
     :math:`g(x) = \psi(x + 1) - \log x`
@@ -495,7 +493,8 @@ def beta_mutual_information(evidence: Tensor, *, validate_args: bool | None = No
     .. math::
         H(\mathbb E[p]) - \mathbb E[H(p)] = \frac{a}{S} g(a) + \frac{b}{S} g(b) - g(S)
 
-    about :math:`1 / (2 S)` where there is much of both. It is computed as on the right, where nothing cancels.
+    which is about :math:`1 / (2 S)` if there is much evidence for both sides. The right side is computed, where nothing
+    cancels.
 
     Source: Malinin and Gales 2018, arXiv 1802.10501, for two classes.
 
@@ -520,7 +519,7 @@ def beta_mutual_information(evidence: Tensor, *, validate_args: bool | None = No
 
 
 def _counts(evidence: Tensor, validate_args: bool | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Parameters of the Beta distribution of checked evidence, and their sum, which is a number."""
+    """Parameters of the Beta distribution after checking the evidence, and their sum, which is finite."""
     _check_evidence(evidence, None, validate_args)
     evidence = at_least_float32(evidence)
     a, b = (evidence.clamp_max(torch.finfo(evidence.dtype).max / 8) + 1).unbind(-1)
@@ -528,12 +527,12 @@ def _counts(evidence: Tensor, validate_args: bool | None) -> tuple[Tensor, Tenso
 
 
 def _digamma_over_log(x: Tensor) -> Tensor:
-    """digamma(x + 1) - log(x) for x of at least 1: by the series that :func:`_digamma_gain` has, ten further on."""
+    """digamma(x + 1) - log(x) for x of at least 1, by the series of :func:`_digamma_gain` at x + 10."""
     steps = 10
     far = 1 / (x + steps)
     far2 = far.square()
     series = 1 / 12 - far2 * (1 / 120 - far2 * (1 / 252 - far2 / 240))
-    # digamma(x + steps) - log(x) less the sum that leads back to x + 1
+    # digamma(x + steps) - log(x), minus the sum that leads back to x + 1
     gain = torch.log1p(steps / x) - 0.5 * far - far2 * series
     for i in range(1, steps):
         gain = gain - 1 / (x + i)
@@ -543,8 +542,8 @@ def _digamma_over_log(x: Tensor) -> Tensor:
 def _digamma_gain(x: Tensor, more: Tensor) -> Tensor:
     """digamma(x + more) - digamma(x) for x and `more` of at least 1, without cancellation.
 
-    digamma(x) = digamma(x + n) - sum of 1 / (x + i) over i < n, and for x + n the asymptotic series of Abramowitz and
-    Stegun 1964, 6.3.18, each term as a difference of its own; from 10 on the next term is below 1e-12.
+    It uses digamma(x) = digamma(x + n) - sum of 1 / (x + i) over i < n, and for x + n the asymptotic series of
+    Abramowitz and Stegun 1964, 6.3.18, with a difference for each term. From 10 on, the next term is below 1e-12.
     """
     steps = 10
     gain = torch.zeros_like(x)
@@ -568,9 +567,9 @@ def prediction_distance(
     *,
     validate_args: bool | None = None,
 ) -> Tensor:
-    r"""Distance of predicted probabilities from the labels, :math:`d = |p - y|` of Eq. 8.
+    r"""Distance of predicted probabilities from the labels, :math:`d = |p - y|` in Eq. 8.
 
-    Source: Huang et al. 2025, arXiv 2502.13954, Eq. 8 (which leaves :math:`d` open; this is its simplest reading).
+    Source: Huang et al. 2025, arXiv 2502.13954, Eq. 8, which does not define :math:`d`; this is its simplest reading.
 
     Args:
         probs: Tensor (B, Q) of probabilities in [0, 1].
@@ -580,8 +579,8 @@ def prediction_distance(
         validate_args: Check values on the CPU only (None), never (False), or everywhere (True).
 
     Returns:
-        Tensor (B, Q) in [0, 1], 0 with zero gradient where unknown. The distance of a sample is its `.mean(-1)`, or
-        over the known labels `d.sum(-1) / (~unknown).sum(-1).clamp_min(1)`.
+        Tensor (B, Q) in [0, 1], 0 with zero gradient where unknown. The distance of a sample is `d.mean(-1)`, or
+        `d.sum(-1) / (~unknown).sum(-1).clamp_min(1)` over its known labels.
 
     Raises:
         ValueError: If shapes or devices disagree, or values are out of range.
@@ -610,12 +609,12 @@ def prediction_distance(
 
 
 def expected_distance(probs: Tensor, *, validate_args: bool | None = None) -> Tensor:
-    r"""Distance from the labels that the prediction itself expects: :func:`prediction_distance` without labels.
+    r"""Distance from the labels as expected by the prediction itself: :func:`prediction_distance` without labels.
 
     If the label is 1 with probability :math:`p`, then :math:`\mathbb E|p - y| = p (1 - p) + (1 - p) p = 2 p (1 - p)`:
-    0 for a certain prediction, 0.5 for an even one. As the gate of :class:`~uncertainty_mm.UncertaintyGatedFusion` it
-    therefore never lets the standard deviations outweigh the means; `2 * expected_distance(probs)` has the whole range
-    from 0 to 1.
+    0 for a certain prediction, and 0.5 for a probability of 1/2. As the gate of
+    :class:`~uncertainty_mm.UncertaintyGatedFusion` it therefore never lets the standard deviations outweigh the means;
+    `2 * expected_distance(probs)` covers the whole range from 0 to 1.
 
     Args:
         probs: Tensor (B, Q) of probabilities in [0, 1].
@@ -646,17 +645,18 @@ def soft_rank(
     mask: Tensor | None = None,
     validate_args: bool | None = None,
 ) -> Tensor:
-    r"""Differentiable ranks in ascending order: the largest score gets the largest rank.
+    r"""Differentiable ranks in ascending order, where the largest score gets the largest rank.
 
     .. math::
         \operatorname{rank}_i = 1 + \sum_{j \ne i} F\Bigl(\frac{s_i - s_j}{\tau}\Bigr), \qquad
         F(x) = \begin{cases} \frac12 e^{x / 2} & x < 0 \\ 1 - \frac12 e^{-x / 2} & x \ge 0 \end{cases}
 
-    Every pair shares out one point, by a distribution function :math:`F` of Laplace as steep at 0 as the logistic
-    function, so the ranks sum to :math:`B(B + 1)/2`. As :math:`\tau \to 0` they become the ordinary ranks, with the
-    average rank for ties. The exponentials of sorted scores factor, which the logistic function does not: the sum over
-    all pairs takes :math:`O(B \log B)` time and :math:`O(B)` memory. Forward and backward pass on one core of a CPU:
-    0.7 ms for 128 scores, 8 ms and 5 MiB for 16,384, where a matrix of pairs took 0.2 ms, 6 s and 2 GiB.
+    Every pair shares one point between its two scores, by the Laplace distribution function :math:`F`, which is as
+    steep at 0 as the logistic function; so the ranks sum to :math:`B(B + 1)/2`. As :math:`\tau \to 0` they tend to the
+    ordinary ranks, with the average rank for ties. Unlike the logistic function, exponentials of sorted scores factor,
+    so the sum over all pairs takes :math:`O(B \log B)` time and :math:`O(B)` memory. Forward and backward pass on one
+    CPU core took 0.7 ms for 128 scores, and 8 ms and 5 MiB for 16,384; a matrix of pairs took 0.2 ms, and 6 s and
+    2 GiB.
 
     Source: Qin, Liu and Li 2010, doi 10.1007/s10791-009-9124-x (the approximation of positions, with the logistic
     function; :math:`F` is new here).
@@ -664,7 +664,7 @@ def soft_rank(
     Args:
         scores: Tensor (B,).
         temperature: :math:`\tau`, above 0, in the unit of the scores.
-        mask: Bool tensor (B,), True to leave the score out: it counts for no other rank, and its own is 1.
+        mask: Bool tensor (B,), True to leave the score out: it does not affect other ranks, and its own rank is 1.
         validate_args: Check values on the CPU only (None), never (False), or everywhere (True).
 
     Returns:
@@ -689,7 +689,7 @@ def soft_rank(
 def ordinality_divergence(
     a: Tensor, b: Tensor, *, mask: Tensor | None = None, validate_args: bool | None = None
 ) -> Tensor:
-    r"""Kullback-Leibler divergence both ways between the softmaxes of two scores over the batch (a term of Eq. 15).
+    r"""Kullback-Leibler divergence in both directions between two scores, after a softmax over the batch (Eq. 15).
 
     .. math::
         \mathrm{KL}(P_a \| P_b) + \mathrm{KL}(P_b \| P_a)
@@ -699,7 +699,7 @@ def ordinality_divergence(
 
     Args:
         a: Tensor (B,), unnormalised log-probabilities.
-        b: Tensor (B,), likewise.
+        b: Tensor (B,), as `a`.
         mask: Bool tensor (B,), True to leave the entry out.
         validate_args: Check values on the CPU only (None), never (False), or everywhere (True).
 

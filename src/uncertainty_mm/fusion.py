@@ -246,7 +246,6 @@ def _mixture_logits(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
             + F.logsigmoid(-torch.minimum(a, b))
         )
         slope = torch.sign(a - b) * torch.exp(log_difference - log_p - log_1_p)
-        slope = slope.nan_to_num().clamp(
-            -1e15, 1e15
-        )  # NaN if both are infinite; finite beyond the dtype
+        # NaN if both are infinite, or beyond the range of the dtype
+        slope = slope.nan_to_num().clamp(-1e15, 1e15)
     return logits + (weight - fixed) * slope

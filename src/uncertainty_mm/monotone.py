@@ -1,4 +1,4 @@
-"""No surer of less: :class:`MonotoneConfidenceLoss`."""
+"""Keeps confidence from rising when modalities are removed: :class:`MonotoneConfidenceLoss`."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from uncertainty_mm.functional import at_least_float32
 
 
 class MonotoneConfidenceLoss(Component):
-    r"""Asks that a prediction does not become surer when modalities are taken away.
+    r"""Penalises predictions that become more confident when modalities are removed.
 
-    For the confidence :math:`\kappa` of a prediction from all modalities, and :math:`\kappa_S` of that from some of
-    them, the mean over all that is not left out of
+    With the confidence :math:`\kappa` of a prediction from all modalities, and :math:`\kappa_S` of one from some of
+    them, it is the mean, over all entries that are not left out, of
 
     .. math::
         \max(0,\; \kappa_S - \kappa)
 
-    0 as long as less evidence is never the surer one. Both confidences receive a gradient, which is that of a step:
-    detach `subset` to raise the confidence in the whole only, `full` to lower that in the part only.
+    which is 0 unless fewer modalities give more confidence. Both confidences receive a gradient: detach `subset` to
+    only raise the confidence for all modalities, or `full` to only lower the one for some.
 
     Source: Ma et al. 2023, "Calibrating Multimodal Learning", arXiv 2306.01265.
 
@@ -39,7 +39,7 @@ class MonotoneConfidenceLoss(Component):
 
     Example:
         >>> loss = MonotoneConfidenceLoss()
-        >>> full, subset = torch.tensor([0.9, 0.6]), torch.tensor([0.7, 0.8])  # the second became surer
+        >>> full, subset = torch.tensor([0.9, 0.6]), torch.tensor([0.7, 0.8])  # the second rose
         >>> loss(full=full, subset=subset)
         tensor(0.1000)
         >>> loss(full=full, subset=subset, mask=torch.tensor([False, True]))
@@ -57,10 +57,10 @@ class MonotoneConfidenceLoss(Component):
         """Computes the loss of one batch.
 
         Args:
-            full: Tensor (B,), or (B, Q) for a confidence in every label, of all modalities; the larger the surer.
-            subset: Tensor of that shape, of some of them.
-            mask: Bool tensor of that shape, True leaves out: where nothing was taken away, or where the prediction of
-                all modalities is wrong and should not be surer. Values there are ignored.
+            full: Tensor (B,), or (B, Q) for a confidence per label, from all modalities; larger means more confident.
+            subset: Tensor of the same shape, from some modalities.
+            mask: Bool tensor of the same shape, True to leave an entry out: where no modality was removed, or where the
+                prediction from all modalities is wrong. Values there are ignored.
 
         Returns:
             Scalar of at least 0, in at least float32; 0 with zero gradient if everything is left out.
@@ -79,6 +79,6 @@ class MonotoneConfidenceLoss(Component):
         if checks_values(full, self.validate_args):
             check_finite("full", full, mask)
             check_finite("subset", subset, mask)
-        # What is left out is filled before any arithmetic: its derivative would be NaN times 0.
+        # Entries left out are filled before any arithmetic, because their derivative would be NaN times 0.
         whole, part = (at_least_float32(x).masked_fill(mask, 0) for x in (full, subset))
         return (part - whole).relu().sum() / (~mask).sum().clamp_min(1)

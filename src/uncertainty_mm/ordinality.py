@@ -169,9 +169,8 @@ class SoftRankOrdinalityLoss(Component):
             check_range("correctness", correctness, 0, 1, mask)
         dtype = torch.promote_types(std_norm.dtype, torch.float32)
         rows = torch.stack([x.to(dtype) for x in (std_norm, distance, correctness.detach())], 1)
-        if (
-            self.gather and world_size(self.process_group) > 1
-        ):  # smaller batches are padded with class -1
+        if self.gather and world_size(self.process_group) > 1:
+            # smaller batches are padded with class -1
             rows, left_out = gather_rows(rows, mask.long(), process_group=self.process_group)
             mask = left_out != 0
         # Samples left out are filled before any arithmetic, because their derivative would be NaN times 0.

@@ -1,4 +1,4 @@
-"""A prediction from the steps of all modalities at their places: :class:`PlaceClassifier`."""
+"""Predicts labels from the positions of steps: :class:`PlaceClassifier`."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ __all__ = ["PlaceClassifier"]
 
 
 class PlaceClassifier(Component):
-    r"""Predicts the labels from where in the sequences things stand.
+    r"""Predicts the labels from where in the sequences features occur.
 
-    :class:`~uncertainty_mm.encoder.PlaceReads` of every modality, side by side, and one hidden layer. Where steps are
-    places, as in an image, it sees what label queries, which ask by content, cannot; where they are not, it is a weak
-    prediction, and a :class:`~uncertainty_mm.LogitPool` beside others finds that out.
+    It concatenates the :class:`~uncertainty_mm.encoder.PlaceReads` of all modalities and applies one hidden layer. If
+    steps have fixed positions, as in an image, it sees what label queries, which attend to content, cannot. Otherwise
+    its predictions are weak, and a :class:`~uncertainty_mm.LogitPool` with other predictions gives it little weight.
 
     Source: none; it is new here.
 
@@ -39,10 +39,10 @@ class PlaceClassifier(Component):
         num_reads: Readings of each modality.
         hidden_dim: Size of the hidden layer.
         dropout: Dropout probability after the hidden layer.
-        validate_args: Whether to look at values: None on the CPU only, False never, True everywhere.
+        validate_args: Check values on the CPU only (None), never (False), or everywhere (True).
 
     Raises:
-        ValueError: If an argument is out of range, or the names in `max_steps` are others than in `modality_dims`.
+        ValueError: If an argument is out of range, or the names in `max_steps` and `modality_dims` differ.
         TypeError: If an argument has the wrong type.
 
     Example:
@@ -108,10 +108,10 @@ class PlaceClassifier(Component):
 
         Args:
             features: Sequences (B, S_m, D_m) by modality, S_m at most `max_steps`. A modality may be absent.
-            padding_mask: Bool (B, S_m) by modality, True where a step is to be left out; a modality without a mask is
-                used whole. Values at padded steps are ignored, even NaN.
-            factor: (B, M), above 0, such as that of :class:`~uncertainty_mm.Typicality`: what a modality says is
-                divided by it. 1 changes no bit; with infinity the modality is as if it were missing.
+            padding_mask: Bool tensors (B, S_m) by modality, True where a step is to be left out; without a mask all
+                steps are used. Values at padded steps are ignored, even NaN.
+            factor: Tensor (B, M), above 0, such as that of :class:`~uncertainty_mm.Typicality`, which divides the
+                readings of each modality. 1 leaves every bit as it is; infinity equals a missing modality.
 
         Returns:
             Logits (B, Q).

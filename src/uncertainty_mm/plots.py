@@ -1,8 +1,8 @@
 """Figures of calibration and uncertainty. They need matplotlib: `pip install 'uncertainty-mm[plots]'`.
 
-Every function takes tensors or arrays and draws into `ax`, or into a new figure when that is None, and returns what it
-has drawn into: one Axes, or an array of them. Nothing global is changed or shown; `ax.figure.savefig(path)` writes it.
-Colours are those of Okabe and Ito, which differ for colour-blind readers too.
+Every function takes tensors or arrays, draws into `ax`, or into a new figure if `ax` is None, and returns the Axes, or
+an array of them. Nothing global is changed, and nothing is shown; `ax.figure.savefig(path)` writes the figure. The
+colours are those of Okabe and Ito, which colour-blind readers can distinguish as well.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ AxesArray = npt.NDArray[np.object_]
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999933")
 MARKERS = ("o", "^", "s", "D", "v", "P", "X", "*")
 GREY = "0.45"
-COLUMNS = 3  # of panels
-GROUPS = 12  # of a running median
+COLUMNS = 3  # of panels in a figure
+GROUPS = 12  # of samples in a running median
 
 
 def reliability_diagram(
@@ -61,18 +61,18 @@ def reliability_diagram(
     unknown: Array | None = None,
     ax: Sequence[Axes] | AxesArray | None = None,
 ) -> AxesArray:
-    """How often a label is present where it is predicted with probability p, one panel a label.
+    """Plots how often a label is present where it is predicted with probability p, in one panel per label.
 
-    Points are bins of equal width, at the mean probability and the share of positives of what they hold, with the 95 %
-    interval of Wilson 1927. The bars above count the samples of the bins. The title has the expected calibration error
-    over the same bins (:func:`~uncertainty_mm.metrics.functional.calibration_error`).
+    Points are bins of equal width, at the mean probability and the share of positives of their samples, with the 95 %
+    interval of Wilson 1927. The bars above count the samples of the bins. The title shows the expected calibration
+    error over the same bins (:func:`~uncertainty_mm.metrics.functional.calibration_error`).
 
     Args:
         probs: (N, Q) probabilities in [0, 1].
         labels: (N, Q) of 0 and 1.
         label_names: Q names, for the titles.
         n_bins: Number of bins.
-        unknown: (N, Q) bool, True where a label is not known. What stands there is not drawn.
+        unknown: (N, Q) bool, True where a label is not known. Values there are not drawn.
         ax: Q Axes to draw into.
 
     Returns:
@@ -132,11 +132,11 @@ def reliability_diagram(
 
 
 def _draw_counts(ax: Axes, count: npt.NDArray[Any]) -> None:
-    """Bars over the bins, with the numbers on them."""
+    """Draws a bar for the number of samples in every bin, with the number on it."""
     bins = len(count)
     middle = (np.arange(bins) + 0.5) / bins
     ax.bar(middle, count, 0.9 / bins, color="0.8")
-    ax.set(xlim=(0, 1), ylim=(0, max(count.max(), 1)))  # no sample of a label may be known
+    ax.set(xlim=(0, 1), ylim=(0, max(count.max(), 1)))  # all counts may be 0
     ax.set_axis_off()
     if bins <= 15:
         for x, number in zip(middle, count.astype(int), strict=True):
@@ -149,9 +149,9 @@ def risk_coverage(
     *,
     ax: Axes | None = None,
 ) -> Axes:
-    """Mean error of the most certain samples, against the share of samples that they are.
+    """Plots the mean error of the most certain samples against their share of all samples.
 
-    The grey lines are the best order of the same errors and a random one. See
+    The grey lines show the best order of the same errors and a random one. See
     :func:`~uncertainty_mm.metrics.functional.risk_coverage`.
 
     Args:
@@ -212,17 +212,17 @@ def uncertainty_against_noise(
     missing: Array | None = None,
     ax: Sequence[Axes] | AxesArray | None = None,
 ) -> AxesArray:
-    """Size of the uncertainty against the noise that was put in, one panel a modality, on a log axis.
+    """Plots the size of the uncertainty, on a log axis, against the noise in the input, in one panel per modality.
 
-    Points are samples; more than 3000 are counted in hexagons, darker for more. The line is a running median, over the
-    samples of each noise level if there are up to 12 levels, else over 12 groups of equally many samples. The title has
-    Spearman's rank correlation, nan if either is constant.
+    Points are samples; more than 3000 are counted in hexagons, which are darker for more samples. The line is a running
+    median over the samples of each noise level if there are up to 12 levels, otherwise over 12 groups of equal size.
+    The title shows Spearman's rank correlation, nan if either is constant.
 
     Args:
         noise: (N, M) level of the noise in every modality.
         std_norm: (N, M) size of the uncertainty, above 0: the norm of the standard deviations.
         modality_names: M names, for the titles.
-        missing: (N, M) bool, True where a sample does not have a modality. What stands there is not drawn.
+        missing: (N, M) bool, True where a modality is missing. Values there are not drawn.
         ax: M Axes to draw into.
 
     Returns:
@@ -280,11 +280,11 @@ def modality_attribution(
     *,
     ax: Axes | None = None,
 ) -> Axes:
-    """Share of every modality as the input is more and more corrupted.
+    """Plots the share of every modality against the level of a corruption.
 
     Args:
         levels: (L,) levels of the corruption.
-        shares: (L, M) shares in [0, 1], of a row at most 1 together, such as the mean of
+        shares: (L, M) shares in [0, 1], with a sum of at most 1 in each row, such as the mean of
             :func:`~uncertainty_mm.metrics.functional.modality_attribution` over samples with the same modalities.
         modality_names: M names, for the legend.
         ax: Axes to draw into.
@@ -293,8 +293,8 @@ def modality_attribution(
         The Axes.
 
     Raises:
-        ValueError: If shapes disagree, a level is not finite, a share is out of range, or those of a row add up to more
-            than 1, as means over samples do of which each modality has others.
+        ValueError: If shapes disagree, a level is not finite, a share is out of range, or a row adds up to more than 1,
+            as means over different samples for each modality may.
         TypeError: If a type is wrong.
 
     Example:
@@ -309,7 +309,7 @@ def modality_attribution(
     check_tensor("shares", y, "floating", "L M", sizes)
     check_finite("levels", x)
     check_range("shares", y, 0, 1)
-    if (y.sum(1) > 1.01).any():  # more than shares in half precision are off
+    if (y.sum(1) > 1.01).any():  # beyond the rounding of half precision
         raise ValueError(
             f"Expected `shares` to add up to at most 1 in every row, but got {y.sum(1).max():.2f}; "
             "take their mean over samples that have the same modalities"
@@ -334,20 +334,20 @@ def latent_tsne(
     seed: int = 0,
     ax: Axes | None = None,
 ) -> Axes:
-    """Latent distributions of every modality and label in the plane, by t-SNE: colour is label, marker modality.
+    """Plots the latent distributions in the plane by t-SNE, with a colour per label and a marker per modality.
 
-    As Fig. 4 of Huang et al. 2025, arXiv 2502.13954. From the ninth label on the colours come again, with open markers.
-    With M Q points for every sample, a few hundred samples are enough and take seconds. Distances between clusters and
-    their sizes mean nothing in t-SNE.
+    It is like Fig. 4 of Huang et al. 2025, arXiv 2502.13954. From the ninth label on, the colours repeat with open
+    markers. With M Q points per sample, a few hundred samples are enough and take seconds. In t-SNE, distances between
+    clusters and their sizes have no meaning.
 
     Args:
-        embeddings: (B, M, Q, E): `latent.mean`, or `latent.embedding()` for what the contrastive loss compares.
+        embeddings: (B, M, Q, E): `latent.mean`, or `latent.embedding()`, which the contrastive loss compares.
         label_names: Q names, for the legend.
         modality_names: M names, for the legend.
-        shown: (B, M, Q) bool, True for the points to embed and draw, at least 3: where the label is present and the
-            modality not missing, say. None takes all.
-        perplexity: Number of neighbours that count; at most a third of the points is used.
-        seed: Of the random number generator of t-SNE.
+        shown: (B, M, Q) bool, True for the points to embed and draw, at least 3; for example where the label is present
+            and the modality not missing. None takes all.
+        perplexity: Effective number of neighbours, limited to a third of the points.
+        seed: Seed of the random numbers of t-SNE.
         ax: Axes to draw into.
 
     Returns:
@@ -406,7 +406,7 @@ def latent_tsne(
 def attention_map(
     weights: Array, label_names: Sequence[str] | None = None, *, ax: Axes | None = None
 ) -> Axes:
-    """Which steps of a sequence every label reads, as a heat map.
+    """Plots a heat map of the steps of a sequence that every label attends to.
 
     Args:
         weights: (Q, S) attention weights of one sample and modality, in [0, 1]:
@@ -449,17 +449,17 @@ def label_correlation(
     unknown: Array | None = None,
     ax: Sequence[Axes] | AxesArray | None = None,
 ) -> AxesArray:
-    """Correlations between labels, as they are and as they are predicted.
+    """Plots the correlations between true labels, and those between predicted labels.
 
-    The title has the cosine similarity of both matrices without their diagonals, which are 1 in any case. What belongs
-    to a constant label has no correlation: it is drawn grey and left out.
+    The title shows the cosine similarity of both matrices without their diagonals, which are always 1. Correlations
+    with a constant label are undefined; they are drawn in grey and left out.
 
     Args:
         labels: (N, Q) of 0 and 1.
         probs: (N, Q) predictions in [0, 1], probabilities or decisions.
         label_names: Q names.
-        unknown: (N, Q) bool, True where a label is not known. Two labels are compared, true and predicted, over the
-            samples in which both are known.
+        unknown: (N, Q) bool, True where a label is not known. Each correlation is over the samples in which both labels
+            are known.
         ax: Two Axes to draw into.
 
     Returns:
@@ -522,13 +522,13 @@ def training_curves(
     *,
     ax: Sequence[Axes] | AxesArray | None = None,
 ) -> AxesArray:
-    """What was logged over the epochs, several quantities in a panel.
+    """Plots logged quantities over the epochs, several in a panel.
 
     Args:
-        rows: What was logged, by name, one mapping an epoch with its number under `"epoch"` (the first is 0); such as
+        rows: Logged values by name, one mapping per epoch with its number under `"epoch"` (the first is 0), such as
             the rows of :class:`~uncertainty_mm.lightning.History`.
-        panels: Names of the quantities of every panel; what was never logged is left out.
-        ax: Axes to draw into, one a panel.
+        panels: Names of the quantities of every panel; quantities that were never logged are left out.
+        ax: Axes to draw into, one per panel.
 
     Returns:
         Array of Axes.
@@ -610,7 +610,7 @@ def _panels(ax: Sequence[Axes] | AxesArray | None, count: int, height: float) ->
 
 
 def _label_outer(axes: AxesArray) -> None:
-    """Leaves labels to the lowest panels of the columns and the first of the rows."""
+    """Shows labels only at the lowest panel of each column and the first panel of each row."""
     columns = min(len(axes), COLUMNS)
     for index, panel in enumerate(axes):
         lowest, first = index + columns >= len(axes), index % columns == 0
@@ -645,7 +645,7 @@ def _key(color: str, marker: str, name: str, filled: bool = True) -> Line2D:
 def _wilson(
     rate: npt.NDArray[Any], n: npt.NDArray[Any]
 ) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    """Ends of the 95 % interval of Wilson 1927 for a share of `n` samples."""
+    """Limits of the 95 % interval of Wilson 1927 for a share of `n` samples."""
     z = 1.959963984540054  # 97.5 % quantile of the normal distribution
     middle = rate + z**2 / (2 * n)
     half = z * np.sqrt(rate * (1 - rate) / n + z**2 / (4 * n**2))
@@ -662,7 +662,7 @@ def _running_median(x: Tensor, y: Tensor) -> tuple[list[float], list[float]]:
 
 
 def _correlation(columns: Tensor, known: Tensor) -> npt.NDArray[Any]:
-    """Pearson's correlation of all pairs of columns, over the rows that both have; nan if one is constant there."""
+    """Pearson's correlation of all pairs of columns, over the rows known in both; nan if one is constant there."""
     w = known.double()
     x = (columns - columns.sum(0) / w.sum(0)).masked_fill(~known, 0)
     count, sums, squares = w.T @ w, x.T @ w, x.square().T @ w

@@ -1,4 +1,4 @@
-"""Confidence in the order of past correctness: :class:`CorrectnessRankingLoss`."""
+"""Ranks confidence by past correctness: :class:`CorrectnessRankingLoss`."""
 
 from __future__ import annotations
 
@@ -22,21 +22,23 @@ Pairs = Literal["all", "neighbours"]
 
 
 class CorrectnessRankingLoss(Component):
-    r"""Asks that a sample that was correct more often is the more confident one, by as much as it was more correct.
+    r"""Asks for more confidence in samples that were correct more often, by at least the difference in correctness.
 
-    For confidences :math:`\kappa` and shares of correct predictions so far :math:`c`, the mean over pairs of samples of
+    With confidences :math:`\kappa` and shares :math:`c` of correct predictions so far, it is the mean over pairs of
+    samples of
 
     .. math::
         \max\left(0,\; -\operatorname{sign}(c_i - c_j) (\kappa_i - \kappa_j) + |c_i - c_j|\right)
 
-    0 for a pair of equal shares. Without samples that differ in their share it is 0, with zero gradient.
+    which is 0 for a pair of equal shares. If all shares are equal, the loss is 0 with zero gradient.
 
     Source: Moon et al. 2020, "Confidence-Aware Learning for Deep Neural Networks", arXiv 2007.01458.
 
     Args:
-        pairs: `"all"`: every sample with every other, so that the order of the batch does not count; :math:`O(B^2)`
-            time and memory, which is little up to a few thousand samples. `"neighbours"`, as in the paper: each sample
-            with the next one of the batch that is not left out, the last one with the first; :math:`O(B)`.
+        pairs: `"all"`: every sample with every other, so that the order of the batch does not matter, in
+            :math:`O(B^2)` time and memory, which is little for up to a few thousand samples. `"neighbours"`, as in the
+            paper: each sample with the next one that is not left out, and the last one with the first, in
+            :math:`O(B)`.
         validate_args: Check values on the CPU only (None), never (False), or everywhere (True), which makes the host
             wait for an accelerator.
 
@@ -68,8 +70,8 @@ class CorrectnessRankingLoss(Component):
         """Computes the loss of one batch.
 
         Args:
-            confidence: Tensor (B,), the larger the surer, on the scale of `correctness`.
-            correctness: Tensor (B,) in [0, 1], the share of correct predictions so far, of
+            confidence: Tensor (B,), larger means more confident, on the scale of `correctness`.
+            correctness: Tensor (B,) in [0, 1], the share of correct predictions so far, from
                 :class:`CorrectnessTracker`; receives no gradient.
             mask: Bool tensor (B,), True to leave the sample out (no history yet). Values there are ignored.
 
@@ -90,7 +92,7 @@ class CorrectnessRankingLoss(Component):
         if checks_values(confidence, self.validate_args):
             check_finite("confidence", confidence, mask)
             check_range("correctness", correctness, 0, 1, mask)
-        # What is left out is filled before any arithmetic: its derivative would be NaN times 0.
+        # Samples left out are filled before any arithmetic, because their derivative would be NaN times 0.
         k = at_least_float32(confidence).masked_fill(mask, 0)
         c = at_least_float32(correctness.detach()).masked_fill(mask, 0)
         count = (~mask).sum()
@@ -98,7 +100,7 @@ class CorrectnessRankingLoss(Component):
             counted, total = ~mask.unsqueeze(1) & ~mask, count * (count - 1)
             margin, gap = c.unsqueeze(1) - c, k.unsqueeze(1) - k
         else:
-            # Those that are kept come first, in their order.
+            # The samples that are kept come first, in their order.
             place = torch.arange(k.shape[0], device=device)
             order = mask.long().argsort(stable=True)
             next_one = torch.where(place + 1 < count, place + 1, 0)

@@ -1,4 +1,4 @@
-"""One Gaussian of those of all modalities, by six rules: :class:`GaussianFusion`."""
+"""Six rules to fuse the Gaussians of all modalities into one: :class:`GaussianFusion`."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ Rule = Literal[
     "norm_weighted",
 ]
 
-# Where a modality of infinite standard deviation does not count; in the others it would make the result infinite.
+# Rules that ignore an infinite standard deviation; with the others it would make the result infinite.
 _DISCOUNTS = ("product", "generalized_product", "norm_weighted")
-_MOST_MODALITIES = 8  # of a mixture of products, which has 2^M - 1 parts
+_MOST_MODALITIES = 8  # for a mixture of products, which has 2^M - 1 parts
 
 
 class FusedGaussian(NamedTuple):
-    """What :class:`GaussianFusion` returns.
+    """The result of :class:`GaussianFusion`.
 
     Attributes:
-        mean: Tensor (B, Q, K), the centre.
+        mean: Tensor (B, Q, K), the mean.
         std: Tensor (B, Q, K), the standard deviation.
-        weights: Tensor (B, M, Q), how much each modality counts, the mean over the latent dimensions, in at least
-            float32; 0 where it is missing. They sum to 1 over those present, in a product to 1 less what the prior
-            keeps, and to 0 where all are missing.
+        weights: Tensor (B, M, Q), the weight of each modality, averaged over the latent dimensions, in at least
+            float32; 0 where it is missing. They sum to 1 over the modalities present (in a product, to 1 minus the
+            weight of the prior), and to 0 where all are missing.
     """
 
     mean: Tensor
@@ -50,43 +50,44 @@ class FusedGaussian(NamedTuple):
 
 
 class GaussianFusion(Component):
-    r"""Makes one Gaussian of those of all modalities, by a rule that says what disagreement and repetition mean.
+    r"""Fuses the Gaussians of all modalities into one; the rules differ in how they treat disagreement and repetition.
 
-    With :math:`P` modalities present, and precisions :math:`\tau_m = \sigma_m^{-2}`, in each latent dimension:
+    With :math:`P` modalities present and precisions :math:`\tau_m = \sigma_m^{-2}`, in each latent dimension:
 
-    - `"product"`, of all and the prior :math:`\mathcal N(0, 1)`:
+    - `"product"` of all modalities and the prior :math:`\mathcal N(0, 1)`, where each counts as new evidence:
       :math:`\tau = 1 + \sum_m \tau_m,\ \mu = \tau^{-1} \sum_m \tau_m \mu_m`; `weights` are :math:`\tau_m / \tau`, and
-      the prior keeps the rest. Each counts as new evidence.
+      the prior has the rest.
     - `"generalized_product"`, without prior: :math:`\tau = \sum_m \alpha_m \tau_m,\
-      \mu = \tau^{-1} \sum_m \alpha_m \tau_m \mu_m` with `weights` :math:`\alpha_m` that sum to 1: equal, or learned.
-    - `"mixture"`: mean and standard deviation of drawing one modality at random, each :math:`w_m = 1 / P`:
+      \mu = \tau^{-1} \sum_m \alpha_m \tau_m \mu_m` with `weights` :math:`\alpha_m` that sum to 1, equal or learned.
+    - `"mixture"`: mean and standard deviation of a modality drawn at random with :math:`w_m = 1 / P`:
       :math:`\mu = \sum_m w_m \mu_m,\ \sigma^2 = \sum_m w_m (\sigma_m^2 + (\mu_m - \mu)^2)`.
-    - `"mixture_of_products"`: the same of the products, without prior, of all :math:`2^P - 1` non-empty subsets, each
-      as likely; `weights` are the mean shares :math:`\tau_m / \sum_{n \in S} \tau_n` of precision.
+    - `"mixture_of_products"`: a mixture of the products, without prior, of all :math:`2^P - 1` non-empty subsets with
+      equal weights; `weights` are the mean shares :math:`\tau_m / \sum_{n \in S} \tau_n` of precision.
     - `"barycenter"` of the 2-Wasserstein distance: :math:`\mu = \sum_m \mu_m / P,\ \sigma = \sum_m \sigma_m / P`.
     - `"norm_weighted"`: a mixture with :math:`w_m \propto 1 / \lVert \sigma_m \rVert_2`, the norm over the latent
       dimensions.
 
-    The order of modalities changes nothing, a missing one counts as one that is not there, and without any the result
-    is :math:`\mathcal N(0, 1)`. One modality alone is the result, but for the prior of a product. Only the two mixtures
-    of equal parts and `"norm_weighted"` see conflict: a larger standard deviation for +3 and -3 than for +3 and +3.
+    The order of modalities does not matter, missing modalities are ignored, and without any modality the result is
+    :math:`\mathcal N(0, 1)`. A single modality is returned unchanged, except by `"product"`, which has a prior. Only
+    the two mixtures and `"norm_weighted"` reflect conflict: they give a larger standard deviation for +3 and -3 than
+    for +3 and +3.
 
     Source: Hinton 2002, doi 10.1162/089976602760128018 (product); Cao and Fleet 2014, arXiv 1410.7827 (generalised
-    product; their weights follow the input, these do not); Shi et al. 2019, arXiv 1911.03393 (mixture); Sutter et al.
+    product; unlike here, their weights depend on the input); Shi et al. 2019, arXiv 1911.03393 (mixture); Sutter et al.
     2021, arXiv 2105.02470 (mixture of products); Agueh and Carlier 2011, doi 10.1137/100805741 (barycentre);
     Tellamekala et al. 2023, arXiv 2206.05833 (weights by the norm).
 
     Args:
-        rule: One of the six.
-        num_modalities: Number of modalities :math:`M`; None for any. Given to `"generalized_product"`, the weights are
-            learned, equal at first: their logits are the parameter `weight_logits`.
-        num_labels: Number of labels :math:`Q`; None for any, and for learned weights that the labels share.
-        latent_dim: Number of latent dimensions :math:`K`; None for any, and for learned weights that they share.
+        rule: One of the six rules.
+        num_modalities: Number of modalities :math:`M`; None for any. If given, the weights of `"generalized_product"`
+            are learned, starting from equal weights.
+        num_labels: Number of labels :math:`Q`; None for any, and for learned weights shared by the labels.
+        latent_dim: Number of latent dimensions :math:`K`; None for any, and for learned weights shared by them.
         validate_args: Check values (NaN, a negative standard deviation) on the CPU only (None), never (False), or
             everywhere (True), which makes the host wait for an accelerator.
 
     Attributes:
-        weight_logits: If weights are learned, a parameter (M, Q, K), with 1 for each size that is not given.
+        weight_logits: Logits of learned weights, a parameter (M, Q, K), with 1 for each size that is not given.
 
     Raises:
         ValueError: If `rule` is unknown, a size is not above 0, there are more than 8 modalities for a mixture of
@@ -150,18 +151,18 @@ class GaussianFusion(Component):
         """Fuses the modalities of every label.
 
         Args:
-            latent: Gaussians of shape (B, M, Q, K). A standard deviation of 0 is a value like others: of precision
-                infinity where precisions count, so that those of 0 decide alone. One of infinity does not count in the
-                products with one factor for each modality (in its dimension) and with `"norm_weighted"` (in all), and
-                is refused by the other rules.
+            latent: Gaussians of shape (B, M, Q, K). A standard deviation of 0 is allowed; where precisions count it has
+                an infinite one, so that only modalities with 0 count. An infinite standard deviation is ignored by
+                `"product"` and `"generalized_product"` (in its dimension) and by `"norm_weighted"` (in all), and
+                refused by the other rules.
             missing: Bool tensor (B, M), True where a modality is missing. Values there are ignored.
 
         Returns:
-            Mean and standard deviation, in the dtypes of `latent`, computed in at least float32; and weights.
+            Mean and standard deviation in the dtypes of `latent`, computed in at least float32, and the weights.
 
         Raises:
-            ValueError: If shapes or devices disagree, there is no modality, more than 8 for a mixture of products, a
-                mean is not finite, or `std` is negative or NaN, or infinite where that is refused.
+            ValueError: If shapes or devices disagree, there is no modality or more than 8 for a mixture of products, a
+                mean is not finite, or `std` is negative, NaN, or infinite where that is refused.
             TypeError: If a dtype is wrong.
         """
         named = {"M": self.num_modalities, "Q": self.num_labels, "K": self.latent_dim}
@@ -178,7 +179,7 @@ class GaussianFusion(Component):
         elif infinite:
             counted = counted & (std < math.inf)
         mean, std = mean.masked_fill(~counted, 0), std.masked_fill(~counted, 1)
-        std = std.clamp_max(1 / _least(std))  # an infinite one that was not looked at
+        std = std.clamp_max(1 / _least(std))  # an infinite one may pass unchecked
         fused, spread, weights = self._fuse(mean, std, counted)
         spread = spread.masked_fill(~counted.any(1), 1)  # the means are 0 there
         weights = weights.expand(*mean.shape[:3], -1).mean(-1)
@@ -216,7 +217,7 @@ class GaussianFusion(Component):
 
 
 def _least(x: Tensor) -> float:
-    """Standard deviations below this count as this where a logarithm is taken: its square is still a number."""
+    """Least standard deviation inside logarithms, whose square does not underflow."""
     return float(torch.finfo(x.dtype).tiny ** 0.5)
 
 
@@ -229,20 +230,20 @@ def _log_precision(std: Tensor) -> Tensor:
 
 
 def _norm(x: Tensor, dim: int) -> Tensor:
-    """Euclidean norm, with `dim` kept; squares neither overflow nor vanish, and the gradient at 0 is 0."""
+    """Euclidean norm, with `dim` kept; squares neither overflow nor underflow, and the gradient at 0 is 0."""
     scale = x.detach().abs().amax(dim, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
     norm: Tensor = torch.linalg.vector_norm(x / scale, dim=dim, keepdim=True) * scale
     return norm
 
 
 def _average(weights: Tensor, x: Tensor) -> Tensor:
-    """Weighted mean over modalities, for weights that sum to 1 (or all are 0); that of equal numbers is that number."""
+    """Weighted mean over modalities, for weights that sum to 1 or are all 0; exact for equal numbers."""
     rough = (weights * x).sum(1, keepdim=True).detach()
     return (rough + (weights * (x - rough)).sum(1, keepdim=True)).squeeze(1)
 
 
 def _moments(weights: Tensor, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of a mixture, by deviations from its mean: differences of squares would cancel."""
+    """Mean and standard deviation of a mixture, from deviations, because differences of squares would cancel."""
     fused = _average(weights, mean)
     parts = torch.stack([std, mean - fused.unsqueeze(1)]).masked_fill(weights == 0, 0)
     scale = parts.detach().abs().amax((0, 2)).clamp_min(torch.finfo(std.dtype).tiny)
@@ -274,7 +275,7 @@ def _generalized_product(
 def _mixture_of_products(
     mean: Tensor, std: Tensor, counted: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The subsets are numbered by their bits, so that each modality doubles them; the first is the empty one."""
+    """Subsets are numbered by bits, so that each modality doubles their number; the first one is empty."""
     log_precision = _log_precision(std)
     totals = torch.full_like(log_precision[:, :1], -math.inf)
     means, there = torch.zeros_like(totals), torch.ones_like(counted[:, :1])
@@ -288,11 +289,11 @@ def _mixture_of_products(
     there, totals_of_some = there[:, 1:].to(mean.dtype), totals[:, 1:]
     subset_weights = there / there.sum(1, keepdim=True).clamp_min(1)
     stds = torch.exp(-0.5 * totals_of_some)
-    stds = stds.masked_fill(stds < 2 * _least(std), 0)  # that of a factor of 0
+    stds = stds.masked_fill(stds < 2 * _least(std), 0)  # a factor has a std of 0
     fused, spread = _moments(subset_weights, means[:, 1:], stds)
     subset_weights = F.pad(subset_weights, (0, 0, 0, 0, 1, 0))
     weights = []
-    for m in range(mean.shape[1]):  # a share of every subset that holds the modality
+    for m in range(mean.shape[1]):  # its share in every subset with the modality
         of_m, in_m = (x.unflatten(1, (-1, 2, 2**m))[:, :, 1] for x in (totals, subset_weights))
         share = torch.exp(log_precision[:, m, None, None] - of_m)
         weights.append((in_m * share).sum((1, 2)))

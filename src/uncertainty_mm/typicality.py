@@ -230,9 +230,8 @@ class Typicality(Component):
         device = next(self._parts()).shift.device
         rows: dict[str, list[Tensor]] = {name: [] for name in self.modality_dims}
         missing = []
-        with torch.random.fork_rng(
-            devices=[]
-        ):  # a loader draws a number even where it does not shuffle
+        # a loader draws a random number even if it does not shuffle
+        with torch.random.fork_rng(devices=[]):
             for batch in _reader(data)():
                 self._check_batch(batch)
                 features, padding_mask = batch.to(device)[:2]

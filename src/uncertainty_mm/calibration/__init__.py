@@ -1,6 +1,7 @@
-"""From the output of a trained model to probabilities that mean what they say, and where to cut them.
+"""Calibrates the output of a trained model to probabilities that match frequencies, and chooses decision thresholds.
 
-One file a method; all are fitted on samples that the model was not trained on, by `fit(logits or probs, labels)`.
+Each method has its own file, and is fitted by `fit(logits or probs, labels)` to samples that the model was not
+trained on.
 """
 
 from uncertainty_mm.calibration.beta import BetaCalibration

@@ -1,4 +1,4 @@
-"""What all calibrations do with their arguments."""
+"""Checks and prepares the arguments of all calibrations."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class _Fitted(Protocol):
 def checked_input(
     module: _Fitted, name: Kind, values: Tensor, state: Tensor, dims: str = "B Q"
 ) -> Tensor:
-    """Logits or probabilities, on the device of the state, in at least float32."""
+    """Checked logits or probabilities, in at least float32."""
     device = None if module._is_replica else state.device
     check_tensor(name, values, "floating", dims, _sizes(module), device)
     if checks_values(values, module.validate_args):
@@ -44,10 +44,10 @@ def fitting_data(
     dims: str = "B Q",
     groups: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits or probabilities, labels, and weights, 0 where one is not known: (B, Q) each, in float64 on the CPU.
+    """Checked logits or probabilities, labels, and weights, each (B, Q) in float64 on the CPU.
 
-    What is not known is 0 in all three, since 0 times NaN is NaN. Values (B, E, Q) of several experts become (E, B, Q);
-    known is then what all of them know. Weights are 1, or such that those of a group sum to 1 for each label.
+    Unknown entries are 0 in all three, since 0 times NaN is NaN. Values (B, E, Q) of several experts become (E, B, Q),
+    and an entry is known if all of them are finite. Weights are 1, or sum to 1 per label in each group.
     """
     sizes = _sizes(module)
     check_tensor(name, values, "floating", dims, sizes)
@@ -57,7 +57,7 @@ def fitting_data(
         check_tensor("groups", groups, "integer", "B", sizes, values.device)
     if sizes["B"] == 0:
         raise ValueError(f"Expected `{name}` to hold at least one sample, but got none")
-    values = values.transpose(0, -2)  # experts first, where there are any, to meet labels (B, Q)
+    values = values.transpose(0, -2)  # experts, if any, go first to match labels (B, Q)
     if module.validate_args is not False:
         _check_values(name, values, unknown)
         check_labels("labels", labels, unknown)
@@ -89,6 +89,6 @@ def _check_values(name: Kind, values: Tensor, unknown: Tensor | None) -> None:
 
 
 def one_sided(y: Tensor, weight: Tensor) -> Tensor:
-    """(Q,) bool, True for a label that all known samples have, or none, or of which nothing is known."""
+    """Bool tensor (Q,), True for a label that all known samples have, or none of them, or that is never known."""
     present = y.sum(0)
     return (present == 0) | (present == weight.sum(0))

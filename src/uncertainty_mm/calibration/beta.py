@@ -1,4 +1,4 @@
-"""A logistic regression on the two logarithms of a probability: :class:`BetaCalibration`."""
+"""Logistic regression on log p and log(1 - p): :class:`BetaCalibration`."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from uncertainty_mm._checks import check_positive_int, check_validate_args
 from uncertainty_mm._component import Component
 from uncertainty_mm.calibration._data import checked_input, fitting_data, one_sided
 
-SMALLEST = 2.0**-24  # next to 1 in float32; what is nearer to 0 or 1 is taken for it
-RIDGE = 1e-6  # a unique optimum, and a finite one, where the labels are separated
+SMALLEST = 2.0**-24  # the step below 1 in float32; probabilities keep this distance from 0 and 1
+RIDGE = 1e-6  # makes the optimum unique, and finite where the labels are separated
 
 
 class BetaCalibration(Component):
-    r"""Bends probabilities differently near 0 and near 1.
+    r"""Corrects probabilities near 0 and near 1 by different amounts.
 
     .. math::
         \operatorname{logit} \operatorname{calibrated}(p)_q = a_q \ln p_q - b_q \ln(1 - p_q) + c_q, \quad a_q, b_q \ge 0
 
-    This is the right map where the probabilities of the positives and of the negatives have beta distributions. With
-    :math:`a = b` it is Platt scaling of the logits. The order of the samples does not change for any label, but for
-    ties. Until :meth:`fit` nothing is changed: :math:`a = b = 1, c = 0`. The three are saved with the model; no
-    optimizer touches them, and no averaging of weights.
+    This map is exact where the probabilities of positives and of negatives have beta distributions. With :math:`a = b`
+    it is Platt scaling of the logits. For every label the order of the samples stays the same, except for ties. Before
+    :meth:`fit`, :math:`a = b = 1` and :math:`c = 0`, which changes nothing. All three are saved with the model;
+    optimizers and weight averaging do not change them.
 
     Source: Kull, Silva Filho and Flach 2017, "Beta calibration: a well-founded and easily implemented improvement on
     logistic calibration for binary classifiers".
@@ -69,7 +69,7 @@ class BetaCalibration(Component):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Forgets the fit: nothing is changed."""
+        """Removes the fit, so that nothing is changed."""
         self.a.fill_(1)
         self.b.fill_(1)
         self.c.zero_()
@@ -78,7 +78,7 @@ class BetaCalibration(Component):
         r"""Calibrates probabilities.
 
         Args:
-            probs: Tensor (B, Q) in [0, 1]; what is nearer than :math:`2^{-24}` to 0 or 1 is taken for that.
+            probs: Tensor (B, Q) in [0, 1], clamped to :math:`[2^{-24}, 1 - 2^{-24}]`.
 
         Returns:
             Tensor (B, Q) in [0, 1], in at least float32.
@@ -94,15 +94,15 @@ class BetaCalibration(Component):
 
     @torch.no_grad()
     def fit(self, probs: Tensor, labels: Tensor, unknown: Tensor | None = None) -> BetaCalibration:
-        r"""Finds the coefficients at which the labels are likeliest, whatever they were before.
+        r"""Fits the coefficients by maximum likelihood; an earlier fit is replaced.
 
         .. math::
             \min_{a, b \ge 0,\, c} \sum_i \operatorname{BCE}(a \ln p_i - b \ln(1 - p_i) + c, y_i)
             + \tfrac{10^{-6}}{2} \left((a - 1)^2 + (b - 1)^2 + c^2\right)
 
-        for every label by itself, convex; by Newton's method in float64 on the CPU, once for each choice of the
-        coefficients that are 0, of which the best is taken. The last term only makes the optimum unique. A label that
-        all known samples have, or none, or of which nothing is known, stays as it is.
+        for every label separately. The problem is convex and is solved by Newton's method in float64 on the CPU, once
+        for each choice of coefficients fixed at 0, of which the best is taken. The last term only makes the optimum
+        unique. A label that all known samples have, or none of them, or that is never known, is left unchanged.
 
         Args:
             probs: Tensor (B, Q) in [0, 1], of a validation set.
@@ -134,13 +134,13 @@ class BetaCalibration(Component):
 
 
 def _features(probs: Tensor) -> tuple[Tensor, Tensor]:
-    """The logarithms of p and of 1 / (1 - p), both rising in p."""
+    """The logarithms of p and of 1 / (1 - p), both of which increase with p."""
     probs = probs.clamp(SMALLEST, 1 - SMALLEST)
     return probs.log(), -(-probs).log1p()
 
 
 def _objective(theta: Tensor, x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
-    """What :meth:`BetaCalibration.fit` minimises (Q,), of coefficients (Q, 3) and features (B, Q, 3)."""
+    """The objective (Q,) of :meth:`BetaCalibration.fit`, for coefficients (Q, 3) and features (B, Q, 3)."""
     z = (x * theta).sum(-1)
     log_likelihood = (weight * F.logsigmoid((2 * y - 1) * z)).sum(0)  # -BCE, without cancellation
     away = theta - theta.new_tensor([1, 1, 0])
@@ -152,7 +152,7 @@ def _newton(x: Tensor, y: Tensor, weight: Tensor, free: Tensor) -> tuple[Tensor,
     theta = (x.new_tensor([1, 1, 0]) * free).expand(x.shape[1], 3)
     value, size = _objective(theta, x, y, weight), x.new_ones(x.shape[1])
     fixed = torch.diag((~free).to(x.dtype))
-    for _ in range(200):  # about ten, unless the labels are separated
+    for _ in range(200):  # about ten are needed, unless the labels are separated
         z = (x * theta).sum(-1)
         residual = weight * (z.sigmoid() - y)
         curvature = weight * z.sigmoid() * (-z).sigmoid()

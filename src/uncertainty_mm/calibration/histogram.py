@@ -1,4 +1,4 @@
-"""What became of similar predictions: :class:`HistogramBinning`."""
+"""Frequencies of the labels in bins of predictions: :class:`HistogramBinning`."""
 
 from __future__ import annotations
 
@@ -15,17 +15,16 @@ Binning = Literal["mass", "width"]
 
 
 class HistogramBinning(Component):
-    r"""Replaces a probability by the frequency of the label among the samples with a similar one.
+    r"""Replaces a probability by the frequency of the label among samples with a similar probability.
 
     .. math::
         \operatorname{calibrated}(p)_q = \frac{\sum_i [p_{iq} \in b(p_q)] \, y_{iq}}{\sum_i [p_{iq} \in b(p_q)]}
 
-    over the samples of :meth:`fit`, with :math:`b(p)` the bin of :math:`p`, each label having bins of its own. It
-    assumes nothing of the shape of the error, takes some dozens of samples for every bin, and makes ties: probabilities
-    of one bin are equal afterwards. A probability in a bin that no sample fell into stays as it is; so do all before
-    :meth:`fit`, and those of a label of which nothing is known. A label that no known sample has is 0 in all other
-    bins, one that all have is 1. What was fitted is saved with the model; no optimizer touches it, and no averaging of
-    weights.
+    over the samples of :meth:`fit`, where :math:`b(p)` is the bin of :math:`p`, and each label has its own bins. It
+    assumes nothing about the shape of the error, but needs some dozens of samples per bin, and makes all probabilities
+    of a bin equal. Probabilities are left unchanged before :meth:`fit`, in a bin without samples, and for a label that
+    is never known. In all other bins, a label that no known sample has becomes 0, and one that all have becomes 1. The
+    fit is saved with the model; optimizers and weight averaging do not change it.
 
     Source: Zadrozny and Elkan 2001, "Obtaining calibrated probability estimates from decision trees and naive Bayesian
     classifiers".
@@ -41,7 +40,7 @@ class HistogramBinning(Component):
             are left out.
 
     Attributes:
-        edges: Tensor (Q, N - 1), ascending, between the bins; a bin is closed below, the last one also above.
+        edges: Tensor (Q, N - 1), ascending. A bin includes its lower edge, and the last one also its upper edge.
         frequency: Tensor (Q, N) in [0, 1]; -1 in a bin without samples.
 
     Raises:
@@ -85,7 +84,7 @@ class HistogramBinning(Component):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Forgets the fit: nothing is changed."""
+        """Removes the fit, so that nothing is changed."""
         steps = torch.arange(1, self.num_bins, device=self.edges.device)
         self.edges.copy_((steps / self.num_bins).expand_as(self.edges))
         self.frequency.fill_(-1)
@@ -110,7 +109,7 @@ class HistogramBinning(Component):
 
     @torch.no_grad()
     def fit(self, probs: Tensor, labels: Tensor, unknown: Tensor | None = None) -> HistogramBinning:
-        """Counts, whatever was fitted before; on the CPU.
+        """Counts the labels in each bin, on the CPU; an earlier fit is replaced.
 
         Args:
             probs: Tensor (B, Q) in [0, 1], of a validation set.
@@ -121,8 +120,8 @@ class HistogramBinning(Component):
             The module itself.
 
         Raises:
-            ValueError: If shapes or devices disagree, values are out of range, or no label is known; what was fitted
-                is then unchanged.
+            ValueError: If shapes or devices disagree, values are out of range, or no label is known; an earlier fit is
+                then unchanged.
             TypeError: If a dtype is wrong.
         """
         p, present, known = fitting_data(self, "probs", probs, labels, unknown)
@@ -130,13 +129,13 @@ class HistogramBinning(Component):
         edges = (steps / self.num_bins).expand(self.num_labels, -1)
         if self.binning == "mass":
             count = known.sum(0).long().unsqueeze(1)
-            ordered = p.masked_fill(known == 0, 2).T.sort(1).values  # what is not known comes last
-            # The bin begins halfway between two samples.
+            ordered = p.masked_fill(known == 0, 2).T.sort(1).values  # unknown entries come last
+            # A bin begins halfway between two samples.
             place = (edges * count).round().long().clamp_min(1)
             above = ordered.gather(1, torch.minimum(place, count - 1).clamp_min(0))
             below = ordered.gather(1, place - 1)
             edges = torch.where(count > 0, (below + above) / 2, edges)
-        edges = edges.to(self.edges.dtype)  # as they will be compared with
+        edges = edges.to(self.edges.dtype)  # so that fit and forward compare with the same numbers
         index = _bins(edges, p)
         counts = p.new_zeros(2, self.num_labels, self.num_bins)
         counts[0].scatter_add_(1, index, present.T)

@@ -1,4 +1,4 @@
-"""The best map that keeps the order: :class:`IsotonicCalibration`."""
+"""The best monotone map of probabilities: :class:`IsotonicCalibration`."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from uncertainty_mm.calibration._data import checked_input, fitting_data
 
 
 class IsotonicCalibration(Component):
-    r"""Replaces probabilities by the frequencies that fit the labels best among all that keep the order.
+    r"""Replaces probabilities by the frequencies that fit the labels best while keeping the order of the samples.
 
     .. math::
-        \min_f \sum_i (f(p_{iq}) - y_{iq})^2 \quad \text{over all } f \text{ that never fall}
+        \min_f \sum_i (f(p_{iq}) - y_{iq})^2 \quad \text{over all non-decreasing } f
 
-    for every label by itself: the pool adjacent violators, a map that is constant on blocks of samples and linear
-    between them; outside of the samples it goes on as at the nearest one. It follows any error that leaves the order of
-    the samples right, but takes many of them. Until :meth:`fit` nothing is changed, nor ever for a label of
-    which nothing is known. A label that no known sample has is always 0 afterwards, one that all have is 1. What was
-    fitted is saved with the model; no optimizer touches it, and no averaging of weights.
+    for every label separately. Pooling adjacent violators gives a map that is constant on blocks of samples and linear
+    between them, and constant beyond the outermost samples. It can correct any error that keeps the order of the
+    samples, but needs many samples. Before :meth:`fit`, and for a label that is never known, nothing is changed. A
+    label that no known sample has becomes 0 everywhere, and one that all have becomes 1. The fit is saved with the
+    model; optimizers and weight averaging do not change it.
 
     Source: Zadrozny and Elkan 2002, "Transforming classifier scores into accurate multiclass probability estimates";
     equal to `sklearn.isotonic.IsotonicRegression(out_of_bounds="clip")`.
 
     Args:
         num_labels: Number of labels :math:`Q`.
-        max_knots: Number :math:`N` of points that are kept for the map of a label, at least 2. Of a map that has more,
-            points at equal steps are kept; it still never falls.
+        max_knots: Number :math:`N` of points kept for the map of a label, at least 2. If a map has more, evenly
+            spaced ones are kept, and it stays non-decreasing.
         validate_args: Check values (probabilities in [0, 1]) in a forward pass on the CPU only (None), never (False),
             or everywhere (True), which makes the host wait for an accelerator. :meth:`fit` computes on the CPU and
             checks unless it is False; then a label above 0.5 counts as present, and probabilities that are not finite
             are left out.
 
     Attributes:
-        knots: Tensor (Q, N) in [0, 1], ascending: where the map is known. The last knot is repeated to fill the row.
-        levels: Tensor (Q, N) in [0, 1], ascending: its values there.
+        knots: Tensor (Q, N) in [0, 1], ascending: the points of the map. The last is repeated to fill the row.
+        levels: Tensor (Q, N) in [0, 1], ascending: the values of the map there.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -72,7 +72,7 @@ class IsotonicCalibration(Component):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Forgets the fit: nothing is changed."""
+        """Removes the fit, so that nothing is changed."""
         for state in (self.knots, self.levels):
             state.fill_(1)
             state[:, 0] = 0
@@ -93,21 +93,21 @@ class IsotonicCalibration(Component):
         probs = checked_input(self, "probs", probs, self.knots)
         dtype = torch.promote_types(probs.dtype, self.knots.dtype)
         p, knots, levels = (x.to(probs.device, dtype) for x in (probs.T, self.knots, self.levels))
-        # the first knot that is not below; linear from the one before it
+        # the first knot that is not below p; the map is linear from the knot before it
         right = torch.searchsorted(knots, p.detach().contiguous())
         left, right = (right - 1).clamp_min(0), right.clamp_max(self.max_knots - 1)
         start, end = knots.gather(1, left), knots.gather(1, right)
         low, high = levels.gather(1, left), levels.gather(1, right)
         width = end - start
         share = (p - start) / torch.where(width > 0, width, 1)
-        # `lerp` does not go beyond the ends by rounding.
+        # `lerp` does not overshoot the ends by rounding.
         return torch.where(width > 0, torch.lerp(low, high, share), high).T.to(probs.dtype)
 
     @torch.no_grad()
     def fit(
         self, probs: Tensor, labels: Tensor, unknown: Tensor | None = None
     ) -> IsotonicCalibration:
-        """Finds the map, whatever it was before; exactly, on the CPU.
+        """Fits the map exactly, on the CPU; an earlier fit is replaced.
 
         Args:
             probs: Tensor (B, Q) in [0, 1], of a validation set.
@@ -144,7 +144,7 @@ def _maps(label: Tensor, p: Tensor, present: Tensor, num_labels: int) -> list[Te
 
     Args:
         label: Tensor (N,), ascending, the label of each known entry.
-        p: Tensor (N,), its probability.
+        p: Tensor (N,), the probability of each entry.
         present: Tensor (N,), 1 where the label is present.
         num_labels: Number of labels.
     """
@@ -152,7 +152,7 @@ def _maps(label: Tensor, p: Tensor, present: Tensor, num_labels: int) -> list[Te
     order = order[label[order].sort(stable=True).indices]
     label, p, present = label[order], p[order], present[order]
     first, last = p, p
-    # First those of one probability are joined to a block, then neighbours as long as the share falls, or stays.
+    # Entries of equal probability are joined to blocks first, then neighbouring blocks whose share does not rise.
     count, joins = torch.ones_like(p), (label[1:] == label[:-1]) & (p[1:] == p[:-1])
     while True:
         begins = ~F.pad(joins, (1, 0))
@@ -162,7 +162,7 @@ def _maps(label: Tensor, p: Tensor, present: Tensor, num_labels: int) -> list[Te
         present, count = (
             x.new_zeros(len(starts)).index_add_(0, block, x) for x in (present, count)
         )
-        # shares compared as products of whole numbers, which are exact
+        # shares are compared as products of integers, which are exact
         joins = present[1:] * count[:-1] <= present[:-1] * count[1:]
         joins &= label[1:] == label[:-1]
         if not joins.any():

@@ -10,26 +10,26 @@ from uncertainty_mm._checks import check_flag, check_positive_int, check_validat
 from uncertainty_mm._component import Component
 from uncertainty_mm.calibration._data import checked_input, fitting_data
 
-# How surely labels are alike; by cross-validation on a small real set (documentation, page on the uncertainty).
+# Strength of the prior that labels are alike, by cross-validation on a small real set (documentation, uncertainty).
 LABEL_PRECISION = 20.0
 
 
 class PlattScaling(Component):
-    r"""Corrects the logits of a trained classifier for over- or under-confidence.
+    r"""Corrects the logits of a trained classifier for over- or underconfidence by a scale and a shift.
 
     .. math::
         \operatorname{calibrated}(\ell)_q = s_q \ell_q + t_q, \qquad s_q > 0
 
-    The order of the samples does not change for any label. Without `shift` this is temperature scaling,
-    :math:`s = 1/T`. :meth:`fit` finds :math:`s` and :math:`t` on samples that the classifier was not trained on; until
-    then nothing is changed. Both are saved with the model; no optimizer touches them, and no averaging of weights.
+    The order of the samples stays the same for every label. Without `shift` this is temperature scaling with
+    :math:`s = 1/T`. :meth:`fit` finds :math:`s` and :math:`t` on samples that the classifier was not trained on; before
+    that nothing is changed. Both are saved with the model; optimizers and weight averaging do not change them.
 
     Source: Platt 1999, "Probabilistic Outputs for Support Vector Machines"; Guo et al. 2017, arXiv 1706.04599; the
     priors of :meth:`fit` are additions.
 
     Args:
         num_labels: Number of labels :math:`Q`.
-        per_label: Let the labels depart from the pair that they share; False fits one scale and one shift for all.
+        per_label: Let each label depart from the shared scale and shift; False fits one pair for all labels.
         shift: Fit a shift as well; False leaves it at 0.
         validate_args: Check values (NaN, infinity) in a forward pass on the CPU only (None), never (False), or
             everywhere (True), which makes the host wait for an accelerator. :meth:`fit` computes on the CPU and checks
@@ -81,7 +81,7 @@ class PlattScaling(Component):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Forgets the fit: nothing is changed."""
+        """Removes the fit, so that nothing is changed."""
         self.scale.fill_(1)
         self.shift.zero_()
 
@@ -110,25 +110,26 @@ class PlattScaling(Component):
         *,
         groups: Tensor | None = None,
     ) -> PlattScaling:
-        r"""Finds scale and shift, whatever they were before.
+        r"""Fits scale and shift; an earlier fit is replaced.
 
-        First one pair for all labels together, then for every label another pair on the logits so calibrated. Both
-        minimise
+        First one pair is fitted for all labels, then another pair per label to the logits calibrated by the first.
+        Both minimise
 
         .. math::
             \sum_i \operatorname{BCE}(s \ell_i + t, y_i) + \tfrac{\lambda}{2} \left((\log s)^2 + t^2\right)
 
-        the maximum a posteriori under a normal prior of :math:`\log s` and :math:`t`: :math:`\lambda = 1` for the
-        shared pair, :math:`\lambda = 20` for those of the labels, which so depart from it only where some twenty
-        samples or more tell them to. With 40 samples, labels fitted alone are calibrated worse than by the shared
-        pair; beside many samples the prior vanishes. Computed in float64 on the CPU.
+        which is the maximum a posteriori under a normal prior of :math:`\log s` and :math:`t`. :math:`\lambda = 1` for
+        the shared pair; :math:`\lambda = 20` for the labels, which therefore depart from it only if some twenty samples
+        or more support it. With 40 samples, labels fitted alone are calibrated worse than by the shared pair; with many
+        samples the prior becomes negligible. Computed in float64 on the CPU.
 
         Args:
             logits: Tensor (B, Q), of a validation set.
             labels: Tensor (B, Q) of 0 and 1.
             unknown: Bool tensor (B, Q), True where a label is not known. Values there are ignored.
-            groups: Integers (B,), who a sample is of, such as a user. Those of a group count as one sample together:
-                hundreds of a few users say little of the next user, and without this they overrule the prior.
+            groups: Integer tensor (B,), the source of each sample, such as a user. The samples of a group together
+                count as one, because hundreds of samples of a few users say little about the next user, but would
+                override the prior.
 
         Returns:
             The module itself.
@@ -147,7 +148,7 @@ class PlattScaling(Component):
                 calibrated, y, weight, with_shift=self.with_shift, precision=LABEL_PRECISION
             )
             log_scale, shift = log_scale + own[0], shift * own[0].exp() + own[1]
-        # within the dtype of the state: a scale of 0 would lose the order of the samples
+        # within the range of the dtype, because a scale of 0 would lose the order of the samples
         limits = torch.finfo(self.scale.dtype)
         self.scale.copy_(log_scale.exp().clamp(limits.tiny, limits.max))
         self.shift.copy_(shift.clamp(limits.min, limits.max))
@@ -166,9 +167,9 @@ def _objective(
 def _newton_step(
     parameters: Tensor, x: Tensor, y: Tensor, weight: Tensor, with_shift: bool, precision: float
 ) -> Tensor:
-    """Step (2, Q) downhill: Newton's, with the eigenvalues of the Hessian taken by magnitude.
+    """Newton step (2, Q) with the absolute eigenvalues of the Hessian.
 
-    The objective is not convex in the log-scale; this way a saddle repels (Dauphin et al. 2014, arXiv 1406.2572).
+    The objective is not convex in the log-scale, and so saddle points are left (Dauphin et al. 2014, arXiv 1406.2572).
     """
     scaled = x * parameters[0].exp()
     z, sign = scaled + parameters[1], 2 * y - 1
@@ -183,7 +184,7 @@ def _newton_step(
     if not with_shift:
         gradient[1], hessian[:, 0, 1], hessian[:, 1, 0] = 0, 0, 0
     values, vectors = torch.linalg.eigh(hessian)
-    along = (vectors * gradient.T.unsqueeze(-1)).sum(1)  # the gradient along every eigenvector
+    along = (vectors * gradient.T.unsqueeze(-1)).sum(1)  # the gradient along each eigenvector
     step: Tensor = -(vectors * (along / values.abs().clamp_min(1e-3)).unsqueeze(1)).sum(-1)
     return step.T
 
@@ -194,7 +195,7 @@ def _maximum_a_posteriori(
     """Log-scale and shift (2, Q) of the samples x (B, Q) with labels y, for all columns at once."""
     parameters = x.new_zeros(2, x.shape[1])  # the identity
     value, size = _objective(parameters, x, y, weight, precision), x.new_ones(x.shape[1])
-    for _ in range(200):  # about ten, unless the logits are huge
+    for _ in range(200):  # about ten are needed, unless the logits are huge
         step = _newton_step(parameters, x, y, weight, with_shift, precision)
         if (step.abs() <= 1e-10).all():
             break

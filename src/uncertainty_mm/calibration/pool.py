@@ -1,4 +1,4 @@
-"""One prediction of several: :class:`LogitPool`."""
+"""Combines several predictions into one: :class:`LogitPool`."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from uncertainty_mm.calibration.platt import LABEL_PRECISION
 
 
 class LogitPool(Component):
-    r"""Makes one prediction of several predictions of the same labels, and trusts each as far as it has earned it.
+    r"""Combines several predictions of the same labels, with weights that reflect how good each prediction is.
 
     .. math::
         \operatorname{pooled}(\ell)_q = \sum_e w_e \ell_{eq}, \qquad w_e \ge 0, \quad \sum_e w_e = 1
 
-    Weighted sums of logits multiply the odds, each to the power of its weight: a logarithmic opinion pool. The weights
-    are the same for all labels. :meth:`fit` finds them on samples that the experts were not trained on; until then they
-    are equal. They are saved with the model; no optimizer touches them, and no averaging of weights. The pool can be
-    too sure or too careful even where the experts are not: :class:`~uncertainty_mm.PlattScaling` is to follow.
+    A weighted sum of logits multiplies the odds, each to the power of its weight, which is a logarithmic opinion pool.
+    The weights are the same for all labels. :meth:`fit` finds them on samples that the experts were not trained on;
+    before that they are equal. They are saved with the model; optimizers and weight averaging do not change them. The
+    pool can be over- or underconfident even if the experts are not, so let :class:`~uncertainty_mm.PlattScaling`
+    follow.
 
     Source: Genest and Zidek 1986, doi 10.1214/ss/1177013825 (logarithmic opinion pool); Hinton 2002,
     doi 10.1162/089976602760128018 (product of experts); the prior of :meth:`fit` is an addition.
@@ -70,7 +71,7 @@ class LogitPool(Component):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Forgets the fit: equal weights."""
+        """Removes the fit: the weights become equal."""
         self.weight.fill_(1 / self.num_experts)
 
     def forward(self, logits: Tensor) -> Tensor:
@@ -80,7 +81,7 @@ class LogitPool(Component):
             logits: Tensor (B, E, Q).
 
         Returns:
-            Tensor (B, Q) in at least float32; of one expert its logits, to the bit.
+            Tensor (B, Q) in at least float32; for one expert exactly its logits.
 
         Raises:
             ValueError: If the shape or the device is wrong, or `logits` is not finite.
@@ -88,7 +89,7 @@ class LogitPool(Component):
         """
         logits = checked_input(self, "logits", logits, self.weight, "B E Q")
         weight = self.weight.to(logits)
-        weight = weight / weight.sum()  # which rounding of the state to half precision had moved
+        weight = weight / weight.sum()  # the sum is not 1 after rounding to half precision
         return (weight.unsqueeze(1) * logits).sum(1)
 
     @torch.no_grad()
@@ -100,7 +101,7 @@ class LogitPool(Component):
         *,
         groups: Tensor | None = None,
     ) -> LogitPool:
-        r"""Finds the weights, whatever they were before.
+        r"""Fits the weights; an earlier fit is replaced.
 
         With :math:`w = \operatorname{softmax}(a)` they minimise, together with a scale :math:`s` for all labels and a
         shift :math:`t_q` for each,
@@ -109,15 +110,16 @@ class LogitPool(Component):
             \sum_{i, q} \operatorname{BCE}\Big(s \sum_e w_e \ell_{ieq} + t_q,\, y_{iq}\Big)
             + \tfrac12 \lVert a \rVert^2 + \tfrac12 (\log s)^2 + \tfrac{20}{2} \lVert t \rVert^2
 
-        Without scale and shifts the weights would have to mend confidence and base rates as well; both are forgotten
-        afterwards. The prior holds the weights near equal where samples are few, and vanishes beside many. Computed in
-        float64 on the CPU.
+        Without scale and shifts the weights would have to correct confidence and base rates as well; both are discarded
+        afterwards. With few samples the prior keeps the weights nearly equal; with many it becomes negligible. Computed
+        in float64 on the CPU.
 
         Args:
             logits: Tensor (B, E, Q), of a validation set.
             labels: Tensor (B, Q) of 0 and 1.
             unknown: Bool tensor (B, Q), True where a label is not known. Values there are ignored.
-            groups: Integers (B,), who a sample is of, such as a user. Those of a group count as one sample together.
+            groups: Integer tensor (B,), the source of each sample, such as a user. The samples of a group together
+                count as one.
 
         Returns:
             The module itself.
@@ -132,8 +134,8 @@ class LogitPool(Component):
         return self
 
 
-# Scale and weights are fitted as c = log(s w), from which both follow: log s = logsumexp(c), w = softmax(c), and
-# a = c - mean(c), the smallest of those with this softmax. Then each expert has one number, as in Platt scaling.
+# Scale and weights are fitted as c = log(s w), so that each expert has one number, as in Platt scaling. From c follow
+# log s = logsumexp(c), w = softmax(c), and a = c - mean(c), the shortest of all a with this softmax.
 
 
 def _objective(c: Tensor, shift: Tensor, x: Tensor, y: Tensor, known: Tensor) -> Tensor:
@@ -147,9 +149,9 @@ def _objective(c: Tensor, shift: Tensor, x: Tensor, y: Tensor, known: Tensor) ->
 def _newton_step(
     c: Tensor, shift: Tensor, x: Tensor, y: Tensor, known: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Steps (E,) and (Q,) downhill: Newton's, with the eigenvalues of the Hessian taken by magnitude.
+    """Newton steps (E,) and (Q,) with the absolute eigenvalues of the Hessian.
 
-    As in Platt scaling the objective is convex in the shifts alone, which are eliminated first.
+    As in Platt scaling, the objective is convex only in the shifts, which are eliminated first.
     """
     scaled = x * c.exp()[:, None, None]  # the derivative of the logits by c, and its own derivative
     z, sign = scaled.sum(0) + shift, 2 * y - 1
@@ -177,7 +179,7 @@ def _maximum_a_posteriori(x: Tensor, y: Tensor, known: Tensor) -> Tensor:
     """The c (E,) of experts x (E, B, Q) on labels y (B, Q)."""
     c, shift = x.new_zeros(len(x)) - math.log(len(x)), x.new_zeros(y.shape[1])
     value, size = _objective(c, shift, x, y, known), 1.0
-    for _ in range(200):  # about ten, unless the logits are huge
+    for _ in range(200):  # about ten are needed, unless the logits are huge
         steps = _newton_step(c, shift, x, y, known)
         if max(step.abs().max() for step in steps) <= 1e-10:
             break

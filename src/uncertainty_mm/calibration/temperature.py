@@ -1,4 +1,4 @@
-"""One number that says how sure a classifier may be: :class:`TemperatureScaling`."""
+"""One number that corrects the confidence of a classifier: :class:`TemperatureScaling`."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ LIMIT = 100.0  # separated labels have no finite optimum
 
 
 class TemperatureScaling(Component):
-    r"""Makes a classifier that is too sure of itself less so, and one that is too careful more so.
+    r"""Makes an overconfident classifier less confident, and an underconfident one more so.
 
     .. math::
         \operatorname{calibrated}(\ell)_q = \ell_q / T, \qquad T > 0
 
-    No decision at a probability of 1/2 changes, nor the order of the samples. With one temperature for all labels few
-    samples are enough. Until :meth:`fit` nothing is changed. The temperature is saved with the model; no optimizer
-    touches it, and no averaging of weights.
+    Neither decisions at a threshold of 1/2 nor the order of the samples change. One temperature for all labels needs
+    only a few samples. Before :meth:`fit` nothing is changed. The temperature is saved with the model; optimizers and
+    weight averaging do not change it.
 
     Source: Guo et al. 2017, arXiv 1706.04599.
 
@@ -63,7 +63,7 @@ class TemperatureScaling(Component):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Forgets the fit: nothing is changed."""
+        """Removes the fit, so that nothing is changed."""
         self.temperature.fill_(1)
 
     def forward(self, logits: Tensor) -> Tensor:
@@ -86,14 +86,14 @@ class TemperatureScaling(Component):
     def fit(
         self, logits: Tensor, labels: Tensor, unknown: Tensor | None = None
     ) -> TemperatureScaling:
-        r"""Finds the temperature at which the labels are likeliest, whatever it was before.
+        r"""Fits the temperature by maximum likelihood; an earlier fit is replaced.
 
         .. math::
             \operatorname*{arg\,min}_{1/100 \le T \le 100} \sum_i \operatorname{BCE}(\ell_i / T, y_i)
 
-        The sum is over all labels, or over those of one with `per_label`. It is convex in :math:`1/T`; the root of its
-        derivative is found by bisection, in float64 on the CPU. Where all known labels are present, or all absent, or
-        nothing is known, or all logits are 0, there is nothing to learn: :math:`T = 1`.
+        The sum runs over all labels, or over one label with `per_label`. It is convex in :math:`1/T`, and the root of
+        its derivative is found by bisection, in float64 on the CPU. If all known labels are present, or all absent, or
+        nothing is known, or all logits are 0, there is nothing to learn, and :math:`T = 1`.
 
         Args:
             logits: Tensor (B, Q), of a validation set.
@@ -111,7 +111,7 @@ class TemperatureScaling(Component):
         x, y, weight = fitting_data(self, "logits", logits, labels, unknown)
         if not self.per_label:
             x, y, weight = (values.reshape(-1, 1) for values in (x, y, weight))
-        # below: the likelihood still grows with the scale 1 / T
+        # below the root, the likelihood still grows with the scale 1 / T
         low, high = (x.new_full(x.shape[1:], value) for value in (1 / LIMIT, LIMIT))
         for _ in range(60):
             middle = (low * high).sqrt()

@@ -1,4 +1,4 @@
-"""Where to cut probabilities into decisions: :func:`best_threshold`, :func:`expected_threshold`."""
+"""Decision thresholds for probabilities: :func:`best_threshold`, :func:`expected_threshold`."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ def best_threshold(
     per_label: bool = False,
     validate_args: bool | None = None,
 ) -> Tensor:
-    r"""Where to cut probabilities into decisions so that F1 is best, on samples of a validation split.
+    r"""Finds the decision threshold with the best F1 on a validation split.
 
     .. math::
         \operatorname*{arg\,max}_{t \in \{0.01, \dots, 0.99\}} \frac{2 \sum [p > t][y = 1]}{\sum [p > t] + \sum [y = 1]}
 
-    with sums over all samples and labels (micro F1), or over the samples of each label. Of thresholds that are equally
-    good it is the smallest. Where no known label is present every threshold has an F1 of 0, and it is 0.5. Takes
-    :math:`O(BQ)` memory: probabilities are counted between the thresholds, not compared with each.
+    with sums over all samples and labels (micro F1), or over the samples of each label. The smallest of equally good
+    thresholds is taken. If no known label is present, every threshold has an F1 of 0, and 0.5 is returned. It takes
+    :math:`O(BQ)` memory, because probabilities are counted between thresholds rather than compared with each.
 
     Args:
-        probs: Tensor (B, Q) of probabilities in [0, 1], calibrated before (:class:`PlattScaling`).
+        probs: Tensor (B, Q) of calibrated probabilities in [0, 1] (:class:`PlattScaling`).
         labels: Tensor (B, Q) of 0 and 1, any real dtype.
         unknown: Bool tensor (B, Q), True where a label is not known. Values there are ignored.
         per_label: One threshold for each label instead of one for all.
@@ -71,7 +71,7 @@ def best_threshold(
         known = known & ~unknown
     present = (labels > 0.5) & known
     grid = torch.linspace(0.01, 0.99, 99, device=device)
-    # How many thresholds an entry exceeds, and for each number how many entries of the label do (100, Q).
+    # The number of thresholds that an entry exceeds, and the number of entries of each label for every such number.
     wide = torch.promote_types(probs.dtype, grid.dtype)
     exceeded = torch.searchsorted(grid.to(wide), probs.detach().to(wide).contiguous())
     place = exceeded * sizes["Q"] + torch.arange(sizes["Q"], device=device)
@@ -80,7 +80,7 @@ def best_threshold(
     counts = counts.view(2, len(grid) + 1, sizes["Q"])
     if not per_label:
         counts = counts.sum(2, keepdim=True)
-    # Of those that exceed more than i thresholds, all exceed the one at place i.
+    # Entries that exceed more than i thresholds are those that exceed threshold i.
     hits, predicted = counts.flip(1).cumsum(1).flip(1)[:, 1:]
     positives = counts[0].sum(0)
     f1 = 2 * hits / (predicted + positives).clamp_min(1)
@@ -94,17 +94,17 @@ def expected_threshold(
     per_label: bool = False,
     validate_args: bool | None = None,
 ) -> Tensor:
-    r"""Where to cut calibrated probabilities into decisions so that the expected F1 is best; it asks for no labels.
+    r"""Finds the decision threshold with the best expected F1, from calibrated probabilities without any labels.
 
-    Counts of hits on a small validation split vary a lot from one threshold to the next. Calibrated probabilities say
-    how many hits to expect, so nothing has to be counted. The best F1 that they let expect, as a ratio of expectations,
-    is reached at half of itself (Lipton et al. 2014):
+    On a small validation split, the number of hits varies a lot from one threshold to the next. Calibrated
+    probabilities give the expected number of hits instead. The best expected F1, as a ratio of expectations, is reached
+    at a threshold of half its value (Lipton et al. 2014):
 
     .. math::
         F = \max_t \frac{2 \sum p \, [p > t]}{\sum [p > t] + \sum p}, \qquad t = \frac{F}{2}
 
-    with sums over all samples and labels (micro F1), or over the samples of each label. Where all probabilities are 0,
-    or nothing is known, it is 0.5. Computed in float64 on the CPU. Probabilities that are not calibrated deserve
+    with sums over all samples and labels (micro F1), or over the samples of each label. If all probabilities are 0, or
+    nothing is known, 0.5 is returned. Computed in float64 on the CPU. For probabilities that are not calibrated, use
     :func:`best_threshold`.
 
     Args:
@@ -136,7 +136,7 @@ def expected_threshold(
     if checks_values(probs, validate_args):
         check_range("probs", probs, 0, 1, unknown)
     device, probs = probs.device, probs.detach().cpu().double()
-    # An entry of 0 behind the others lowers the F1 of who decides for it, so it is as good as left out.
+    # An entry of 0 comes last and only lowers F1, so it never counts.
     if unknown is not None:
         probs = probs.masked_fill(unknown.cpu(), 0)
     probs = probs.nan_to_num(0)
@@ -144,6 +144,6 @@ def expected_threshold(
     hits = groups.sort(dim=0, descending=True).values.cumsum(0)
     decided = torch.arange(1, len(groups) + 1, device=probs.device).unsqueeze(1)
     total = groups.sum(0)
-    half = hits / (decided + total)  # of the F1 of those that are decided for
+    half = hits / (decided + total)  # half of F1, for every number of decisions
     best = half.amax(0) if len(half) else total
     return torch.where(total > 0, best, 0.5).float().to(device)

@@ -1,4 +1,4 @@
-"""Data sets: what people have on disk, read into one form, and synthetic data whose uncertainty is known."""
+"""Data sets: readers for common files, and synthetic data whose uncertainty is known."""
 
 from uncertainty_mm.data import transforms as transforms
 from uncertainty_mm.data._arrays import SPLITS

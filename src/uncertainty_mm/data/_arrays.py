@@ -1,4 +1,4 @@
-"""Arrays of NumPy's own files, and what both layouts of such files share."""
+"""Helpers for both layouts of NumPy files."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ SPLITS = ("train", "validation", "test")
 
 
 def tensor_array(tensor: Tensor) -> NDArray[Any]:
-    """The numbers of a tensor, wherever it is; bfloat16, which NumPy lacks, as float32."""
+    """A tensor on any device as an array; bfloat16, which NumPy lacks, becomes float32."""
     tensor = tensor.detach().cpu()
     array: NDArray[Any] = (tensor.float() if tensor.dtype is torch.bfloat16 else tensor).numpy()
     return array
 
 
 def unreadable(path: str | PathLike[str], wanted: str, error: object) -> ValueError:
-    """The error for a file of another format, which is named, or for a damaged one.
+    """Makes the error for a file that is damaged, or of another format, which is named.
 
     Args:
         path: The file.
-        wanted: The format wanted, `".npz"` or `".npy"`.
-        error: What reading it said.
+        wanted: The expected format, `".npz"` or `".npy"`.
+        error: The error of reading it.
     """
     found = None
     with suppress(OSError):
@@ -40,7 +40,7 @@ def unreadable(path: str | PathLike[str], wanted: str, error: object) -> ValueEr
     if found is not None and wanted not in found:
         error = f"it is {found}"
     elif "pickle" in str(error) or "Python objects" in str(error):
-        # NumPy's advice to read it all the same is not passed on.
+        # replaces NumPy's advice to allow pickles
         error = "it holds neither numbers nor strings"
     content = "a plain array" if wanted == ".npy" else "plain arrays"
     return ValueError(f"{path}: not a readable {wanted} file of {content} ({error})")
@@ -51,7 +51,7 @@ def named(
     label_names: Sequence[str] | None,
     path: str | PathLike[str],
 ) -> dict[str, MultimodalDataset]:
-    """The parts with their labels in the order wanted."""
+    """The parts with their labels in the desired order."""
     if label_names is None:
         return parts
     for data in parts.values():

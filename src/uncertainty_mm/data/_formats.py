@@ -1,4 +1,4 @@
-"""What a file is by its first bytes, for messages about a file that is not what its name says: :func:`format_of`."""
+"""Recognises the format of a file by its first bytes, for error messages: :func:`format_of`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _BEGINNINGS = (
     (b"<!doctype html", "a page of HTML, not the file itself"),
     (b"<html", "a page of HTML, not the file itself"),
 )
-# The end of a name in a zip archive: what the archive is.
+# Ends of names in a zip archive, and the formats that they reveal.
 _MEMBERS = (
     ("/constants.pkl", "a TorchScript archive"),
     ("data.pkl", TORCH),
@@ -36,7 +36,7 @@ _MEMBERS = (
 
 
 def format_of(path: str | PathLike[str]) -> str | None:
-    """The format of a file in words, or None if its first bytes are not known."""
+    """The format of a file in words, or None if it is not recognised."""
     with open(path, "rb") as file:
         head = file.read(512)
     for beginning, name in _BEGINNINGS:

@@ -1,4 +1,4 @@
-"""From the arrays of a file to features and masks: stacking, padding on either side, values that are not finite."""
+"""Makes features and masks of the arrays of a file: stacks, finds padding on either side, and masks invalid values."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from uncertainty_mm.data.dataset import MultimodalDataset
 
 Path = str | PathLike[str]
 
-# Name of a modality: its keys in MMSA's files and in TAILOR's.
+# Keys of each modality in the files of MMSA and of TAILOR.
 MODALITIES = {
     "text": ("text", "src-text"),
     "audio": ("audio", "src-audio"),
     "vision": ("vision", "src-visual"),
 }
-# Name of a split: its key in the files, and what else they call it.
+# Key of each split in the files, then all names that files use for a split.
 SPLIT_KEYS = {"train": "train", "validation": "valid", "test": "test"}
 SPLIT_NAMES = {
     "train": "train",
@@ -42,8 +42,8 @@ Invalid = Literal["step", "value"]
 class Split(NamedTuple):
     """One split of a file."""
 
-    key: str  # its name there
-    content: dict[str, Any]  # ours: what has been read is taken out, so that its memory is free
+    key: str  # its name in the file
+    content: dict[str, Any]  # entries are removed once read, to free their memory
 
 
 class Labels(NamedTuple):
@@ -71,7 +71,7 @@ def need(ok: object, path: Path, problem: str) -> None:
 
 
 def plain_array(value: Any) -> NDArray[Any]:
-    """An array of numbers or strings from an array, a tensor, or lists of them; of objects if it is none."""
+    """An array of numbers or strings from an array, a tensor, or lists of them; an array of objects if impossible."""
     if isinstance(value, Tensor):
         if value.layout is not torch.strided or value.is_quantized:
             return np.array(None)
@@ -88,7 +88,7 @@ def plain_array(value: Any) -> NDArray[Any]:
 
 
 def stack(value: Any, path: Path, key: str) -> tuple[NDArray[np.float32], NDArray[Any] | None]:
-    """Sequences as one array (N, S, D), and their lengths if they differ: then shorter ones are padded at the end."""
+    """Sequences as one array (N, S, D), and their lengths if they differ; shorter ones are padded at the end."""
     lengths = None
     if not isinstance(value, Tensor | np.ndarray) or value.dtype == object:
         try:
@@ -121,8 +121,8 @@ def stack(value: Any, path: Path, key: str) -> tuple[NDArray[np.float32], NDArra
         path,
         f"`{key}` must hold numbers of shape (N, S, D), got {array.dtype} {array.shape}",
     )
-    with np.errstate(over="ignore"):  # becomes infinite, and is left out
-        # A copy unless it is ours to write into.
+    with np.errstate(over="ignore"):  # overflow gives infinity, which is left out
+        # Copied unless it may be written to.
         owned = array.dtype == np.float32 and not isinstance(value, Tensor)
         owned = owned and bool(array.flags.writeable)
         return (array if owned else array.astype(np.float32)), lengths
@@ -148,12 +148,12 @@ def _whole(array: NDArray[Any]) -> bool:
 
 
 def shown(values: NDArray[Any]) -> NDArray[np.bool_]:
-    """(N, S) bool, True at the frames that are not zero throughout."""
+    """Bool (N, S), True at the frames that are not all zeros."""
     return np.asarray(values.any(axis=2), np.bool_)
 
 
 def edges(values: NDArray[Any]) -> NDArray[np.bool_]:
-    """(N, S) bool, True at the frames of zeros before the first other frame and behind the last."""
+    """Bool (N, S), True at the frames of zeros before the first other frame and after the last one."""
     frames = shown(values)
     started = np.logical_or.accumulate(frames, axis=1)
     unfinished = np.logical_or.accumulate(frames[:, ::-1], axis=1)[:, ::-1]
@@ -161,7 +161,7 @@ def edges(values: NDArray[Any]) -> NDArray[np.bool_]:
 
 
 def beyond(steps: int, lengths: NDArray[Any]) -> NDArray[np.bool_]:
-    """(N, S) bool, True at the steps behind the lengths."""
+    """Bool (N, S), True at the steps beyond the lengths."""
     mask: NDArray[np.bool_] = np.less_equal.outer(lengths, np.arange(steps))
     return mask
 
@@ -169,10 +169,10 @@ def beyond(steps: int, lengths: NDArray[Any]) -> NDArray[np.bool_]:
 def place(
     values: NDArray[Any], lengths: NDArray[Any], path: Path, key: str, *, quiet: bool = False
 ) -> NDArray[np.bool_]:
-    """(N, S) bool, True outside sequences of known lengths, which stand at the start of their row, or at the end.
+    """Bool (N, S), True outside sequences of known lengths, which are at the start or at the end of their rows.
 
-    Producers pad behind (MMSA) or in front (MulT, MultiBench), and do not say which: it is in front if that, and only
-    that, leaves out nothing but zeros.
+    Producers pad at the end (MMSA) or at the start (MulT, MultiBench) without stating it. Padding is taken to be at the
+    start if only then all padded steps are zeros.
     """
     frames = shown(values)
     behind = beyond(values.shape[1], lengths)
@@ -191,12 +191,12 @@ def place(
 def finish(
     values: NDArray[np.float32], mask: NDArray[np.bool_], invalid: Invalid = "step"
 ) -> Sequences:
-    """Writes 0 where a value is not finite or a step is masked (in place).
+    """Sets masked steps, and values that are not finite, to 0, in place.
 
     Args:
         values: (N, S, D).
         mask: (N, S), True where a step is to be left out.
-        invalid: What a value that is not finite costs: its `"step"`, which is masked, or that `"value"` alone.
+        invalid: For a value that is not finite, mask its `"step"`, or set only the `"value"` to 0.
     """
     finite = np.isfinite(values)
     bad = ~finite.all(axis=2) & ~mask
@@ -214,7 +214,7 @@ def finish(
 
 
 def report_invalid(path: Path, split: str, name: str, read: Sequences) -> None:
-    """Warns of values that were not finite, and once more if no step is left of the modality."""
+    """Warns of values that were not finite, and of a modality without any step left."""
     where = f" of the {split} split" if split else ""
     columns = ", ".join(map(str, read.never_finite[:8]))
     if columns:
@@ -240,10 +240,10 @@ def report_invalid(path: Path, split: str, name: str, read: Sequences) -> None:
 def read_modality(
     split: Split, name: str, key: str, path: Path, count: int, padding: str, invalid: Invalid
 ) -> Sequences:
-    """One modality of one split of MMSA's or TAILOR's files, with the mask that these files imply.
+    """Reads one modality of one split of MMSA's or TAILOR's files, with the mask that these files imply.
 
     Args:
-        split: The split; the modality is taken out of it.
+        split: The split, from which the modality is removed.
         name: Name of the modality.
         key: Its key in the split.
         path: Name of the file, for messages.
@@ -277,24 +277,24 @@ def read_modality(
                 path,
                 f"`{split.key}.text_bert[:, 1]` must be a mask of 0 and 1, got {valid.min()} to {valid.max()}",
             )
-            if valid.shape[1] == steps:  # the text, and what is aligned with it
+            if valid.shape[1] == steps:  # text, and modalities aligned with it
                 lengths = valid.sum(1).astype(np.int64)
                 if (valid.astype(bool) != (np.arange(steps) < lengths[:, None])).any():
                     mask = valid == 0
-                quiet = name == "text"  # BERT gives padding features too
+                quiet = name == "text"  # BERT gives features for padding, too
         if lengths is not None and mask is None:
             mask = place(values, lengths, path, where, quiet=quiet)
     outside = edges(values)
     if mask is None:
         mask = outside
-    # nothing but zeros: the sample lacks the modality
+    # in a sample of only zeros, the modality is missing
     return finish(values, mask | outside.all(axis=1, keepdims=True), invalid)
 
 
 def _given_lengths(
     split: Split, name: str, count: int, steps: int, path: Path
 ) -> NDArray[Any] | None:
-    """The lengths that a split states for a modality, at most the steps that it holds."""
+    """The lengths that a split states for a modality, limited to its number of steps."""
     own = f"{name}_lengths"
     key = own if own in split.content else "len_list"
     if key not in split.content:
@@ -306,7 +306,7 @@ def _given_lengths(
         f"`{split.key}.{key}` must be at least 0, got {lengths.min(initial=0)}",
     )
     cut = int((lengths > steps).sum())
-    if cut and key == own:  # of `len_list` the reader of TAILOR's files tells more
+    if cut and key == own:  # the reader of TAILOR's files reports `len_list`
         warnings.warn(
             f"{path}: {cut} of `{split.key}.{key}` are above the {steps} steps of the file (up to "
             f"{lengths.max()}), from before the sequences were cut; they are taken as {steps}",
@@ -316,7 +316,7 @@ def _given_lengths(
 
 
 def sample_ids(split: Split, count: int, path: Path) -> list[str] | None:
-    """N names, if the split has any; several parts of a name, as MulT's files have them, are joined by `$_$`."""
+    """N names, if the split has any; names of several parts, as in MulT's files, are joined by `$_$`."""
 
     def text(part: Any) -> str:
         return part.decode() if isinstance(part, bytes) else str(part)
@@ -337,7 +337,7 @@ def sample_ids(split: Split, count: int, path: Path) -> list[str] | None:
 
 
 def check_splits(content: Any, path: Path) -> dict[str, Split]:
-    """The three splits of the content of a file; raises unless it is a dict with them, each a dict."""
+    """The three splits in the content of a file; raises unless content and splits are dicts."""
     need(isinstance(content, dict), path, f"must hold a dict, got {type(content).__name__}")
     keys: dict[str, list[str]] = {split: [] for split in SPLIT_KEYS}
     for key in content:
@@ -377,7 +377,7 @@ def make_dataset(
     label_names: Sequence[str],
     ids: Sequence[str] | None,
 ) -> MultimodalDataset:
-    """A data set of what was read."""
+    """Makes a data set of one split."""
 
     def tensor(array: NDArray[Any], dtype: type) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array, dtype))

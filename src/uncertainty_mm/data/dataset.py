@@ -1,4 +1,4 @@
-"""One data set for every source: :class:`MultimodalDataset`."""
+"""The data set that all readers return: :class:`MultimodalDataset`."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from uncertainty_mm._checks import (
     checks_values,
 )
 
-_CHUNK = 2**22  # numbers of a temporary in MultimodalDataset.statistics
+_CHUNK = 2**22  # size of the temporaries in MultimodalDataset.statistics, in numbers
 
 
 class MultimodalBatch(NamedTuple):
-    """Samples of a :class:`MultimodalDataset`; a single sample lacks the axis B.
+    """Samples of a :class:`MultimodalDataset`; a single sample has no axis B.
 
-    `torch.utils.data.default_collate`, and with it every stock `DataLoader`, makes a batch of samples: shorter
-    sequences are padded to the longest, and what no sample has stays None.
+    `torch.utils.data.default_collate`, and so every ordinary `DataLoader`, joins samples to a batch: shorter sequences
+    are padded to the longest, and fields that no sample has stay None.
 
     Attributes:
         features: (B, S_m, D_m) by modality, float32, 0 where masked.
@@ -50,11 +50,11 @@ class MultimodalBatch(NamedTuple):
     unknown: Tensor | None = None
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> MultimodalBatch:
-        """The batch on a device.
+        """Copies the batch to a device.
 
         Args:
-            device: Where to.
-            non_blocking: Does not wait for the copy of pinned memory, as in `torch.Tensor.to`.
+            device: The device.
+            non_blocking: Do not wait for the copy of pinned memory, as in `torch.Tensor.to`.
         """
 
         def moved(part: Any) -> Any:
@@ -89,19 +89,19 @@ class FeatureStatistics(NamedTuple):
 
     mean: Tensor
     std: Tensor
-    count: int  # type: ignore[assignment]  # hides a method of tuples that nobody needs
+    count: int  # type: ignore[assignment]  # hides an unneeded method of tuples
 
 
 class ModalitySummary(NamedTuple):
     """One modality in a :class:`DatasetSummary`.
 
     Attributes:
-        steps: Steps of the longest sequence that could be held.
+        steps: Number of steps S_m, masked ones included.
         dim: Size of a step.
         lengths: Smallest, median and largest number of steps that are not masked, where the modality is not missing.
-        missing: Samples of which every step is masked.
-        masked_steps: Masked steps of all samples.
-        invalid_steps: Those that are masked because the file held NaN or infinity there.
+        missing: Number of samples whose steps are all masked.
+        masked_steps: Number of masked steps in all samples.
+        invalid_steps: Number of steps that are masked because of NaN or infinity in the file.
     """
 
     steps: int
@@ -113,15 +113,15 @@ class ModalitySummary(NamedTuple):
 
 
 class DatasetSummary(NamedTuple):
-    """What :meth:`MultimodalDataset.summary` counts; printed, it is a table.
+    """The counts of :meth:`MultimodalDataset.summary`, which print as a table.
 
     Attributes:
         samples: Number of samples N.
-        label_counts: Samples with the label, by name.
-        label_shares: The same as a share of the samples of which it is known, in [0, 1].
-        unlabelled: Samples without any label, unknown ones aside.
+        label_counts: Number of samples with the label, by name.
+        label_shares: Share in [0, 1] of samples with the label, among those where it is known, by name.
+        unlabelled: Number of samples without any label, except those whose labels are all unknown.
         modalities: A :class:`ModalitySummary` by name.
-        unknown: Samples of which the label is not known, by name.
+        unknown: Number of samples where the label is not known, by name.
     """
 
     samples: int
@@ -166,7 +166,7 @@ def check_names(argument: str, value: Any, kind: str) -> None:
 
 
 def check_parts(parts: Mapping[str, MultimodalDataset]) -> None:
-    """Raises unless `parts` holds data sets by the name of their split, at least one."""
+    """Raises unless `parts` maps the names of splits, at least one, to data sets."""
     check_names("parts", parts, "mapping")
     if not parts:
         raise ValueError("Expected `parts` to name splits, at least one, but got none")
@@ -187,7 +187,7 @@ def check_targets(labels: Tensor, soft_labels: Tensor | None, unknown: Tensor | 
 
 
 def _positions(indices: Sequence[int] | Tensor, device: torch.device) -> Tensor:
-    """Rows as a tensor (n,) of int64; a mask or fractions would silently be taken for other rows."""
+    """Rows as an int64 tensor (n,); raises for masks and fractions, which would silently give other rows."""
     try:
         rows = torch.as_tensor(indices, device=device)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -198,34 +198,35 @@ def _positions(indices: Sequence[int] | Tensor, device: torch.device) -> Tensor:
 
 
 def _known(x: Tensor | None, unknown: Tensor | None) -> Tensor | None:
-    """Labels that are 0 where unknown, whatever stood there."""
+    """Labels, set to 0 where unknown."""
     return x if x is None or unknown is None else x.masked_fill(unknown, 0)
 
 
 class MultimodalDataset(Dataset[MultimodalBatch]):
-    """Multi-label samples with a sequence for every modality, held as tensors.
+    """Multi-label samples with a sequence for every modality, stored as tensors.
 
-    It is a data set of single samples as torch has them: a stock `DataLoader`, `Subset`, `random_split` and
-    `ConcatDataset` take it, and a subclass may override `__getitem__`, to augment samples for instance. The `indices`
-    of a sample stay its position in this data set, also in a part of it or behind another one.
+    It is a torch data set of single samples: ordinary `DataLoader`, `Subset`, `random_split` and `ConcatDataset` accept
+    it, and a subclass may override `__getitem__`, for example to augment samples. The `indices` of a sample are its
+    position in this data set, even within a `Subset` or a `ConcatDataset`.
 
-    :meth:`loader` is faster than a stock `DataLoader`: it takes a batch from the tensors at once, without a loop over
-    samples. The tensors may be memory-mapped (:func:`read_folder`); then only the rows of a batch are read.
+    :meth:`loader` is faster than an ordinary `DataLoader`: it takes a batch from the tensors at once, without a loop
+    over samples. The tensors may be memory-mapped (:func:`read_folder`); then only the rows of a batch are read.
 
     Args:
         features: (N, S_m, D_m) by modality, floating. Lengths and sizes differ between modalities.
         padding_mask: Bool (N, S_m) by modality, True where a step is to be left out; all True where a sample lacks
             the modality.
-        labels: (N, Q) of 0 and 1. NaN in floating labels is unknown.
+        labels: (N, Q) of 0 and 1; NaN in floating labels means unknown.
         label_names: Names of the Q labels, in the order of the columns.
-        soft_labels: (N, Q), floating, at least 0: what the labels were made from, such as intensities (0 to 3 in
-            CMU-MOSEI) or the share of the raters who named the label.
-        unknown: Bool (N, Q), True where a label is not known; whatever stands in `labels` there is held as 0.
+        soft_labels: (N, Q), floating, at least 0: the source of the labels, such as intensities (0 to 3 in CMU-MOSEI)
+            or the share of raters who named the label.
+        unknown: Bool (N, Q), True where a label is not known; `labels` are stored as 0 there.
         ids: N names of samples.
-        groups: N integers, such as the user or speaker a sample is of.
-        invalid_steps: By modality, steps that are masked because their values were not finite; for the summary.
-        validate_args: Whether to look at the values of features and labels: None on the CPU only, False never (they
-            may lie on a disk), True everywhere.
+        groups: N integers, such as the user or speaker of each sample.
+        invalid_steps: Number of steps by modality that are masked because their values were not finite, for the
+            summary.
+        validate_args: Check the values of features and labels on the CPU only (None), never (False; they may be on a
+            disk), or everywhere (True).
 
     Raises:
         ValueError: If shapes disagree, a known label is not 0 or 1, a step that is not masked is not finite, or names
@@ -346,18 +347,18 @@ class MultimodalDataset(Dataset[MultimodalBatch]):
         return MultimodalBatch(*map(first, one))
 
     def __getitems__(self, indices: Sequence[int] | Tensor) -> list[MultimodalBatch]:
-        """The samples at these positions, which a `DataLoader` collates."""
+        """The samples at the given positions, which a `DataLoader` collates."""
         return [self[int(index)] for index in indices]
 
     def batch(self, indices: Sequence[int] | Tensor) -> MultimodalBatch:
-        """The samples at these positions as one batch.
+        """Returns the samples at the given positions as one batch.
 
         Args:
             indices: Positions in the data set; negative ones count from the end.
 
         Raises:
-            IndexError: If there is no such position.
-            TypeError: If `indices` are no integers; a mask is none.
+            IndexError: If a position does not exist.
+            TypeError: If `indices` are not integers; a mask is not accepted.
         """
         rows = _positions(indices, self.labels.device)
         if self._overridden():
@@ -366,7 +367,7 @@ class MultimodalDataset(Dataset[MultimodalBatch]):
         return self._rows(torch.where(rows < 0, rows + len(self), rows))
 
     def _rows(self, rows: Tensor) -> MultimodalBatch:
-        # A masked step is 0 whatever the tensors hold there; NaN would survive a product with a weight of 0.
+        # Masked steps are set to 0, because NaN would survive a product with a weight of 0.
         padding_mask = {name: x[rows] for name, x in self.padding_mask.items()}
         return MultimodalBatch(
             {
@@ -381,7 +382,7 @@ class MultimodalDataset(Dataset[MultimodalBatch]):
         )
 
     def _overridden(self) -> bool:
-        """Whether a subclass makes its samples itself, so that they must be asked for one by one."""
+        """Whether a subclass makes its own samples, which then have to be requested one by one."""
         own = type(self)
         return (own.__getitem__, own.__getitems__, own.collate) != (
             MultimodalDataset.__getitem__,
@@ -395,16 +396,15 @@ class MultimodalDataset(Dataset[MultimodalBatch]):
 
     @staticmethod
     def collate(samples: Any) -> Any:
-        """A batch of samples: the `collate_fn` of a `DataLoader`, and what `default_collate` does with them.
+        """Joins samples to a batch, as the `collate_fn` of a `DataLoader` and in `default_collate`.
 
         Args:
             samples: Samples with the same modalities, sizes of steps and labels, such as those of a `ConcatDataset`.
-                Shorter sequences are padded to the longest. Where some lack `unknown`, all their labels are known. A
-                batch is returned as it is; what else a subclass may make is left to `default_collate`.
+                Shorter sequences are padded to the longest. The labels of samples without `unknown` are all known. A
+                batch is returned unchanged; other types, as from a subclass, are left to `default_collate`.
 
         Raises:
-            ValueError: If modalities, sizes or number of labels differ, or if some samples have soft labels and others
-                none.
+            ValueError: If modalities, sizes or numbers of labels differ, or if only some samples have soft labels.
         """
         if isinstance(samples, MultimodalBatch):
             return samples
@@ -454,8 +454,8 @@ class MultimodalDataset(Dataset[MultimodalBatch]):
     ) -> DataLoader[MultimodalBatch]:
         """A `torch.utils.data.DataLoader` of batches.
 
-        A batch is taken at once, unless a subclass overrides `__getitem__`, or a `collate_fn` is given: then samples
-        are asked for one by one, as by a stock `DataLoader`.
+        A batch is taken at once. If a subclass overrides `__getitem__`, or a `collate_fn` is given, samples are
+        requested one by one, as by an ordinary `DataLoader`.
 
         Args:
             batch_size: Samples in a batch. A `batch_sampler` decides itself.
@@ -477,23 +477,23 @@ class MultimodalDataset(Dataset[MultimodalBatch]):
         return DataLoader(data, batch_size=batch_size, collate_fn=collate, **options)
 
     def _like(self, **changes: Any) -> MultimodalDataset:
-        """The data set with other tensors, of the same class: what a subclass does to samples is kept."""
+        """A copy with other tensors, of the same class, so that a subclass still changes its samples."""
         other = copy.copy(self)
         vars(other).update(changes)
         return other
 
     def only(self, modalities: Collection[str]) -> MultimodalDataset:
-        """The same samples with the other modalities missing.
+        """Keeps some modalities, and makes the others missing.
 
         Args:
             modalities: Names of the modalities to keep.
 
         Returns:
-            A data set that shares all tensors but the masks.
+            A data set that shares all tensors except the masks.
 
         Raises:
             ValueError: If a name is not that of a modality.
-            TypeError: If `modalities` is no collection.
+            TypeError: If `modalities` is not a collection.
         """
         if not isinstance(modalities, Collection):
             raise TypeError(
@@ -511,17 +511,17 @@ class MultimodalDataset(Dataset[MultimodalBatch]):
         )
 
     def select(self, indices: Sequence[int] | Tensor) -> MultimodalDataset:
-        """The samples at these positions, in this order.
+        """Selects the samples at the given positions, in their order.
 
         Args:
             indices: Positions in the data set; negative ones count from the end.
 
         Returns:
-            A data set whose own positions begin with 0. How many of its masked steps were not finite is not known.
+            A data set whose own positions start at 0. Its number of steps that were not finite is not known.
 
         Raises:
-            IndexError: If there is no such position.
-            TypeError: If `indices` are no integers; a mask is none.
+            IndexError: If a position does not exist.
+            TypeError: If `indices` are not integers; a mask is not accepted.
         """
         rows = _positions(indices, self.labels.device)
 
@@ -540,10 +540,10 @@ class MultimodalDataset(Dataset[MultimodalBatch]):
         )
 
     def in_order(self, label_names: Sequence[str]) -> MultimodalDataset:
-        """The same samples with the labels in another order.
+        """Returns the same samples with the labels in another order.
 
         Args:
-            label_names: The names of all labels in the order wanted.
+            label_names: Names of all labels in the desired order.
 
         Raises:
             ValueError: If these are not the names of the labels.
@@ -568,14 +568,14 @@ class MultimodalDataset(Dataset[MultimodalBatch]):
         )
 
     def statistics(self, min_std: float = 0.0) -> dict[str, FeatureStatistics]:
-        """Mean and standard deviation of the features of every modality, over its valid steps.
+        """Computes mean and standard deviation of the features of every modality, over its valid steps.
 
-        Steps with a value that is not finite do not count. The data may lie on a disk: they are read in
-        pieces, whose moments are joined in float64 (Chan et al. 1983). An overridden `__getitem__` is not asked.
+        Steps with a value that is not finite do not count. The data may be on a disk: they are read in pieces, whose
+        moments are merged in float64 (Chan et al. 1983). An overridden `__getitem__` is not used.
 
         Args:
-            min_std: The least standard deviation to return. The default 0 is that of a constant feature; whoever
-                divides by it wants a floor, such as 1e-3.
+            min_std: The least standard deviation to return. With the default 0, that of a constant feature is 0; to
+                divide by it, set a floor, such as 1e-3.
 
         Returns:
             :class:`FeatureStatistics` by name.
@@ -609,7 +609,7 @@ class MultimodalDataset(Dataset[MultimodalBatch]):
 
     @property
     def dims(self) -> dict[str, int]:
-        """Size of a step by modality: what the layers take as `modality_dims`."""
+        """Size of a step by modality, which layers take as `modality_dims`."""
         return {name: x.shape[2] for name, x in self.features.items()}
 
     @property
@@ -618,7 +618,7 @@ class MultimodalDataset(Dataset[MultimodalBatch]):
         return {name: x.shape[1] for name, x in self.features.items()}
 
     def summary(self) -> DatasetSummary:
-        """Counts samples, labels, lengths, missing modalities and masked steps. Reads no features."""
+        """Counts samples, labels, lengths, missing modalities and masked steps, without reading features."""
         present = self.labels > 0.5
         counts = present.sum(0).tolist()
         unknown = torch.zeros_like(present) if self.unknown is None else self.unknown
@@ -669,7 +669,7 @@ def _collated(samples: Sequence[MultimodalBatch], **_: Any) -> Any:
     return MultimodalDataset.collate(samples)
 
 
-# What torch offers for types of one's own; without it `default_collate` fails at the fields that are None.
+# torch's registry for custom types; without it `default_collate` fails at fields that are None.
 default_collate_fn_map[MultimodalBatch] = _collated
 
 
@@ -678,7 +678,7 @@ def _collate_trimmed(collate: Callable[[Any], MultimodalBatch], samples: Any) ->
 
 
 class _WholeBatches(Dataset[MultimodalBatch]):
-    """A data set as `loader` gives it to a `DataLoader`: a batch is taken at once. Else it is like the data set."""
+    """The data set that `loader` passes to a `DataLoader`: like the original, but a batch is taken at once."""
 
     def __init__(self, data: MultimodalDataset) -> None:
         self.data = data
@@ -693,6 +693,6 @@ class _WholeBatches(Dataset[MultimodalBatch]):
         return self.data.batch(indices)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "data":  # looked for before there are data
+        if name.startswith("__") or name == "data":  # requested before `data` is set
             raise AttributeError(name)
         return getattr(self.data, name)

@@ -1,4 +1,4 @@
-"""A folder of memory-mapped arrays, for features that do not fit into memory: :func:`read_folder`."""
+"""A folder of memory-mapped arrays, for features that do not fit in memory: :func:`read_folder`."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ _UNFINISHED = ".unfinished"
 
 
 def write_folder(parts: Mapping[str, MultimodalDataset], folder: str | PathLike[str]) -> None:
-    """Writes data sets as plain `.npy` files, one folder a split, for :func:`read_folder`.
+    """Writes data sets as plain `.npy` files, one folder per split, for :func:`read_folder`.
 
     Args:
-        parts: Data sets by split, as any reader returns them. Features keep their dtype, except bfloat16, which NumPy
-            lacks and which becomes float32.
-        folder: The folder to write; it must not exist, or be empty. Where writing fails it is left empty. A file
-            `.unfinished` is there until the end, so that :func:`read_folder` knows of a process that was killed.
+        parts: Data sets by split, as any reader returns them. Features keep their dtype, except that bfloat16, which
+            NumPy lacks, becomes float32.
+        folder: The folder to write, which must be empty or not exist. It is left empty if writing fails. It contains a
+            file `.unfinished` until the end, by which :func:`read_folder` notices if the process was killed.
 
     Raises:
         ValueError: If the folder is not empty, or a split or modality cannot name a file.
@@ -90,34 +90,34 @@ def _write_split(data: MultimodalDataset, folder: Path) -> None:
     folder.mkdir()
     for key, array in arrays.items():
         with open(folder / f"{key}.npy", "wb") as file:
-            # NumPy writes into a real file by itself, and is silent where the disk is full when it closes it.
+            # To a real file NumPy writes directly, and does not report a full disk when it closes the file.
             np.save(SimpleNamespace(write=file.write), array, allow_pickle=False)
 
 
 def read_folder(
     folder: str | PathLike[str], *, label_names: Sequence[str] | None = None
 ) -> dict[str, MultimodalDataset]:
-    """Opens a folder of :func:`write_folder`: features stay on disk, and a batch reads its rows alone.
+    """Opens a folder of :func:`write_folder`; features stay on disk, and a batch reads only its rows.
 
-    The tensors are private maps: writing into them changes no file. Workers of a `DataLoader` share them where they
-    are forked, as on Linux; where they are spawned each gets a copy in memory. The features are not read, so that none
-    is looked for that is not finite.
+    The tensors are private maps, so writing to them does not change the files. Forked workers of a `DataLoader`, as on
+    Linux, share them; spawned workers each get a copy in memory. The features are not read, so they are not checked for
+    values that are not finite.
 
-    New data, of which nothing but `features.<modality>.npy` and `padding_mask.<modality>.npy` is known, need no
-    `labels.npy` and `label_names.npy`: give the names, and all labels are unknown. Files that lie in the folder itself,
-    not in one of a split, are the one part `"all"`.
+    New data with only `features.<modality>.npy` and `padding_mask.<modality>.npy` need no `labels.npy` and
+    `label_names.npy`: pass `label_names`, and all labels are unknown. Files directly in the folder, without a folder
+    for a split, are the single part `"all"`.
 
     Args:
         folder: The folder.
-        label_names: Labels in the order wanted; columns of a folder with names are put into it. None for the names of
+        label_names: Labels in the desired order, into which the columns of the folder are put. None for the order of
             the folder.
 
     Returns:
-        The data sets by the name of their folder; `dev`, `val` and `valid` are `"validation"`.
+        The data sets by the name of their folder; `dev`, `val` and `valid` become `"validation"`.
 
     Raises:
-        FileNotFoundError: If there is no such folder.
-        ValueError: If a file is missing, broken, or does not fit the others.
+        FileNotFoundError: If the folder does not exist.
+        ValueError: If a file is missing, broken, or does not match the others.
     """
     root = Path(folder)
     if not root.is_dir():
@@ -180,7 +180,7 @@ def _read_split(split: Path, label_names: Sequence[str] | None) -> MultimodalDat
             invalid_steps=dict(zip(names, arrays["invalid_steps"].tolist(), strict=True))
             if "invalid_steps" in arrays
             else None,
-            validate_args=False,  # of the features, which lie on the disk
+            validate_args=False,  # the features are on the disk
         )
         check_targets(labels, data.soft_labels, data.unknown)
     except (TypeError, ValueError, KeyError) as error:

@@ -1,4 +1,4 @@
-"""The library's own layout, one NumPy archive of plain arrays: :func:`read_npz` and :func:`write_npz`."""
+"""The library's own layout, a NumPy archive of plain arrays: :func:`read_npz` and :func:`write_npz`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def read_npz(
     label_names: Sequence[str] | None = None,
     invalid: Invalid = "step",
 ) -> dict[str, MultimodalDataset]:
-    """Reads a data set from one archive of plain arrays; nothing in it is unpickled.
+    """Reads a data set from an archive of plain arrays, without unpickling anything.
 
     ==========================  ====================  ==========================================================
     Key                         Shape, type           Meaning
@@ -47,25 +47,25 @@ def read_npz(
     ``unknown`` (optional)      (N, Q) bool           True where a label is not known
     ``soft_labels`` (optional)  (N, Q) number         at least 0; ``label_shares`` means the same
     ``ids`` (optional)          (N,) str              names of the samples
-    ``groups`` (optional)       (N,) integer          who a sample is of, such as a user
+    ``groups`` (optional)       (N,) integer          source of the sample, such as a user
     ==========================  ====================  ==========================================================
 
-    Other keys are ignored. New data, of which nothing but the features is known, need no `labels`, `label_names` and
-    `split`: give the names, and all labels are unknown. Without `split` all samples are the one part `"all"`.
+    Other keys are ignored. New data with nothing but features need no `labels`, `label_names` and `split`: pass
+    `label_names`, and all labels are unknown. Without `split` all samples are in the single part `"all"`.
 
     Args:
         path: The file.
-        splits: Splits that must have samples, where the file has splits.
-        label_names: Labels in the order wanted; columns of a file with names are put into it. None for the names of the
+        splits: Splits that must have samples, if the file has splits.
+        label_names: Labels in the desired order, into which the columns of the file are put. None for the order of the
             file.
-        invalid: What a value that is not finite costs (COVAREP has -inf): `"step"` masks its step, `"value"` sets the
-            value alone to 0. A warning counts them, and another says where a modality has lost all its steps.
+        invalid: For a value that is not finite (COVAREP has -inf), `"step"` masks its step, and `"value"` sets only the
+            value to 0. A warning counts them, and another tells if a modality has lost all its steps.
 
     Returns:
         The splits `"train"`, `"validation"` and `"test"`, or `"all"`.
 
     Raises:
-        FileNotFoundError: If there is no such file.
+        FileNotFoundError: If the file does not exist.
         ValueError: If the file cannot be read or breaks the layout.
 
     Example:
@@ -147,7 +147,7 @@ def read_npz(
             f"`lengths.{name}` must be in [0, {values.shape[1]}], "
             f"got {lengths.min() if count else ''} to {lengths.max() if count else ''}",
         )
-        with np.errstate(over="ignore"):  # becomes infinite, and is left out
+        with np.errstate(over="ignore"):  # overflow gives infinity, which is left out
             values = values.astype(np.float32, copy=False)
         read[name] = finish(values, beyond(values.shape[1], lengths), invalid)
         report_invalid(path, "", name, read[name])
@@ -192,7 +192,7 @@ def _arrays(path: str | PathLike[str]) -> dict[str, NDArray[Any]]:
             arrays = {key: file[key] for key in file.files}
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file") from None
-    except Exception as error:  # a damaged archive may raise anything, of zipfile, zlib or NumPy
+    except Exception as error:  # zipfile, zlib and NumPy may raise anything for a damaged archive
         raise unreadable(path, ".npz", error) from error
     if not all(isinstance(array, np.ndarray) for array in arrays.values()):
         raise unreadable(path, ".npz", "it holds other files")
@@ -202,7 +202,7 @@ def _arrays(path: str | PathLike[str]) -> dict[str, NDArray[Any]]:
 def _labels(
     arrays: Mapping[str, NDArray[Any]], label_names: Sequence[str] | None, path: str | PathLike[str]
 ) -> tuple[NDArray[np.uint8], NDArray[np.bool_] | None, list[str]]:
-    """Labels, 0 where unknown, which of them are unknown if any is, and their names."""
+    """Labels, 0 where unknown; the mask of unknown ones, if any; and the names of the labels."""
     if label_names is not None:
         check_names("label_names", label_names, "sequence")
     given = arrays.get("label_names")
@@ -242,14 +242,14 @@ def _labels(
 def _codes(
     split: NDArray[Any] | None, count: int, path: str | PathLike[str]
 ) -> NDArray[Any] | None:
-    """The place in SPLITS of the split of every sample, from numbers or names."""
+    """The index in SPLITS of the split of every sample, from numbers or names."""
     if split is None:
         return None
     need(split.shape == (count,), path, f"`split` must have shape ({count},), got {split.shape}")
     if split.dtype.kind in "US":
         if split.dtype.kind == "S":
             split = np.char.decode(split, "latin1")
-        codes = {name: SPLITS.index(ours) for name, ours in SPLIT_NAMES.items()}
+        codes = {name: SPLITS.index(split_name) for name, split_name in SPLIT_NAMES.items()}
         split = np.array([codes.get(str(name).lower(), -1) for name in split], np.int64)
     need(
         _among(split, (0, 1, 2)).all(),
@@ -260,19 +260,19 @@ def _codes(
 
 
 def write_npz(parts: Mapping[str, MultimodalDataset], path: str | PathLike[str]) -> None:
-    """Writes a data set in the layout of :func:`read_npz`, so that a pickle is read but once.
+    """Writes a data set in the layout of :func:`read_npz`, so that a pickle has to be read only once.
 
-    The layout pads at the end: padding in front of a sequence moves behind it. A masked step inside a sequence is
-    written as NaN, which :func:`read_npz` masks again. Features become float32. What only some of the parts have
-    (soft labels, ids, groups) is left out.
+    The layout pads at the end, so padding before a sequence moves behind it. A masked step inside a sequence is written
+    as NaN, which :func:`read_npz` masks again. Features become float32. Soft labels, ids and groups are left out if
+    only some of the parts have them.
 
     Args:
         parts: Data sets by split, with the same modalities, feature sizes and label names; or one data set `"all"`.
-        path: The file to write; `.npz` is appended if it has no such end. A file of that name is replaced once the new
-            one is complete.
+        path: The file to write; `.npz` is appended if the name does not end so. An existing file is replaced once the
+            new one is complete.
 
     Raises:
-        ValueError: If a split has another name than those of `SPLITS`, or the splits do not fit each other.
+        ValueError: If the name of a split is not in `SPLITS`, or the splits do not match each other.
         TypeError: If `parts` holds anything but data sets.
     """
     check_parts(parts)
@@ -339,7 +339,7 @@ def write_npz(parts: Mapping[str, MultimodalDataset], path: str | PathLike[str])
 
 
 def _among(values: NDArray[Any], numbers: tuple[int, ...]) -> NDArray[np.bool_]:
-    """Which of the values are among the numbers; a word is not, and never compared with one."""
+    """Which of the values are among the numbers; strings never are, and are not compared."""
     if values.dtype.kind not in "biuf":
         return np.zeros(values.shape, bool)
     return np.isin(values, numbers)

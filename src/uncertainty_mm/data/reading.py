@@ -1,4 +1,4 @@
-"""Any layout that the library knows, by one call: :func:`read`."""
+"""Reads a data set in any known layout: :func:`read`."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def read(
     splits: Sequence[str] = SPLITS,
     **options: Any,
 ) -> dict[str, MultimodalDataset]:
-    """Reads a data set in any layout that the library knows.
+    """Reads a data set in any layout that the library supports.
 
     - `"npz"` (`"auto"`: `.npz`): :func:`read_npz`
     - `"folder"` (`"auto"`: a folder): :func:`read_folder`
@@ -44,24 +44,24 @@ def read(
     - `"tailor"` (`"auto"`: `.pt`, `.pth`): files of TAILOR and CARAT
     - `"m3ed"`, `"m3ed-dialogue"`: the source pickle of M3ED, where a sample is an utterance or a dialogue
 
-    The last four are the readers of :mod:`uncertainty_mm.data.convert`.
+    The last four are the readers in :mod:`uncertainty_mm.data.convert`.
 
-    New data, without labels and splits, are read from an archive or a folder where `label_names` are given: all their
-    labels are unknown, and their one part is `"all"`.
+    For new data without labels and splits, in an archive or a folder, give `label_names`: all their labels are unknown,
+    and their only part is `"all"`.
 
     Args:
         path: The file or folder.
-        format: Its layout; `"auto"` goes by the suffix.
-        labels: The file with the labels, where they are not in the first (`"mmsa"` only).
-        label_names: Labels in the order wanted, whatever their order in the file; None for the order of the file.
-        splits: Splits that must have samples; `()` for none. New data (`"all"`) are not asked for them.
-        options: Passed to the reader, such as `invalid="value"`, or `padding` where it has that.
+        format: Its layout; `"auto"` uses the suffix.
+        labels: The file with the labels, if they are in another file (only for `"mmsa"`).
+        label_names: Labels in the desired order, whatever their order in the file; None for the order of the file.
+        splits: Splits that must have samples; `()` for none. This does not apply to new data (`"all"`).
+        options: Passed on to the reader, such as `invalid="value"`, or `padding` if the reader has it.
 
     Returns:
         Data sets by the name of their split.
 
     Raises:
-        FileNotFoundError: If there is no such file.
+        FileNotFoundError: If the file does not exist.
         ValueError: If the file is of another kind, cannot be read, breaks its layout or lacks a split. The message is
             one line that begins with the file.
 
@@ -123,7 +123,7 @@ def _open(
         return read_npz(path, splits=(), label_names=label_names, **options)
     if format == "folder":
         return read_folder(path, label_names=label_names, **options)
-    # Foreign files are rare; their readers are imported where one is met.
+    # Foreign files are rare, so their readers are imported only when needed.
     from uncertainty_mm.data.convert import read_m3ed, read_mmsa, read_tailor
 
     if format in ("m3ed", "m3ed-dialogue"):

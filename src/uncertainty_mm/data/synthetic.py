@@ -1,4 +1,4 @@
-"""Data whose uncertainty is known: :class:`SyntheticMMER`."""
+"""Synthetic data whose uncertainty is known: :class:`SyntheticMMER`."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from uncertainty_mm._checks import (
 
 __all__ = ["Posterior", "SyntheticMMER", "SyntheticModality", "SyntheticSamples"]
 
-_CPU = torch.device("cpu")  # where all is drawn and computed, whatever the default device
-_CHUNK = 2**22  # numbers of a temporary in SyntheticMMER.posterior
+_CPU = torch.device("cpu")  # all is drawn and computed here, whatever the default device
+_CHUNK = 2**22  # size of the temporaries in SyntheticMMER.posterior, in numbers
 
 
 class SyntheticModality(NamedTuple):
@@ -39,7 +39,7 @@ class SyntheticModality(NamedTuple):
 
 
 class SyntheticSamples(NamedTuple):
-    """What :meth:`SyntheticMMER.sample` draws: what a model sees, and what only the maker knows.
+    """The samples of :meth:`SyntheticMMER.sample`, with noise levels that a model does not see.
 
     Attributes:
         features: Frames (N, S_m, D_m) by modality, 0 where padded.
@@ -57,11 +57,11 @@ class SyntheticSamples(NamedTuple):
 
 
 class Posterior(NamedTuple):
-    """What can be known of the labels of N samples.
+    """The exact posterior of the labels of N samples.
 
     Attributes:
-        joint: (N, 2^Q), probability of every set of labels; bit q of the column says whether label q is present.
-        marginals: (N, Q), probability of every label: the best that a model can predict.
+        joint: (N, 2^Q), probability of every set of labels; bit q of the column index is 1 if label q is present.
+        marginals: (N, Q), probability of every label: the best possible prediction.
         entropy: (N,), entropy of `joint` in nats: the aleatoric uncertainty.
     """
 
@@ -71,30 +71,30 @@ class Posterior(NamedTuple):
 
 
 class SyntheticMMER:
-    r"""Multimodal multi-label data with an exact posterior, to measure uncertainty against the truth.
+    r"""Generates multimodal multi-label data with an exact posterior, to compare a predicted uncertainty with.
 
     A sample has a set of labels :math:`y` from a correlated prior, given as a table over all :math:`2^Q` sets. Each
-    modality shows it as a sequence of frames. A frame is, independently of the others,
+    modality shows it as a sequence of frames, which are independently
 
     .. math::
         x_t = a_t\, \mu_{s_t} + \sigma\, \epsilon_t, \qquad \epsilon_t \sim \mathcal N(0, I)
 
     where the source :math:`s_t` is a present label, each with probability :math:`r / |y|`, or nothing
-    (:math:`\mu = 0`); :math:`\mu_q` is the prototype of label q in that modality, and the intensity :math:`a_t` is
+    (:math:`\mu = 0`); :math:`\mu_q` is the prototype of label q in this modality, and the intensity :math:`a_t` is
     0.3, 0.6 or 1 with equal probability. The noise :math:`\sigma` is drawn log-uniformly for every sample and
-    modality. So a modality may be clear in one sample and useless in the next, and how much is known.
+    modality, so a modality may be clear in one sample and useless in the next, to a known degree.
 
-    Given the noise, the posterior of the labels is exact (:meth:`posterior`). A model does not see the noise, but
-    some hundred numbers of a sequence reveal it almost exactly.
+    Given the noise, the posterior of the labels is exact (:meth:`posterior`). A model does not see the noise, but can
+    estimate it almost exactly from some hundred numbers of a sequence.
 
     Args:
         num_labels: Number of labels :math:`Q`, 1 to 8.
-        modalities: By name; a number of frames, their size, and their informativeness.
-        noise: Lower and upper limit of :math:`\sigma`, above 0. The features of a prototype are of size 1.
+        modalities: A :class:`SyntheticModality` by name: number of frames, their size, and their informativeness.
+        noise: Lower and upper limit of :math:`\sigma`, above 0. The features of a prototype have a variance of 1.
         prior: Tensor (2^Q,), the probability of every set of labels; None for a random one in which labels attract and
             repel each other and a sample has 1 to 2 labels on average.
-        missing_rate: Probability that a sample lacks a modality, for each independently.
-        seed: Fixes prototypes and prior.
+        missing_rate: Probability that a modality is missing, independently for each sample and modality.
+        seed: Determines prototypes and prior.
 
     Attributes:
         prior: (2^Q,), float64.
@@ -185,7 +185,7 @@ class SyntheticMMER:
             self.prior = self.prior / self.prior.sum()
 
     def _random_prior(self, generator: torch.Generator) -> Tensor:
-        """Labels that attract and repel each other in pairs (an Ising model)."""
+        """A prior in which pairs of labels attract or repel each other (an Ising model)."""
         pairs = torch.randn(
             self.num_labels, self.num_labels, dtype=torch.float64, generator=generator, device="cpu"
         )
@@ -197,16 +197,16 @@ class SyntheticMMER:
     def sample(
         self, num_samples: int, *, seed: int, noise: Tensor | None = None
     ) -> SyntheticSamples:
-        """Draws samples; the same seed gives the same ones.
+        """Draws samples; the same seed gives the same samples.
 
         Args:
             num_samples: Number of samples N.
-            seed: Fixes everything random. Labels, sources and the shape of the noise do not depend on `noise`, so that
+            seed: Determines everything random. Labels, sources and the shape of the noise do not depend on `noise`, so
                 the same samples can be drawn clean and corrupted.
-            noise: Tensor (N, M), standard deviations of the noise in place of random ones, above 0.
+            noise: Tensor (N, M), standard deviations of the noise, above 0; None for random ones.
 
         Returns:
-            The samples, features in float32.
+            The samples, with features in float32.
 
         Raises:
             ValueError: If an argument is out of range.
@@ -264,23 +264,23 @@ class SyntheticMMER:
 
     @torch.no_grad()
     def posterior(self, samples: SyntheticSamples) -> Posterior:
-        r"""Exact probability of every set of labels, given frames and noise.
+        r"""Computes the exact probability of every set of labels, given frames and noise.
 
         .. math::
             P(y \mid x) \propto P(y) \prod_m \prod_t \Bigl((1 - r_m) \mathcal N(x_t; 0, \sigma_m^2)
             + \frac{r_m}{|y|} \sum_{q \in y} \frac13 \sum_a \mathcal N(x_t; a \mu_q, \sigma_m^2) \Bigr)
 
-        for a set that is not empty; for the empty one every frame shows nothing. Computed in log space and float64.
+        for a set that is not empty; for the empty set every frame shows nothing. Computed in log space and float64.
 
         Args:
-            samples: Samples of this world; their labels are not read. A masked modality counts as missing, so that
-                the posterior of fewer modalities is that of samples with more padding.
+            samples: Samples of this world; their labels are not read. A masked modality counts as missing, so mask
+                modalities for the posterior given fewer of them.
 
         Returns:
             The posterior of every sample.
 
         Raises:
-            ValueError: If the samples have other modalities, sizes or labels, or a noise that is not above 0.
+            ValueError: If the samples have other modalities, sizes or labels, or noise that is not above 0.
             TypeError: If `samples` has the wrong type.
         """
         self._check_samples(samples)
@@ -332,7 +332,7 @@ class SyntheticMMER:
                 products.unsqueeze(3) * intensity - energy.unsqueeze(1) * intensity.square()
             ) / variance[:, None, None, None]
             shown = ratio.logsumexp(3) - math.log(len(intensity))
-            # With little noise these are huge; what all sets have in common goes, so that sums keep their digits.
+            # With little noise these are huge, so a term common to all sets is removed for the digits of the sums.
             common = shown.amax(2, keepdim=True).clamp_min(0)
             shown = shown - common
             # the log of the sum over the members of a set, for all sets: each label doubles their number

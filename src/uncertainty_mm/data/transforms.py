@@ -1,7 +1,7 @@
-"""Input that is less than it was: modalities left out or spoilt, at random in training, one by one in an evaluation.
+"""Removes or corrupts modalities, at random in training, or one by one in an evaluation.
 
-In training they teach a model what such input looks like; in an evaluation they ask whether it notices. Padding is
-never touched, nor a modality that is not named.
+In training this teaches a model what such input looks like; in an evaluation it tests whether the model notices.
+Padding and modalities that are not named are never changed.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ Corruption = Literal[
     "noise", "dead", "stuck", "scaled", "offset", "clipped", "burst", "blurred", "dropped", "permuted", "shuffled",
     "swapped",
 ]  # fmt: skip
-"""Ways in which a sensor, a file or a transmission may spoil a modality; see :func:`corrupt`."""
+"""Ways in which a sensor, a file or a transmission may corrupt a modality; see :func:`corrupt`."""
 
 
 def _some(batch: MultimodalBatch, share: float, generator: Generator | None) -> Tensor:
-    """(B, 1) bool, True for about this share of the samples."""
+    """Random bool tensor (B, 1), True for about this share of the samples."""
     count, device = batch.labels.shape[0], batch.labels.device
     return torch.rand(count, 1, device=device, generator=generator) < share
 
@@ -34,16 +34,16 @@ def _some(batch: MultimodalBatch, share: float, generator: Generator | None) -> 
 def drop_modalities(
     batch: MultimodalBatch, share: float, generator: Generator | None = None
 ) -> MultimodalBatch:
-    """Takes modalities away at random, so that a model learns to do without.
+    """Removes modalities at random, so that a model learns to predict without them.
 
     Args:
-        batch: The batch; it is left as it is.
-        share: Probability in [0, 1] that a sample loses any. Such a sample loses each of its modalities with a
-            probability of 1/2, so that it may lose all of them.
-        generator: On the device of the batch; None for torch's own.
+        batch: The batch, which is not changed.
+        share: Probability in [0, 1] that a sample is chosen. A chosen sample loses each of its modalities with a
+            probability of 1/2, and so may lose all of them.
+        generator: A generator on the device of the batch; None for torch's default one.
 
     Returns:
-        The batch with what was taken away masked, and 0.
+        The batch, where removed modalities are masked and set to 0.
 
     Raises:
         ValueError: If `share` is not in [0, 1].
@@ -76,16 +76,15 @@ def noise(
     size: float = 5.0,
     generator: Generator | None = None,
 ) -> MultimodalBatch:
-    """Adds Gaussian noise to modalities at random, so that a model learns that there is such input.
+    """Adds Gaussian noise to modalities at random, so that a model learns to handle noisy input.
 
     Args:
-        batch: The batch; it is left as it is.
-        share: Probability in [0, 1] that a modality of a sample is noisy, for each independently.
+        batch: The batch, which is not changed.
+        share: Probability in [0, 1] that a modality of a sample becomes noisy, independently for each.
         spread: Standard deviation (D_m,) of the features by modality, such as that of
-            :meth:`~uncertainty_mm.data.MultimodalDataset.statistics`, or a number. Modalities that are not named stay
-            as they are.
-        size: The noise of a sample is uniformly between 0 and this many times as large as `spread`.
-        generator: On the device of the batch; None for torch's own.
+            :meth:`~uncertainty_mm.data.MultimodalDataset.statistics`, or a number. Other modalities are not changed.
+        size: The standard deviation of the noise, in units of `spread`, is uniform between 0 and `size`.
+        generator: A generator on the device of the batch; None for torch's default one.
 
     Returns:
         The batch with noise at valid steps.
@@ -113,7 +112,7 @@ def noise(
 
 
 class _Input(NamedTuple):
-    """What a kind of corruption works on."""
+    """The input of a kind of corruption."""
 
     x: Tensor  # (N, S, D), 0 where masked
     valid: Tensor  # (N, S, 1) bool
@@ -132,7 +131,7 @@ def _uniform(x: Tensor, generator: Generator | None, *shape: int) -> Tensor:
 
 
 def _in_front(valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Positions of the steps with the valid ones first, in order, (N, S); and how many are valid, (N, 1)."""
+    """Positions (N, S) of the steps, with the valid ones first and in order, and the number of valid ones (N, 1)."""
     valid = valid.squeeze(2)
     return (~valid).byte().argsort(dim=1, stable=True), valid.sum(1, keepdim=True)
 
@@ -177,16 +176,15 @@ def _dropped(given: _Input) -> Tensor:
 
 def _permuted(given: _Input) -> Tensor:
     order = _uniform(given.x, given.generator, given.x.shape[2]).argsort()
-    # one cycle through all: no feature stays where it is
+    # one cycle through all features, so that none stays in place
     return given.x[..., torch.empty_like(order).scatter_(0, order, order.roll(1))]
 
 
 def _shuffled(given: _Input) -> Tensor:
     order, _ = _in_front(given.valid)
     keys = _uniform(given.x, given.generator, *order.shape)
-    mixed = keys.masked_fill(~given.valid.squeeze(2), 2.0).argsort(
-        1
-    )  # valid steps first, in any order
+    # valid steps first, in random order
+    mixed = keys.masked_fill(~given.valid.squeeze(2), 2.0).argsort(1)
     source = torch.empty_like(order).scatter_(1, order, mixed)
     return given.x.gather(1, source.unsqueeze(2).expand_as(given.x))
 
@@ -228,7 +226,7 @@ def _spoilt(
     statistics: FeatureStatistics | None,
     generator: Generator | None,
 ) -> Tensor:
-    """The features after one kind of corruption, in their dtype, with masked steps as they were."""
+    """The features after one kind of corruption, in their dtype, with masked steps unchanged."""
     valid = ~padding_mask.unsqueeze(2)
     kept = x.float().masked_fill(~valid, 0)
     if statistics is None:
@@ -256,35 +254,35 @@ def corrupt(
     statistics: FeatureStatistics | None = None,
     generator: Generator | None = None,
 ) -> MultimodalBatch:
-    r"""Spoils one modality of every sample, as a broken sensor, file or transmission would.
+    r"""Corrupts one modality of every sample, as a broken sensor, file or transmission would.
 
-    The standard deviation is that of every feature. Where a kind has a size, 0 changes nothing.
+    Standard deviations are taken per feature. For kinds that use `size`, 0 changes nothing.
 
     =============  ===============================================================================================
-    `kind`         What becomes of the valid steps
+    `kind`         Change of the valid steps
     =============  ===============================================================================================
     ``noise``      Gaussian noise of `size` standard deviations is added
-    ``dead``       all are 0
-    ``stuck``      all are the first
-    ``scaled``     multiplied by 1 + `size`
+    ``dead``       all become 0
+    ``stuck``      all become the first step
+    ``scaled``     all are multiplied by 1 + `size`
     ``offset``     `size` standard deviations are added
-    ``clipped``    cut at 1 / `size` standard deviations on either side of the mean
-    ``burst``      as ``noise``, in a quarter of the steps that follow each other
-    ``blurred``    each is the mean of those at most `size` (rounded) steps away
-    ``dropped``    each is 0 with a probability of `size` / (1 + `size`)
-    ``permuted``   every feature takes the place of another, in all samples alike
-    ``shuffled``   the steps change places
-    ``swapped``    those of another sample that has the modality, repeated where it has fewer
+    ``clipped``    values are limited to 1 / `size` standard deviations on either side of the mean
+    ``burst``      as ``noise``, in a quarter of the steps, which are consecutive
+    ``blurred``    each becomes the mean of the steps at most `size` (rounded) away
+    ``dropped``    each becomes 0 with a probability of `size` / (1 + `size`)
+    ``permuted``   features are permuted, in the same way in all samples
+    ``shuffled``   the order of the steps becomes random
+    ``swapped``    replaced by the steps of another sample that has the modality, repeated if it has fewer
     =============  ===============================================================================================
 
     Args:
-        batch: The batch; it is left as it is.
+        batch: The batch, which is not changed.
         modality: Name of the modality.
         kind: See above.
         size: See above; at least 0.
         statistics: Mean and standard deviation of the features of this modality, from
             :meth:`~uncertainty_mm.data.MultimodalDataset.statistics`; None for those of the batch.
-        generator: On the device of the batch; None for torch's own.
+        generator: A generator on the device of the batch; None for torch's default one.
 
     Returns:
         The batch with other features in one modality; masks and padding are the same.
@@ -318,14 +316,14 @@ def corrupted(
     size: float = 3.0,
     seed: int = 0,
 ) -> MultimodalDataset:
-    """The same samples with one modality spoilt, to see whether a model notices; see :func:`corrupt`.
+    """Corrupts one modality of a data set, to test whether a model notices; see :func:`corrupt`.
 
     Args:
-        data: The data set; it is left as it is. The features of the modality are read into memory.
+        data: The data set, which is not changed. The features of the modality are read into memory.
         modality: Name of the modality.
-        kind: What befalls it, see :func:`corrupt`.
-        size: How much, see :func:`corrupt`. Standard deviations are those of `data`, at least 1e-3.
-        seed: Fixes everything random.
+        kind: Kind of corruption, see :func:`corrupt`.
+        size: Its size, see :func:`corrupt`. Standard deviations are those of `data`, at least 1e-3.
+        seed: Determines everything random.
 
     Returns:
         A data set that shares all other tensors.

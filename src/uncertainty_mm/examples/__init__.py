@@ -1,4 +1,4 @@
-"""The examples: in a wheel they lie beside this file, in a checkout in the folder `examples` at its top."""
+"""The examples, which are next to this file in a wheel, and in the top-level folder `examples` in a checkout."""
 
 from pathlib import Path
 

@@ -1,7 +1,6 @@
-"""What a Lightning run needs around a model: data, training, calibration, whole checkpoints, predictions.
+"""Parts for Lightning runs: data, training, calibration, safe checkpoints, predictions.
 
-Each piece serves anybody's `LightningModule`. They need the extra `examples`:
-`pip install 'uncertainty-mm[examples]'`.
+Each part works with any `LightningModule`. They need the extra `examples`: `pip install 'uncertainty-mm[examples]'`.
 """
 
 from uncertainty_mm.lightning.callbacks import DeterministicDropout, FiniteGuard, History

@@ -1,4 +1,4 @@
-"""Callbacks for anybody's `LightningModule`: repeatable dropout, a guard against NaN, the history of a run."""
+"""Callbacks for any `LightningModule`: repeatable dropout, a guard against NaN, the history of a run."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from uncertainty_mm.lightning.checkpoints import UsageError
 
 
 def place(seed: int, trainer: L.Trainer) -> int:
-    """A number below 2^62 for seed, process and training batch, the same whenever a run comes there."""
+    """A number below 2^62 that depends only on seed, process and training batch."""
     batch = trainer.fit_loop.total_batch_idx
     return ((seed * 1000 + trainer.global_rank) * 10**9 + batch) % 2**62
 
 
 class DeterministicDropout(L.Callback):
-    """Makes random numbers of a training step depend on seed, process and step alone.
+    """Makes the random numbers of a training step depend only on seed, process and step.
 
-    A resumed run then repeats the uninterrupted one to the bit. The seed is that of `seed_everything`.
+    A resumed run is then bit-identical to an uninterrupted one. The seed is that of `seed_everything`.
     """
 
     def on_train_batch_start(
@@ -36,14 +36,14 @@ class DeterministicDropout(L.Callback):
 
 
 class FiniteGuard(L.Callback):
-    """Keeps what is not finite from the weights, and names the samples that brought it.
+    """Keeps NaN and infinity out of the weights, and names the samples that caused them.
 
-    A training step is void if a feature that counts, the loss or a gradient is NaN or infinite, on any process; nothing
-    of it remains, neither in the weights nor in queue and history. The host reads the outcome, so it waits for an
-    accelerator once a step. In validation, test and prediction such features end the run.
+    A training step is discarded if an unpadded feature, the loss or a gradient is NaN or infinite on any process; it
+    then changes neither the weights nor the queue and the history. The host waits for an accelerator once per step to
+    read the outcome. In validation, test and prediction, such features end the run.
 
     Args:
-        on_nan: `"stop"` ends the run with the names of the samples, `"skip"` prints them and goes on.
+        on_nan: `"stop"` ends the run and names the samples, `"skip"` prints them and continues.
     """
 
     def __init__(self, on_nan: Literal["stop", "skip"] = "stop") -> None:
@@ -66,7 +66,7 @@ class FiniteGuard(L.Callback):
             kept = [*pl_module.buffers(), *states(pl_module).values()]
             self._before = [(tensor, tensor.clone()) for tensor in kept]
         self._batches.append((batch.indices, _finite_samples(batch)))
-        for name, x in batch.features.items():  # keeps it from the layers
+        for name, x in batch.features.items():  # so that layers see finite values
             batch.features[name] = x.nan_to_num(0, 0, 0)
 
     def on_before_backward(
@@ -80,7 +80,7 @@ class FiniteGuard(L.Callback):
         batches, self._batches = self._batches, []
         checks = [*self._losses, *(finite.all() for _, finite in batches)]
         self._losses = []
-        if trainer.precision != "16-mixed":  # whose scaler skips gradients that overflow
+        if trainer.precision != "16-mixed":  # there the scaler skips overflowing gradients
             grads = [x.grad for x in pl_module.parameters() if x.grad is not None]
             checks.append(nn.utils.get_total_norm(grads).isfinite())
         if trainer.strategy.reduce_boolean_decision(bool(torch.stack(checks).all()), all=True):
@@ -89,7 +89,7 @@ class FiniteGuard(L.Callback):
         if self.on_nan == "stop":
             raise UsageError(what)
         for parameter in pl_module.parameters():
-            parameter.grad = None  # optimisers pass over it
+            parameter.grad = None  # so that optimisers skip it
         with torch.no_grad():
             for tensor, earlier in self._before:
                 tensor.copy_(earlier)
@@ -100,7 +100,7 @@ class FiniteGuard(L.Callback):
         indices = torch.cat([indices for indices, _ in batches])
         finite = torch.cat([finite for _, finite in batches])
         what = "features are not finite"
-        if finite.all():  # none stands out
+        if finite.all():  # no sample is to blame
             what, finite = "loss or gradient is not finite", ~finite
             what += ", here or on another process" if trainer.world_size > 1 else ""
         assert trainer.train_dataloader is not None
@@ -145,16 +145,16 @@ def _finite_samples(batch: MultimodalBatch) -> Tensor:
 
 
 def _names(dataset: Any, indices: Tensor) -> str:
-    """Names of samples, or their positions where the data set has no names."""
+    """Names of samples, or their positions if the data set has no names."""
     ids = getattr(dataset, "ids", None)
     return ", ".join(str(i if ids is None else ids[i]) for i in indices.tolist())
 
 
 class History(L.Callback):
-    """What was logged, one row an epoch: in a file, and in the checkpoints for who resumes.
+    """Keeps the logged values, one row per epoch, in a file, and in checkpoints for resumed runs.
 
     Args:
-        path: The .csv file to write, replaced in one piece after every epoch; None writes none.
+        path: The .csv file to write, replaced in one step after every epoch; None for no file.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole, movable and harmless, and the error of a command that cannot be carried out."""
+"""Checkpoints that are complete, can be moved and run no code, and the error for wrong use of a command."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ class UsageError(ValueError):
 
 
 class Patience(EarlyStopping):
-    """Early stopping that also stops a run which had stopped before and is resumed from its last checkpoint."""
+    """Early stopping that also stops a run which is resumed after it had stopped early."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         trainer.should_stop = self.stopped_epoch > 0
 
 
 class MovableCheckpoint(ModelCheckpoint):
-    """A `ModelCheckpoint` that remembers the best checkpoint also where the run folder was moved."""
+    """A `ModelCheckpoint` that finds the best checkpoint even after the run folder was moved."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         def here(path: str) -> str:
@@ -42,10 +42,10 @@ class MovableCheckpoint(ModelCheckpoint):
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
-    """Checkpoints that are whole at any time, and that run no code when they are loaded.
+    """Writes checkpoints that are complete at any time, and reads them without running code from them.
 
-    A checkpoint is written beside the old one and takes its place in one step. (Lightning writes into the folder for
-    temporary files, from where another disk can only be reached by copying.)
+    A checkpoint is written to a file next to the old one, which it replaces in one step. (Lightning writes to the
+    folder for temporary files, which on another disk requires copying.)
     """
 
     def save_checkpoint(
@@ -70,7 +70,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Reads a checkpoint of a :class:`MultilabelModule` without running code from it.
 
     Raises:
-        UsageError: If there is none, it is damaged, or it has the layout of an earlier version.
+        UsageError: If it does not exist, is damaged, or has the layout of an earlier version.
     """
     try:
         check_sums(path)
@@ -78,7 +78,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         names, state = content["hyper_parameters"].keys(), content["state_dict"]
     except FileNotFoundError:
         raise UsageError(f"{path}: no such file") from None
-    except Exception as error:  # whatever a foreign or damaged file brings about
+    except Exception as error:  # a foreign or damaged file may raise anything
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UsageError(f"{path}: not a checkpoint of this program ({reason})") from error
     if "label_names" not in names or "raw_threshold" not in state:

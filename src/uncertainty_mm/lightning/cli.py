@@ -1,4 +1,4 @@
-"""A command line for models of parts, on Lightning's own: :func:`run_command_line`.
+"""A command line for models made of parts, based on Lightning's: :func:`run_command_line`.
 
 It needs the extra `examples`: `pip install 'uncertainty-mm[examples]'`.
 """
@@ -49,14 +49,9 @@ from uncertainty_mm.lightning.predictions import PredictionWriter
 from uncertainty_mm.metrics.functional import evaluate
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
-_OF_ONE_CALL = (
-    "config",
-    "ckpt_path",
-    "output",
-    "brief",
-    "weights_only",
-)  # options that config.yaml leaves out
-# what a resumed run must have as before, besides the model, to go on to the same bit
+# options that config.yaml leaves out
+_OF_ONE_CALL = ("config", "ckpt_path", "output", "brief", "weights_only")
+# options that a resumed run must have in common, in addition to the model, to be bit-identical
 _OF_A_TRAINING = (
     "seed_everything",
     "data.batch_size",
@@ -71,7 +66,7 @@ _OF_A_TRAINING = (
 
 
 class Parser(LightningArgumentParser):
-    """Says in one line what is wrong with the options; --help lists them all."""
+    """Reports an error in the options in one line; --help lists all options."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Ends the program with exit code 2."""
@@ -80,7 +75,7 @@ class Parser(LightningArgumentParser):
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Ends the program with exit code 2 and one line where an option or a file cannot be used, or a disk is full."""
+    """Ends the program with exit code 2 and one line if an option or a file cannot be used, or a disk is full."""
     try:
         yield
     except (UsageError, OSError, MisconfigurationException) as error:
@@ -90,7 +85,7 @@ def one_line_errors() -> Iterator[None]:
 
 @contextmanager
 def _as_usage_errors() -> Iterator[None]:
-    """What constructors and readers refuse is an error of who wrote the command."""
+    """Reports errors of constructors and readers as errors in the command."""
     try:
         yield
     except (ValueError, TypeError, ImportError) as error:
@@ -98,14 +93,14 @@ def _as_usage_errors() -> Iterator[None]:
 
 
 def options_of(part: Callable[..., Any], fixed: Sequence[str] = ()) -> set[str]:
-    """Names of the parameters of a part that its user may choose: those with a default that nobody else sets."""
+    """Names of the parameters of a part that users may set: those with a default that the model does not set."""
     parameters = inspect.signature(part).parameters.values()
     named = {each.name for each in parameters if each.default is not each.empty}
     return named - {"validate_args", "process_group", *fixed}
 
 
 class _RunFolder(Callback):
-    """Claims the folder of a run when nothing that can be known before stands in the way of the training."""
+    """Claims the folder of a run when the training starts, after everything that may fail before it."""
 
     def __init__(self, claim: Callable[[], Path]) -> None:
         self.claim = claim
@@ -123,9 +118,9 @@ class _RunFolder(Callback):
 class ModelCLI(LightningCLI):
     """`LightningCLI` for a :class:`~uncertainty_mm.lightning.MultilabelModule` made of parts.
 
-    The parts of the model (`model_class.parts`) have their options under their own names, `--model.fusion.dropout`;
-    sizes come from the data; `--config` takes files, and names of files in `configs`; what is wrong with an option is
-    said in one line.
+    The parts of the model (`model_class.parts`) have their options under their own names, `--model.fusion.dropout`.
+    Sizes come from the data. `--config` takes files, and names of files in `configs`. An error in an option is reported
+    in one line.
     """
 
     def __init__(
@@ -162,14 +157,14 @@ class ModelCLI(LightningCLI):
                 "gradient_clip_val": 1.0,
                 "logger": False,
                 "num_sanity_val_steps": 0,
-                "log_every_n_steps": 1_000_000,  # an epoch is enough, and the device never waits
+                "log_every_n_steps": 1_000_000,  # once per epoch, so that the host does not wait
                 "enable_model_summary": False,
                 "use_distributed_sampler": False,  # the data module divides the samples
             },
         )
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override] # static there
-        """The one that was called: a parser takes time."""
+        """Only the subcommand that was called, because making a parser takes time."""
         return {name: LightningCLI.subcommands()[name] for name in self.chosen}
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
@@ -218,9 +213,8 @@ class ModelCLI(LightningCLI):
             parser.set_defaults(
                 {f"model.{name}.{key}": x for key, x in defaults.items() if key in given}
             )
-            if (
-                "max_batch_size" in given
-            ):  # so that several processes need not ask each other at every step
+            if "max_batch_size" in given:
+                # so that processes do not have to agree on it at every step
                 parser.link_arguments("data.batch_size", f"model.{name}.max_batch_size")
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -253,7 +247,7 @@ class ModelCLI(LightningCLI):
             super()._set_seed()
 
     def _parse_ckpt_path(self) -> None:
-        """Options are not taken from a checkpoint: a resumed run reads them from its own config.yaml."""
+        """Takes no options from a checkpoint, because a resumed run reads them from its own config.yaml."""
 
     @property
     def options(self) -> Any:
@@ -266,7 +260,7 @@ class ModelCLI(LightningCLI):
         return self.subcommand in (None, "fit")
 
     def instantiate_classes(self) -> None:
-        """Makes data, model and trainer; the parts of the model get their options as plain dicts."""
+        """Makes data, model and trainer; parts of the model get their options as plain dicts."""
         self.given = self.config
         self.config = self.given.clone()
         options = self.options
@@ -295,7 +289,7 @@ class ModelCLI(LightningCLI):
                 check_fits(self.datamodule, self.model.hparams)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """The trainer with what a run needs."""
+        """Makes the trainer with all callbacks and plugins of a run."""
         options = self.options
         callbacks: list[Callback] = [DeterministicDropout()]
         if self.trains and not options.trainer.fast_dev_run:
@@ -339,7 +333,7 @@ class ModelCLI(LightningCLI):
         return trainer
 
     def _check_output(self) -> None:
-        """Raises UsageError if the folder that --output names cannot be that of this run."""
+        """Raises UsageError if the folder given by --output cannot be used for this run."""
         output, checkpoint = self.options.output, self.options.ckpt_path
         if output is None:
             return
@@ -358,7 +352,7 @@ class ModelCLI(LightningCLI):
             raise UsageError(f"--output {output}: a run resumes where its checkpoint is, {folder}")
 
     def _claim_folder(self) -> Path:
-        """The folder of a run: that of the checkpoint to resume, or a new one that no other run has."""
+        """The folder of a run: that of the checkpoint to resume, or a new one."""
         if self.folder is not None:
             return self.folder
         output = self.options.output
@@ -389,9 +383,9 @@ class ModelCLI(LightningCLI):
         return str(yaml.safe_dump(kept, sort_keys=False))
 
     def _check_resumable(self, path: Path) -> None:
-        """Raises UsageError unless the checkpoint is of the same training and leaves something to do.
+        """Raises UsageError unless the checkpoint belongs to the same training and something is left to do.
 
-        A run that was ended between its last epoch and metrics.json, its last file, has the evaluation left.
+        For a run that ended between its last epoch and metrics.json, its last file, the evaluation is left.
         """
         checkpoint = read_checkpoint(path)
         if "epoch" not in checkpoint or "optimizer_states" not in checkpoint:
@@ -409,7 +403,7 @@ class ModelCLI(LightningCLI):
         before |= _flat({"model": checkpoint["hyper_parameters"]})
         now |= _flat({"model": dict(self.model.hparams)})
         for name in before | now:
-            # what was a tuple comes from config.yaml as a list
+            # tuples are read from config.yaml as lists
             if json.dumps(before.get(name)) != json.dumps(now.get(name)):
                 raise UsageError(
                     f"{path}: cannot resume, `{name}` is {now.get(name)} now and was {before.get(name)}"
@@ -423,7 +417,7 @@ class ModelCLI(LightningCLI):
             raise UsageError(f"{path}: stopped early after {done} epochs, nothing is left to do")
 
     def train_and_test(self) -> dict[str, Any]:
-        """Trains, picks the checkpoint on the validation split, and evaluates it once on the test split."""
+        """Trains, selects the checkpoint on the validation split, and evaluates it once on the test split."""
         start, options = time.perf_counter(), self.options
         data, trainer = self.datamodule, self.trainer
         for split in ("train", "validation", "test"):
@@ -434,7 +428,7 @@ class ModelCLI(LightningCLI):
         trainer.fit(self.model, data, ckpt_path=options.ckpt_path)
         trainer.strategy.barrier()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()  # the first process goes on alone
+            torch.distributed.destroy_process_group()  # only the first process continues
         if not trainer.is_global_zero:
             return {}
         best = self.model
@@ -463,7 +457,7 @@ class ModelCLI(LightningCLI):
         best.by_modality = not options.brief
         tester.test(best, data, verbose=False)
         results |= best.results
-        if data.bayes and not options.trainer.fast_dev_run:  # what no model can surpass
+        if data.bayes and not options.trainer.fast_dev_run:  # the best possible result
             per_label = best.hparams["thresholds"] == "label"
             threshold = expected_threshold(data.bayes["validation"], per_label=per_label)
             results["Bayes"] = evaluate(data.bayes["test"], data.part("test").labels, threshold)
@@ -476,7 +470,7 @@ class ModelCLI(LightningCLI):
             f"{results['seconds']:.0f} s, seed {results['seed']}"
         )
         if self.folder is not None:
-            # the last file: where it is, the run is complete
+            # the last file, whose presence marks a complete run
             write_text(self.folder / "metrics.json", json.dumps(results, indent=2) + "\n")
             print(
                 f"{self.folder}/: {', '.join(sorted(path.name for path in self.folder.iterdir()))}"
@@ -484,7 +478,7 @@ class ModelCLI(LightningCLI):
         return results
 
     def _write_results(self, results: dict[str, Any], best: MultilabelModule) -> None:
-        """The predictions of the test split, and a figure of the training unless the run is brief."""
+        """Writes the predictions of the test split, and a figure of the training unless the run is brief."""
         assert self.folder is not None
         test = self.datamodule.part("test")
         answers = {key: x for key, x in best.answers.items() if key not in ("labels", "unknown")}
@@ -513,7 +507,7 @@ class ModelCLI(LightningCLI):
         print_results(self.model.results)
 
     def after_predict(self) -> None:
-        """Says what was written."""
+        """Reports the file that was written."""
         if self.options.trainer.fast_dev_run:
             return
         thresholds = [round(value, 2) for value in self.model.threshold.tolist()]
@@ -525,7 +519,7 @@ class ModelCLI(LightningCLI):
 
 
 def output_file(options: Any) -> Path:
-    """The file of `predict`, which must not be there yet: nothing is written over."""
+    """The file of `predict`, which must not exist, since nothing is overwritten."""
     path = Path(options.output or "predictions.csv")
     if path.suffix not in (".csv", ".npz"):
         raise UsageError(f"{path}: --output must end in .csv or .npz")
@@ -542,7 +536,7 @@ def output_file(options: Any) -> Path:
 
 
 def check_fits(data: MultimodalDataModule, hparams: Mapping[str, Any]) -> None:
-    """Raises UsageError unless a model of these sizes can read the data; the order of names counts."""
+    """Raises UsageError unless a model of these sizes can read the data; the order of names matters."""
     for what, wanted, received in (
         ("modalities and feature sizes", hparams["modality_dims"], data.modality_dims),
         ("labels", hparams["label_names"], data.label_names),
@@ -553,7 +547,7 @@ def check_fits(data: MultimodalDataModule, hparams: Mapping[str, Any]) -> None:
             )
     for name, steps in hparams["max_steps"].items():
         for split, part in data.parts.items():
-            if not part.padding_mask[name][:, steps:].all():  # what is padding alone is cut
+            if not part.padding_mask[name][:, steps:].all():  # only padding may be cut
                 raise UsageError(
                     f"{data.name}: modality `{name}` has {part.steps[name]} steps in the {split} split, "
                     f"the checkpoint knows {steps}; cut longer sequences"
@@ -578,7 +572,7 @@ def names_in(configs: Path) -> list[str]:
 
 
 def environment() -> dict[str, Any]:
-    """What a run stands on."""
+    """Versions and hardware of a run."""
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -589,13 +583,13 @@ def environment() -> dict[str, Any]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file in one piece or not at all."""
+    """Writes a file completely or not at all."""
     with replacing(path) as partial:
         partial.write_text(text)
 
 
 def print_results(results: Mapping[str, Any]) -> None:
-    """The tables of a validation, a test or a run."""
+    """Prints the tables of a validation, a test or a run."""
     rows = ("validation", "test", "uncalibrated", "Bayes")
     print_table({row: results[row] for row in rows if row in results})
     if "modalities" in results:
@@ -608,7 +602,7 @@ def print_results(results: Mapping[str, Any]) -> None:
 def print_table(
     rows: Mapping[str, Mapping[str, float | None]], columns: Sequence[str] = ()
 ) -> None:
-    """One line a row, one column a measure."""
+    """Prints a table with one column per measure."""
     columns = columns or list(next(iter(rows.values())))
     width = max(map(len, rows))
     widths = [max(8, len(column) + 2) for column in columns]
@@ -623,7 +617,7 @@ def print_table(
 
 
 def quiet() -> None:
-    """Keeps Lightning from giving advice on workers and devices."""
+    """Silences Lightning's advice on workers and devices."""
     warnings.filterwarnings("ignore", module="lightning")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
@@ -634,13 +628,13 @@ def run_command_line(
 ) -> ModelCLI:
     """Runs a subcommand, or without one trains and tests.
 
-    A resumed run takes the options of its own config.yaml, and the built-in data the small model of the config
-    `small`; what is given beside them holds.
+    A resumed run starts from the options of its own config.yaml, and a run on the built-in data from the config
+    `small`; options on the command line override both.
 
     Args:
         model_class: The model.
-        configs: Folder with files of options that `--config` knows by name.
-        arguments: The command line; None takes that of the program.
+        configs: Folder with files of options, which `--config` takes by name.
+        arguments: The command line; None for that of the program.
     """
     quiet()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -655,7 +649,7 @@ def run_command_line(
 
 
 def _configs_before(arguments: Sequence[str]) -> list[str]:
-    """The file of options that a resumed run, or one on the built-in data, starts from."""
+    """Arguments for the file of options from which a resumed run, or one on the built-in data, starts."""
     given = {}
     for name, following in zip(arguments, [*arguments[1:], ""], strict=False):
         option, equals, value = name.partition("=")

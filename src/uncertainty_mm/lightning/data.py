@@ -1,4 +1,4 @@
-"""The splits of a data set for Lightning: :class:`MultimodalDataModule`."""
+"""Provides the splits of a data set to Lightning: :class:`MultimodalDataModule`."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ from uncertainty_mm.lightning.checkpoints import UsageError
 
 
 class MultimodalDataModule(L.LightningDataModule):
-    """Hands the splits of a data set to Lightning.
+    """Provides the splits of a data set to Lightning.
 
     Args:
         path: File or folder in a layout of :func:`uncertainty_mm.data.read`; None makes synthetic data whose best
             possible predictions are known (:class:`~uncertainty_mm.data.SyntheticMMER`).
-        format: The layout, `"auto"` for by the suffix.
-        labels: File with the labels, where they are not in the first (`"mmsa"`).
+        format: The layout; `"auto"` uses the suffix.
+        labels: File with the labels, if they are in another file (`"mmsa"`).
         label_names: Names of the labels for files that have none, such as new data to predict.
-        split: The split that `predict` reads; a file without splits is read whole.
-        batch_size: Samples of a step.
-        num_workers: Processes that load batches.
+        split: The split that `predict` reads; all of a file without splits is read.
+        batch_size: Number of samples per step.
+        num_workers: Number of processes that load batches.
         drop_modality: Share of the training samples that lose a random half of their modalities.
-        corrupt_modality: Share of the training sequences that get noise of up to 5 times their spread.
-        max_train_samples: The training split is thinned evenly to at most so many samples; None takes all.
-        seed: Seed of the order of samples, of what is dropped and corrupted, and of synthetic data.
+        corrupt_modality: Share of the training sequences that get noise of up to 5 times their standard deviation.
+        max_train_samples: Largest number of training samples, taken at even distances; None takes all.
+        seed: Seed of the order of samples, of dropped and corrupted modalities, and of synthetic data.
 
     Attributes:
         parts: The data sets by split.
@@ -103,12 +103,12 @@ class MultimodalDataModule(L.LightningDataModule):
         self.modality_dims, self.label_names = first.dims, first.label_names
         self.max_steps = {m: max(part.steps[m] for part in self.parts.values()) for m in first.dims}
         count, limit = len(self.parts.get("train", ())), max_train_samples
-        if limit is not None and limit < count:  # every part of a sorted file has its share
+        if limit is not None and limit < count:  # evenly, since a file may be sorted
             self.parts["train"] = self.parts["train"].select(torch.arange(limit) * count // limit)
         self.num_train_samples = max(1, len(self.parts.get("train", ())))
 
     def _synthetic(self, sizes: Sequence[int] = (3000, 500, 1000)) -> dict[str, MultimodalDataset]:
-        """Six correlated emotions seen through three noisy modalities."""
+        """Makes data of six correlated emotions in three noisy modalities."""
         world, parts = SyntheticMMER(missing_rate=0.05), {}
         for offset, (split, size) in enumerate(zip(SPLITS, sizes, strict=True)):
             samples = world.sample(size, seed=3 * self.seed + offset)
@@ -120,14 +120,14 @@ class MultimodalDataModule(L.LightningDataModule):
         return parts
 
     def part(self, split: str) -> MultimodalDataset:
-        """The data set of a split; raises UsageError if it has no sample."""
+        """The data set of a split; raises UsageError if it has no samples."""
         if not len(self.parts.get(split, ())):
             whole = "; the file has no `split`" if list(self.parts) == ["all"] else ""
             raise UsageError(f"{self.name}: no sample in the {split} split{whole}")
         return self.parts[split]
 
     def _in_order(self, split: str) -> DataLoader[MultimodalBatch]:
-        """A split in order, divided among the processes without repeating a sample."""
+        """A loader of a split in order, divided among the processes without repeated samples."""
         data, trainer = self.part(split), self.trainer
         ranks, rank = (1, 0) if trainer is None else (trainer.world_size, trainer.global_rank)
         if len(data) < ranks:
@@ -146,7 +146,7 @@ class MultimodalDataModule(L.LightningDataModule):
         )
 
     def train_dataloader(self) -> DataLoader[MultimodalBatch]:
-        """The training split, in an order that depends on seed and epoch alone, divided among the processes."""
+        """The training split, divided among the processes, in an order that depends only on seed and epoch."""
         assert self.trainer is not None
         data, rank = self.part("train"), self.trainer.global_rank
         sampler: DistributedSampler[Any] = DistributedSampler(
@@ -169,17 +169,17 @@ class MultimodalDataModule(L.LightningDataModule):
     def transfer_batch_to_device(
         self, batch: MultimodalBatch, device: torch.device, dataloader_idx: int
     ) -> MultimodalBatch:
-        """The batch on the device, without waiting where its memory is pinned."""
+        """Copies the batch to the device, without waiting if its memory is pinned."""
         return batch.to(device, non_blocking=True)
 
     def on_after_batch_transfer(
         self, batch: MultimodalBatch, dataloader_idx: int
     ) -> MultimodalBatch:
-        """Drops and corrupts modalities of training batches, the same ones when a run is resumed."""
+        """Drops and corrupts modalities of training batches, in the same way when a run is resumed."""
         if self.trainer is None or not self.trainer.training:
             return batch
         generator = torch.Generator(batch.labels.device)
-        # numbers of its own: those of dropout would drop the same samples' units and modalities together
+        # a separate generator, because with that of dropout both would drop the same samples' units and modalities
         generator.manual_seed(2**62 + place(self.seed, self.trainer))
         if self.drop_modality:
             batch = transforms.drop_modalities(batch, self.drop_modality, generator=generator)

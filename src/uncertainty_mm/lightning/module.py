@@ -34,14 +34,14 @@ from uncertainty_mm.metrics.functional import evaluate, predictive_entropy
 
 
 class MultilabelModule(Component, L.LightningModule):
-    """Training, calibration and evaluation of a multi-label model; a subclass brings the model.
+    """Trains, calibrates and evaluates a multi-label model, which a subclass defines.
 
     A subclass defines `forward(features, padding_mask)`, which returns an object with `logits` (B, Q), and
-    `training_step`; :meth:`details` may add what explains a prediction. In every validation of a fit several
-    predictions of one model (:meth:`experts`) are pooled, the logits calibrated and thresholds fitted, before their
-    cross-entropy `val/nll` picks the checkpoint, the latest that is as good as the best one
-    (:class:`~uncertainty_mm.lightning.OneStandardError`); `val/chosen` is the step it was picked at. All of that is
-    state, saved with the model. Hyper-parameters are plain values, so a checkpoint loads without running code from it.
+    `training_step`; :meth:`details` may add explanations of a prediction. In every validation of a fit, the predictions
+    of the model (:meth:`experts`) are pooled, their logits are calibrated, and thresholds are fitted. Then the
+    cross-entropy `val/nll` selects the checkpoint, the latest that is as good as the best one
+    (:class:`~uncertainty_mm.lightning.OneStandardError`); `val/chosen` is its step. All of this is state, saved with
+    the model. Hyper-parameters are plain values, so a checkpoint loads without running code from it.
 
     Args:
         label_names: Names of the Q labels.
@@ -49,20 +49,20 @@ class MultilabelModule(Component, L.LightningModule):
         warmup: Share of the steps in which the learning rate rises.
         weight_decay: Decoupled weight decay.
         thresholds: One threshold for all labels (`"single"`), or one for each (`"label"`).
-        soft_labels: Share of the soft labels in what the classifiers are trained towards, in [0, 1].
+        soft_labels: Share of the soft labels in the targets of the classifiers, in [0, 1].
 
     Attributes:
-        parts: Class attribute: what makes the parts of the model, by name; on a command line each part has its own
-            options, :meth:`part` makes it.
+        parts: Class attribute: the classes or functions that make the parts of the model, by name; on a command line
+            each part has its own options, and :meth:`part` makes it.
         defaults: Class attribute: options of parts that differ from the defaults of their classes, by part.
         fixed: Class attribute: options of parts that the model itself sets, by part.
-        axes: Class attribute: axes of what :meth:`details` returns, for :class:`PredictionWriter`.
+        axes: Class attribute: axes of the results of :meth:`details`, for :class:`PredictionWriter`.
         pool: The :class:`~uncertainty_mm.LogitPool` of the experts.
         calibration: The :class:`~uncertainty_mm.PlattScaling` of the pooled logits.
         threshold: Tensor (1,) or (Q,), for calibrated probabilities.
         raw_threshold: The same for probabilities that are not calibrated.
-        by_modality: Whether a test also measures what is predicted from subsets of the modalities.
-        results: What the latest validation or test measured: rows of the tables.
+        by_modality: Whether a test also measures predictions from subsets of the modalities.
+        results: Measures of the latest validation or test, as rows of tables.
     """
 
     parts: ClassVar[Mapping[str, Callable[..., nn.Module]]] = {}
@@ -105,14 +105,14 @@ class MultilabelModule(Component, L.LightningModule):
         self._told = False  # that groups of several data sets are not used
 
     def part(self, name: str, options: Mapping[str, Any], *sizes: Any) -> Any:
-        """A part of the model from its sizes and options; values are left to the :class:`FiniteGuard`."""
+        """Makes a part of the model from its sizes and options; the :class:`FiniteGuard` checks values instead."""
         known = inspect.signature(self.parts[name]).parameters
         defaults = {"validate_args": False, **self.defaults.get(name, {})}
         given = {key: x for key, x in defaults.items() if key in known} | dict(options)
         return self.parts[name](*sizes, **given)
 
     def experts(self, output: Any) -> Tensor:
-        """Logits (B, E, Q) of the predictions that are pooled; a subclass with more than one replaces `pool`."""
+        """Logits (B, E, Q) of the predictions to pool; a subclass with more than one replaces `pool`."""
         logits: Tensor = output.logits
         return logits.unsqueeze(1)
 
@@ -122,11 +122,11 @@ class MultilabelModule(Component, L.LightningModule):
         return logits
 
     def details(self, output: Any) -> dict[str, Tensor]:
-        """What explains a prediction, by name: (B, Q), (B, M) or (B, M, Q)."""
+        """Explanations of a prediction by name, each (B, Q), (B, M) or (B, M, Q)."""
         return {}
 
     def on_fit_start(self) -> None:
-        """Learns of the data how large soft labels are: shares of raters up to 1, intensities up to 3 in CMU-MOSEI."""
+        """Finds the largest soft label of the data: shares of raters go up to 1, intensities in CMU-MOSEI up to 3."""
         if self.hparams["soft_labels"]:
             data: Any = self.trainer.datamodule  # type: ignore[attr-defined] # set by a connector
             soft_labels = data.part("train").soft_labels
@@ -135,7 +135,7 @@ class MultilabelModule(Component, L.LightningModule):
             self._largest = max(1.0, float(soft_labels.nan_to_num(0).max()))  # NaN: not known
 
     def on_train_start(self) -> None:
-        """Chooses the checkpoint anew, unless a training goes on."""
+        """Resets the choice of the checkpoint, unless a training is resumed."""
         if self.trainer.global_step == 0:
             self._selection = OneStandardError()
 
@@ -156,16 +156,16 @@ class MultilabelModule(Component, L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def targets(self, batch: MultimodalBatch) -> Tensor:
-        """What the classifiers are trained towards: the labels, or soft labels in [0, 1], or between the two."""
+        """Targets of the classifiers: the labels, soft labels in [0, 1], or values between the two."""
         target, share = batch.labels.float(), self.hparams["soft_labels"]
         if share and batch.soft_labels is not None:
             target = target.lerp(batch.soft_labels / self._largest, share)
         return target if batch.unknown is None else target.masked_fill(batch.unknown, 0)
 
     def log_losses(self, losses: Mapping[str, Tensor], batch: MultimodalBatch) -> None:
-        """Logs the mean of every loss over an epoch, without batches in which one is not finite."""
+        """Logs the mean of every loss over an epoch, except for batches where one is not finite."""
         finite = torch.stack([loss.detach().isfinite() for loss in losses.values()]).all()
-        weight: Any = finite * len(batch.labels)  # a tensor: nobody waits for the device
+        weight: Any = finite * len(batch.labels)  # a tensor, so that the host does not wait
         self.log_dict(
             {f"loss/{name}": loss.detach().nan_to_num(0, 0, 0) for name, loss in losses.items()},
             on_step=False,
@@ -187,14 +187,14 @@ class MultilabelModule(Component, L.LightningModule):
         self.log("val/cls", loss, prog_bar=True, batch_size=len(output.logits), sync_dist=True)
 
     def observed(self, output: Any) -> dict[str, Tensor]:
-        """What a validation collects for :meth:`calibrate`, each (B, ...)."""
+        """Tensors (B, ...) that a validation collects for :meth:`calibrate`."""
         return {"logits": self.experts(output)}
 
     def calibrate(self, seen: Mapping[str, Tensor]) -> None:
-        """Fits what belongs to a validation split: the pool, the calibration, the thresholds.
+        """Fits the pool, the calibration and the thresholds to a validation split.
 
         Args:
-            seen: What was :meth:`observed`, with `labels`, `unknown` and `indices`, of all samples.
+            seen: The :meth:`observed` tensors of all samples, with `labels`, `unknown` and `indices`.
         """
         labels, unknown = seen["labels"], seen["unknown"] > 0.5
         groups = self._groups_of(seen)
@@ -230,7 +230,7 @@ class MultilabelModule(Component, L.LightningModule):
         return groups[seen["indices"]]
 
     def on_validation_epoch_end(self) -> None:
-        """Calibrates, during a fit; then measures."""
+        """Calibrates, if in a fit, and then measures."""
         seen = {key: metric.compute() for key, metric in self._seen.items()}  # of all processes
         for metric in self._seen.values():
             metric.reset()
@@ -250,7 +250,7 @@ class MultilabelModule(Component, L.LightningModule):
         self.log("val/miF1", row["miF1"] or 0.0, prog_bar=True)
 
     def on_test_start(self) -> None:
-        """Chooses the subsets of modalities to test with: all of them, or the telling ones where they are many."""
+        """Chooses the subsets of modalities to test: all of them, or a selection if there are many."""
         names = list(self.hparams["modality_dims"])
         self._subsets = dict.fromkeys(subsets(names) if self.by_modality else ())
         self._answers: list[dict[str, Tensor]] = []
@@ -270,7 +270,7 @@ class MultilabelModule(Component, L.LightningModule):
         self._answers.append({key: value.cpu() for key, value in answer.items()})
 
     def on_test_epoch_end(self) -> None:
-        """Measures: calibrated, not calibrated, and by the modalities that are there."""
+        """Measures with and without calibration, and for subsets of the modalities."""
         answers = {
             key: torch.cat([each[key] for each in self._answers]) for key in self._answers[0]
         }
@@ -292,7 +292,7 @@ class MultilabelModule(Component, L.LightningModule):
         )
 
     def predict_step(self, batch: MultimodalBatch, batch_idx: int) -> dict[str, Tensor]:
-        """Probabilities, calibrated and not, and what explains them."""
+        """Predicts probabilities, calibrated and not, with their explanations."""
         output = self(batch.features, batch.padding_mask)
         logits = self.final_logits(output)
         probs = self.calibration(logits).sigmoid()
@@ -305,7 +305,7 @@ class MultilabelModule(Component, L.LightningModule):
 
     @torch.no_grad()
     def ask(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What the model says of one sample.
+        """Predicts one sample.
 
         Args:
             features: (S_m, D_m) by modality, finite; a modality that the sample lacks is left out or has no step.
@@ -349,27 +349,27 @@ class MultilabelModule(Component, L.LightningModule):
         return {key: torch.cat([each[key] for each in answers]).cpu() for key in answers[0]}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Saves the state of this module also where a callback saves averaged weights in its place."""
+        """Saves the state of this module even if a callback saves averaged weights instead of it."""
         checkpoint["state_dict"] |= states(self)
         checkpoint["selection"] = self._selection.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Goes on with the choice of the checkpoint."""
+        """Restores the choice of the checkpoint."""
         if "selection" in checkpoint:
             self._selection.load_state_dict(checkpoint["selection"])
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> MultilabelModule:
-        """The model of a checkpoint, on the CPU, ready to predict; runs no code from the file.
+        """Loads the model of a checkpoint on the CPU, ready to predict, without running code from the file.
 
         Raises:
-            UsageError: If the file is no checkpoint, is damaged, or is of another model or version.
+            UsageError: If the file is not a checkpoint, is damaged, or is from another model or version.
         """
         content = read_checkpoint(path)
         try:  # not `load_from_checkpoint`, which calls what the hyper-parameter `_instantiator` names
             module = cls(**content["hyper_parameters"])
             module.load_state_dict(content["state_dict"])
-        except Exception as error:  # whatever foreign hyper-parameters bring about
+        except Exception as error:  # foreign hyper-parameters may raise anything
             reason = " ".join(str(error).split())
             raise UsageError(f"{path}: of another model or version ({reason})") from error
         return module.eval()
@@ -415,7 +415,7 @@ def _parts(data: Any) -> Sequence[Any]:
 
 
 def masked_bce(logits: Tensor, target: Tensor, unknown: Tensor | None = None) -> Tensor:
-    """Binary cross-entropy, mean over the labels that are known; 0 if none is.
+    """Mean binary cross-entropy over the known labels; 0 if none is known.
 
     Args:
         logits: Tensor (B, Q).
@@ -429,21 +429,21 @@ def masked_bce(logits: Tensor, target: Tensor, unknown: Tensor | None = None) ->
 
 
 def masked_mean(x: Tensor, unknown: Tensor | None) -> Tensor:
-    """Mean of what is known, a scalar; 0 with zero gradient if nothing is."""
+    """Mean over the known entries, a scalar; 0 with zero gradient if none is known."""
     if unknown is None:
         return x.mean()
     return x.masked_fill(unknown, 0).sum() / (~unknown).sum().clamp_min(1)
 
 
 def mean_over_known(x: Tensor, unknown: Tensor | None) -> Tensor:
-    """Mean over the labels, the last axis, that are known; 0 where none is."""
+    """Mean over the known labels on the last axis; 0 where none is known."""
     if unknown is None:
         return x.mean(-1)
     return x.masked_fill(unknown, 0).sum(-1) / (~unknown).sum(-1).clamp_min(1)
 
 
 def subsets(names: Sequence[str]) -> list[tuple[str, ...]]:
-    """All subsets of up to four modalities, from all to none; of more: all, one left out, one alone, none."""
+    """All subsets of up to four modalities, from all to none; of more, those of all, all but one, one, and none."""
     if len(names) <= 4:
         chosen = product((True, False), repeat=len(names))
         return [tuple(n for n, here in zip(names, each, strict=True) if here) for each in chosen]

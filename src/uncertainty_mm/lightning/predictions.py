@@ -1,4 +1,4 @@
-"""Predictions as a file: :class:`PredictionWriter`."""
+"""Writes predictions to a file: :class:`PredictionWriter`."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from uncertainty_mm._files import replacing
 from uncertainty_mm.data import MultimodalDataset
 from uncertainty_mm.lightning.checkpoints import UsageError
 
-UNUSUAL = 3.0  # times the conflict of validation
-FOREIGN = 0.9  # probability above which a modality is said to be of another sample
+UNUSUAL = 3.0  # conflict, in units of that of validation, above which it is reported
+FOREIGN = 0.9  # probability above which a modality is reported to be from another sample
 
 
 def reasons(
     outputs: Mapping[str, Tensor], modalities: Sequence[str], label_names: Sequence[str]
 ) -> list[str]:
-    """Says of every sample in words why a model is less sure of it; "" where nothing is out of the ordinary.
+    """Explains in words, for every sample, why a model is less certain; "" if nothing is unusual.
 
     Args:
-        outputs: What a model says, of which it reads `missing` (N, M) bool, `typicality` (N, M), the factor by which
-            variances grow, `foreign` (N, M), the probability to be of another sample, and `conflict` (N, Q), 1 for what
-            is usual; any may be absent, but not all.
+        outputs: Outputs of a model, of which it reads `missing` (N, M) bool, `typicality` (N, M), the factor by which
+            variances grow, `foreign` (N, M), the probability to be from another sample, and `conflict` (N, Q), which is
+            usually about 1; some may be absent, but not all.
         modalities: Names of the M modalities.
         label_names: Names of the Q labels.
 
@@ -64,13 +64,13 @@ def reasons(
 
 
 class PredictionWriter(BasePredictionWriter):
-    """Writes what `predict_step` returns as .csv, one row a sample, or as .npz, one array an output.
+    """Writes the results of `predict_step` as .csv, one row per sample, or as .npz, one array per output.
 
-    A last column says in words why a model that knows of its typicality and conflict is less sure (:func:`reasons`).
+    If the outputs include typicality, a last column explains in words why the model is less certain (:func:`reasons`).
 
     Args:
-        path: The file to write, replaced in one piece.
-        axes: Axes of the outputs by name, of `"label"` and `"modality"`; the others have one column a label.
+        path: The file to write, which is replaced in one step.
+        axes: Axes of the outputs by name, from `"label"` and `"modality"`; other outputs have one column per label.
     """
 
     def __init__(

@@ -11,17 +11,18 @@ from torch.nn import functional as F
 
 
 class OneStandardError:
-    r"""Keeps the latest step of a training that is not worse than the best one by more than one standard error.
+    r"""Selects the latest step of a training that is at most one standard error worse than the best one.
 
-    A few hundred validation samples cannot tell neighbouring epochs apart, so the lowest mean loss belongs to a lucky
-    epoch, often one before the learning rate has come down. The rule of one standard error (Breiman et al. 1984) asks
-    whether a difference is more than chance: with losses :math:`\ell_n` now and :math:`b_n` at the best step so far,
+    A few hundred validation samples cannot distinguish neighbouring epochs, so the epoch with the lowest mean loss is
+    partly luck, and often comes before the learning rate has decreased. The rule of one standard error (Breiman et al.
+    1984) tests whether a difference is more than chance. With losses :math:`\ell_n` now and :math:`b_n` at the best
+    step so far, the present step is kept if
 
     .. math::
         \operatorname{mean}(\ell - b) \le \operatorname{std}(\ell - b) / \sqrt N
 
     Attributes:
-        chosen: The step that is kept so far, -1 before the first.
+        chosen: The selected step, -1 before the first one.
 
     Example:
         >>> import torch
@@ -44,7 +45,7 @@ class OneStandardError:
         """Compares a step with the best one so far.
 
         Args:
-            step: Number of the step; one that is earlier than the latest begins a new training.
+            step: Number of the step; a number below the latest one starts a new training.
             losses: Tensor (N,), a loss for each validation sample or group, in the same order at every step.
 
         Returns:
@@ -66,11 +67,11 @@ class OneStandardError:
         return self.chosen
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed training needs."""
+        """The state that a resumed training needs."""
         return {"chosen": self.chosen, "latest": self._latest, "best": self._best}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Goes on from a :meth:`state_dict`."""
+        """Restores a :meth:`state_dict`."""
         self.chosen, self._latest = state_dict["chosen"], state_dict["latest"]
         self._best = state_dict["best"]
 
@@ -91,7 +92,7 @@ def losses_of(
 
 
 def mean_by(groups: Tensor | None, values: Tensor) -> Tensor:
-    """Means of values (N,) over the samples of each group, NaN left out; without groups what is not NaN."""
+    """Means of values (N,) over each group, without NaN; if there are no groups, the values that are not NaN."""
     known = ~values.isnan()
     values = values[known]
     if groups is None:

@@ -1,7 +1,7 @@
-"""How good probabilities and uncertainties are, over batches and processes, as `torchmetrics.Metric`.
+"""Measures the quality of probabilities and uncertainties over batches and processes, as `torchmetrics.Metric`.
 
-Their functional half, :mod:`uncertainty_mm.metrics.functional`, needs torch alone; the classes need torchmetrics:
-`pip install 'uncertainty-mm[metrics]'`. They are imported when one of them is asked for.
+The functions in :mod:`uncertainty_mm.metrics.functional` need only torch; the classes need torchmetrics:
+`pip install 'uncertainty-mm[metrics]'`. They are imported on first use.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What all metrics share with each other, beside what `torchmetrics.Metric` gives them."""
+"""Base classes of all metrics."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from uncertainty_mm.metrics._inputs import check_predictions, check_scores, prec
 
 
 class Accumulated(FixedSettings, Metric):
-    """A metric that a refused batch leaves as it was, and whose state keeps its precision.
+    """A metric that a refused batch does not change, and whose state keeps its precision.
 
     The state is in float64 where the device has it. `model.to(torch.bfloat16)`, which rounds the sums of other metrics,
-    moves it only.
+    does not change its dtype.
     """
 
     is_differentiable = False
@@ -30,15 +30,15 @@ class Accumulated(FixedSettings, Metric):
         super().__init__(**settings)
         check_validate_args(validate_args)
         self._set(validate_args=validate_args)
-        self.set_dtype(precision(self.device))  # also what a process without samples hands on
+        self.set_dtype(precision(self.device))  # a process without samples needs it too
 
     def _check(self, *args: Any, **kwargs: Any) -> None:
         """Raises for a batch that cannot be added."""
         raise NotImplementedError
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Adds a batch and gives the measure of that batch alone."""
-        # Before torchmetrics hands on a batch it resets the metric; what then raises would lose all batches so far.
+        """Adds a batch and returns the measure of that batch alone."""
+        # torchmetrics resets the metric before it passes on a batch; an error there would lose all earlier batches.
         self._check(*args, **kwargs)
         return super().forward(*args, **kwargs)
 
@@ -46,7 +46,7 @@ class Accumulated(FixedSettings, Metric):
         """Draws one value or several, as all metrics of torchmetrics do.
 
         Args:
-            val: What `compute` or `forward` gave, or a list of such results; None draws what has been accumulated.
+            val: A result of `compute` or `forward`, or a list of results; None draws the accumulated measure.
             ax: Axes to draw into.
 
         Returns:
@@ -66,11 +66,12 @@ class Accumulated(FixedSettings, Metric):
         dtype = precision(device)
 
         def move(state: Tensor) -> Tensor:
-            if state.is_meta and device.type != "meta":  # `to_empty`; every state begins with zeros
+            if state.is_meta and device.type != "meta":  # `to_empty`; every initial state is 0
                 state = torch.zeros_like(state, device=device)
             if not state.is_floating_point():
                 return state.to(device)
-            narrow = state.to(dtype) if dtype == torch.float32 else state  # before it is there
+            # narrowed before the move to a device without float64
+            narrow = state.to(dtype) if dtype == torch.float32 else state
             return narrow.to(device).to(dtype)
 
         return super()._apply(move, exclude_state)
@@ -105,7 +106,7 @@ class OfPredictions(Accumulated):
 
 
 class OfScores(Accumulated):
-    """A metric of order, which keeps uncertainty and error of every sample."""
+    """A metric of the order of samples, which stores the uncertainty and the error of each."""
 
     uncertainty: list[Tensor]
     errors: list[Tensor]
@@ -122,7 +123,7 @@ class OfScores(Accumulated):
         """Adds a batch.
 
         Args:
-            uncertainty: Tensor (N,) of finite numbers; larger is less sure.
+            uncertainty: Tensor (N,) of finite numbers; larger means less certain.
             errors: Tensor (N,) of finite errors: 0 and 1 (or bool), or graded ones.
 
         Raises:

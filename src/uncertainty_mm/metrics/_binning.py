@@ -1,6 +1,6 @@
-"""Histograms of predictions, from which calibration error and Brier decomposition are read.
+"""Histograms of predictions, from which calibration error and Brier decomposition are computed.
 
-A histogram is a tensor (5, Q, R): for each of Q labels and R bins the sums of 1, y, p, p^2 and p y over the samples
+A histogram is a tensor (5, Q, R): for each of Q labels and R bins, the sums of 1, y, p, p^2 and p y over the samples
 whose label is known.
 """
 
@@ -19,7 +19,7 @@ Binning = Literal["width", "mass"]
 Norm = Literal["l1", "l2", "max"]
 Average = Literal["macro", "none"]
 
-FINE_BINS = 4096  # of which a histogram of constant size makes bins of equal mass
+FINE_BINS = 4096  # joined to bins of equal mass, in a histogram of constant size
 
 
 def check_binning(n_bins: int, binning: str, average: str) -> None:
@@ -29,14 +29,14 @@ def check_binning(n_bins: int, binning: str, average: str) -> None:
 
 
 def equal_width(probs: Tensor, n_bins: int) -> Tensor:
-    """Bin of every probability: [0, 1/n_bins), [1/n_bins, 2/n_bins), ..., the last one with its upper end."""
+    """Bin of every probability: [0, 1/n_bins), [1/n_bins, 2/n_bins), ..., the last one including 1."""
     edges = torch.arange(1, n_bins, dtype=probs.dtype, device=probs.device) / n_bins
     return torch.bucketize(probs.contiguous(), edges, right=True)
 
 
 def equal_mass(probs: Tensor, known: Tensor, n_bins: int) -> Tensor:
-    """Bin of every probability (N, Q), label by label, by its average rank; equal ones share a bin."""
-    columns = probs.masked_fill(~known, float("inf")).T.contiguous()  # behind all that count
+    """Bin of every probability (N, Q), for each label by its average rank; equal probabilities share a bin."""
+    columns = probs.masked_fill(~known, float("inf")).T.contiguous()  # unknown ones come last
     ordered = columns.sort(dim=1).values
     below = torch.searchsorted(ordered, columns)
     not_above = torch.searchsorted(ordered, columns, right=True)
@@ -45,23 +45,23 @@ def equal_mass(probs: Tensor, known: Tensor, n_bins: int) -> Tensor:
 
 
 def fine_bins(probs: Tensor) -> Tensor:
-    """Bins of equal width in arcsin(sqrt(p)): narrow near 0 and 1, where probabilities of rare labels crowd."""
+    """Bins of equal width in arcsin(sqrt(p)), narrow near 0 and 1, where the probabilities of rare labels lie."""
     share: Tensor = probs.to(precision(probs.device)).clamp(0, 1).sqrt().asin() * (2 / math.pi)
     return (share * FINE_BINS).long().clamp_max(FINE_BINS - 1)
 
 
 def histogram(probs: Tensor, present: Tensor, known: Tensor, index: Tensor, n_bins: int) -> Tensor:
-    """The sums (5, Q, n_bins) of what is known of (N, Q) predictions that fall into the bins `index` (N, Q)."""
+    """The histogram (5, Q, n_bins) of the known ones of (N, Q) predictions in the bins `index` (N, Q)."""
     p, y, one = (x.to(precision(probs.device)) for x in (probs, present, known))
     return _sums_by_bin(torch.stack([one, y, p, p * p, p * y]), index, n_bins)
 
 
 def merged(fine: Tensor, n_bins: int) -> Tensor:
-    """Joins neighbouring bins to `n_bins` of about equal mass, by the average rank of what they hold."""
+    """Joins neighbouring bins to `n_bins` of about equal mass, by the average rank of their samples."""
     count = fine[0].long()
     twice_rank = 2 * count.cumsum(1) - count
     index = twice_rank * n_bins // (2 * count.sum(1, keepdim=True)).clamp_min(1)
-    index = index.clamp_max(n_bins - 1)  # empty bins behind the last sample
+    index = index.clamp_max(n_bins - 1)  # for empty bins after the last sample
     return _sums_by_bin(fine.transpose(1, 2), index.T, n_bins)
 
 
@@ -75,7 +75,7 @@ def _sums_by_bin(values: Tensor, index: Tensor, n_bins: int) -> Tensor:
 
 
 def averaged(values: Tensor, average: str) -> Tensor:
-    """The values (Q,) of the labels, or their mean over the labels that have any sample."""
+    """The values (Q,) of the labels, or their mean over the labels that have samples."""
     return values.nanmean() if average == "macro" else values
 
 

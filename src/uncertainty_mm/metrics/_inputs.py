@@ -1,4 +1,4 @@
-"""What the measures take: predictions with labels, or an uncertainty and an error for every sample."""
+"""Checks and prepares the input of the measures: predictions and labels, or uncertainties and errors."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from uncertainty_mm._checks import (
 
 @functools.cache
 def precision(device: torch.device) -> torch.dtype:
-    """The dtype that a measure is computed in: float64 where the device has it, else float32."""
+    """The dtype in which a measure is computed: float64 where the device has it, otherwise float32."""
     try:
         torch.ones(1, dtype=torch.float64, device=device).sqrt()
-    except (TypeError, RuntimeError):  # Apple's devices; some of Intel's
+    except (TypeError, RuntimeError):  # Apple's devices and some of Intel's
         return torch.float32
     return torch.float64
 
@@ -52,8 +52,8 @@ def predictions(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Probabilities in at least float32, which labels are present, and which entries count.
 
-    What is unknown does not count, and neither does what is not finite where values were not looked at; the other two
-    are 0 and False there.
+    Unknown entries do not count, nor do entries that are not finite where values are not checked; there the other two
+    are 0 and False.
     """
     known = probs.isfinite() & labels.isfinite()
     if unknown is not None:
@@ -74,9 +74,9 @@ def check_scores(uncertainty: Tensor, errors: Tensor, validate_args: bool | None
 
 
 def finite_scores(uncertainty: Tensor, errors: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in float64 on the CPU, without samples that are not finite, which were let in unchecked.
+    """Both in float64 on the CPU, without samples that are not finite, which unchecked values may include.
 
-    What needs the order of all samples waits for them anyway, and not every device sorts, or sums, as exactly.
+    Measures of order have to wait for all samples anyway, and not every device sorts and sums as exactly.
     """
     u, e = (x.detach().cpu().double() for x in (uncertainty, errors))
     kept = u.isfinite() & e.isfinite()
@@ -84,7 +84,7 @@ def finite_scores(uncertainty: Tensor, errors: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def back(result: Tensor, given: Tensor) -> Tensor:
-    """A result of the CPU where the data are."""
+    """Moves a result from the CPU to the device of the data."""
     return result.to(precision(given.device)).to(given.device)
 
 
@@ -99,5 +99,5 @@ def check_threshold(threshold: float | Tensor, probs: Tensor, validate_args: boo
 
 
 def enough(share: float, count: int) -> int:
-    """The smallest number that is at least a share of `count`; 0.1 + 0.2 of ten are three."""
+    """The smallest integer of at least share * count, up to rounding: a share of 0.1 + 0.2 of ten gives three."""
     return math.ceil(share * count - 1e-6)

@@ -1,4 +1,4 @@
-"""The gaps between labels and probabilities, smoothed along the probability."""
+"""Differences between labels and probabilities, smoothed along the probability."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def check_bandwidth(bandwidth: float | None) -> None:
 
 
 def gaps(probs: Tensor, present: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums (Q, GRID + 1) of y - p around every point of the grid, and how many samples (Q,) they are of."""
+    """Sums (Q, GRID + 1) of y - p around every point of the grid, and the number of samples (Q,)."""
     p, y, one = (x.to(precision(probs.device)) for x in (probs, present, known))
     place = p * GRID
     left = place.long().clamp_max(GRID - 1)
@@ -33,17 +33,17 @@ def gaps(probs: Tensor, present: Tensor, known: Tensor) -> tuple[Tensor, Tensor]
 
 
 def smoothed_error(sums: Tensor, count: Tensor, bandwidth: float | None) -> Tensor:
-    """The integral (Q,) of the absolute smoothed gap, at a bandwidth or where it equals it; nan without samples.
+    """The integral (Q,) of the absolute smoothed gap, for the given bandwidth, or the one equal to the integral.
 
-    What is reflected at both ends is periodic and even, so a convolution is a product of Fourier transforms. The kernel
-    is that of a walk along the grid in continuous time, of variance sigma^2: it tends to the Gaussian one as the grid
-    gets finer, and is nowhere negative for any sigma, so the integral falls with sigma as it must.
+    It is nan without samples. A function reflected at both ends is periodic and even, so a convolution is a product of
+    Fourier transforms. The kernel is that of a continuous-time random walk on the grid with variance sigma^2: it tends
+    to the Gaussian as the grid gets finer, and is never negative, so the integral decreases with sigma as it must.
     """
     if not len(count):
         return count  # there is no transform of nothing
     mean = sums / count.unsqueeze(1)
     around = torch.cat([mean, mean[:, 1:-1].flip(1)], 1)
-    around[:, [0, GRID]] *= 2  # the ends are their own reflections
+    around[:, [0, GRID]] *= 2  # each end is its own reflection
     spectrum = torch.fft.rfft(around)
     angle = torch.arange(GRID + 1, dtype=mean.dtype, device=mean.device) * (math.pi / GRID)
     decay = 2 * (GRID * (angle / 2).sin()).square()

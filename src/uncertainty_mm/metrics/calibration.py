@@ -36,7 +36,7 @@ __all__ = [
 
 
 class _Binned(OfPredictions):
-    """Keeps a histogram of constant size, summed over processes in one reduction."""
+    """A metric of a histogram of constant size, which is summed over processes in one reduction."""
 
     higher_is_better = False
     plot_legend_name = "Label"
@@ -74,10 +74,10 @@ class _Binned(OfPredictions):
 class MultilabelCalibrationError(_Binned):
     """Calibration error of every label, :func:`~uncertainty_mm.metrics.functional.calibration_error` over batches.
 
-    `update(probs, labels, unknown=None)` takes what the function takes. The state is a histogram, of a size that does
-    not depend on the number of samples. Bins of equal width are exact. For bins of equal mass it keeps 4096 fine bins,
-    of equal width in arcsin(sqrt(p)), and joins neighbours: a fine bin is not split, so the masses are equal up to that
-    of a fine bin, and the result is that of the function where no fine bin holds two different probabilities.
+    `update(probs, labels, unknown=None)` takes the arguments of the function. The state is a histogram whose size does
+    not depend on the number of samples. Bins of equal width are exact. For bins of equal mass it stores 4096 fine bins,
+    of equal width in arcsin(sqrt(p)), and joins neighbours. Fine bins are not split, so the masses are equal up to the
+    mass of one, and the result equals the function's if no fine bin has two different probabilities.
 
     Args:
         num_labels: Number Q of labels.
@@ -85,8 +85,8 @@ class MultilabelCalibrationError(_Binned):
         binning: `"width"` or `"mass"`.
         norm: `"l1"`, `"l2"` or `"max"`.
         average: `"macro"`, the mean over labels, or `"none"`.
-        validate_args: Whether values are looked at: None, on the CPU only; False, never; True, everywhere.
-        settings: Of `torchmetrics.Metric`.
+        validate_args: Check values on the CPU only (None), never (False), or everywhere (True).
+        settings: Passed on to `torchmetrics.Metric`.
 
     Raises:
         ValueError: If an argument is out of range or unknown.
@@ -127,15 +127,15 @@ class MultilabelCalibrationError(_Binned):
 class MultilabelSmoothCalibrationError(OfPredictions):
     """Calibration error without bins, :func:`~uncertainty_mm.metrics.functional.smooth_calibration_error` over batches.
 
-    `update(probs, labels, unknown=None)` takes what the function takes, and the result is the same. The state has 4097
-    numbers for every label, however many the samples are.
+    `update(probs, labels, unknown=None)` takes the arguments of the function and gives the same result. The state has
+    4097 numbers per label, for any number of samples.
 
     Args:
         num_labels: Number Q of labels.
-        bandwidth: The width of the kernel, above 0; None for the one that the paper chooses.
+        bandwidth: The width of the kernel, above 0; None for the choice of the paper.
         average: `"macro"`, the mean over labels, or `"none"`.
-        validate_args: Whether values are looked at: None, on the CPU only; False, never; True, everywhere.
-        settings: Of `torchmetrics.Metric`.
+        validate_args: Check values on the CPU only (None), never (False), or everywhere (True).
+        settings: Passed on to `torchmetrics.Metric`.
 
     Raises:
         ValueError: If an argument is out of range or unknown.
@@ -187,7 +187,7 @@ class MultilabelSmoothCalibrationError(OfPredictions):
 
 
 class _OfLabels(dict[str, Tensor]):
-    """Parts (Q,) by name. `ClasswiseWrapper` would name the parts after the labels, so it is told not to."""
+    """Parts (Q,) by name. Iteration raises, because `ClasswiseWrapper` would name the parts after the labels."""
 
     def __iter__(self) -> Iterator[str]:
         raise TypeError(
@@ -199,19 +199,19 @@ class _OfLabels(dict[str, Tensor]):
 class MultilabelBrierDecomposition(_Binned):
     """Brier score and its parts, :func:`~uncertainty_mm.metrics.functional.brier_decomposition` over batches.
 
-    `update(probs, labels, unknown=None)` takes what the function takes, and the state is that of
-    :class:`MultilabelCalibrationError`. The identity of the parts is exact for both ways of binning.
+    `update(probs, labels, unknown=None)` takes the arguments of the function, and the state is that of
+    :class:`MultilabelCalibrationError`. The parts add up exactly with both kinds of bins.
 
-    What wants one number, or one for each label (`BootStrapper`, `MetricTracker.best_metric`, `ClasswiseWrapper`),
-    takes one part, which is a metric too: `metric["reliability"]`.
+    Wrappers that need one number, or one per label (`BootStrapper`, `MetricTracker.best_metric`, `ClasswiseWrapper`),
+    can take one part, which is a metric too: `metric["reliability"]`.
 
     Args:
         num_labels: Number Q of labels.
         n_bins: Number of bins.
         binning: `"width"` or `"mass"`.
         average: `"macro"`, the mean over labels, or `"none"`.
-        validate_args: Whether values are looked at: None, on the CPU only; False, never; True, everywhere.
-        settings: Of `torchmetrics.Metric`.
+        validate_args: Check values on the CPU only (None), never (False), or everywhere (True).
+        settings: Passed on to `torchmetrics.Metric`.
 
     Raises:
         ValueError: If an argument is out of range or unknown.

@@ -1,4 +1,4 @@
-"""The "accuracy" of the field over batches."""
+"""The Jaccard index of label sets, called accuracy in the literature, over batches."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ __all__ = ["SampleJaccard"]
 
 
 class SampleJaccard(OfPredictions):
-    """Mean Jaccard index of a sample's label sets, the "accuracy" of the field.
+    """Mean Jaccard index of predicted and true label sets, called accuracy in the literature.
 
-    `update(probs, labels, unknown=None)` takes what :func:`~uncertainty_mm.metrics.functional.sample_jaccard` takes.
-    A sample whose sets are both empty counts 0; one of which no label is known does not count.
+    `update(probs, labels, unknown=None)` takes the arguments of
+    :func:`~uncertainty_mm.metrics.functional.sample_jaccard`. A sample whose sets are both empty counts as 0; one
+    without any known label does not count.
 
     Args:
         threshold: A label is predicted where its probability is above this, in [0, 1].
-        validate_args: Whether values are looked at: None, on the CPU only; False, never; True, everywhere.
-        settings: Of `torchmetrics.Metric`.
+        validate_args: Check values on the CPU only (None), never (False), or everywhere (True).
+        settings: Passed on to `torchmetrics.Metric`.
 
     Raises:
         ValueError: If `threshold` is out of range.
-        TypeError: If `threshold` is no number.
+        TypeError: If `threshold` is not a number.
 
     Example:
         >>> metric = SampleJaccard()
@@ -51,7 +52,7 @@ class SampleJaccard(OfPredictions):
         zero = torch.zeros((), dtype=self.dtype, device=self.device)
         self.add_state("total", zero, dist_reduce_fx="sum")
         self.add_state("count", zero.long(), dist_reduce_fx="sum")
-        # A `MetricCollection` takes metrics of equal state for one and the same: not those of other thresholds.
+        # A `MetricCollection` merges metrics of equal state; this keeps those of different thresholds apart.
         self.add_state("at", zero + threshold, dist_reduce_fx="max")
 
     def _add(self, probs: Tensor, labels: Tensor, unknown: Tensor | None) -> None:

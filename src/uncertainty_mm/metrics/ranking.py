@@ -1,4 +1,4 @@
-"""Whether an uncertainty ranks the samples as their errors do, over batches."""
+"""How well an uncertainty ranks samples by their errors, over batches."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["DetectionAUROC", "FPRAtTPR", "SpearmanCorrelation"]
 
 
 class _Detection(OfScores):
-    """A metric of errors that are there or not."""
+    """A metric of errors that are 0 or 1."""
 
     plot_lower_bound = 0.0
     plot_upper_bound = 1.0
@@ -27,10 +27,10 @@ class _Detection(OfScores):
             check_labels("errors", errors)
 
     def compute(self) -> Tensor:
-        """The measure so far, a scalar; nan unless there are errors and right predictions.
+        """The measure so far, a scalar; nan unless there are both errors and correct predictions.
 
         Raises:
-            ValueError: If graded errors came in by another metric of a `MetricCollection` that shares its state.
+            ValueError: If another metric of a `MetricCollection`, which shares its state, has added graded errors.
         """
         uncertainty, errors = self._all()
         if checks_values(errors, self.validate_args):
@@ -43,14 +43,14 @@ class _Detection(OfScores):
 
 
 class DetectionAUROC(_Detection):
-    """How well an uncertainty detects errors, or corrupted input: :func:`~uncertainty_mm.metrics.functional.auroc`.
+    """How well an uncertainty detects errors or corrupted input: :func:`~uncertainty_mm.metrics.functional.auroc`.
 
-    `update(uncertainty, errors)` takes what the function takes, errors of 0 and 1, or bool. It keeps two numbers of
-    every sample. Unlike `torchmetrics.AUROC` it takes scores of any size as they are.
+    `update(uncertainty, errors)` takes the arguments of the function, with errors of 0 and 1, or bool. It stores two
+    numbers per sample. Unlike `torchmetrics.AUROC` it does not transform scores outside [0, 1].
 
     Args:
-        validate_args: Whether values are looked at: None, on the CPU only; False, never; True, everywhere.
-        settings: Of `torchmetrics.Metric`.
+        validate_args: Check values on the CPU only (None), never (False), or everywhere (True).
+        settings: Passed on to `torchmetrics.Metric`.
 
     Example:
         >>> metric = DetectionAUROC()
@@ -69,19 +69,19 @@ class DetectionAUROC(_Detection):
 
 
 class FPRAtTPR(_Detection):
-    """Right predictions flagged with most errors (FPR95), :func:`~uncertainty_mm.metrics.functional.fpr_at_tpr`.
+    """Share of correct predictions flagged with the errors: :func:`~uncertainty_mm.metrics.functional.fpr_at_tpr`.
 
-    `update(uncertainty, errors)` takes what the function takes, errors of 0 and 1, or bool. It keeps two numbers of
-    every sample.
+    `update(uncertainty, errors)` takes the arguments of the function, with errors of 0 and 1, or bool. It stores two
+    numbers per sample.
 
     Args:
-        tpr: The share of the errors that is found at least, in [0, 1].
-        validate_args: Whether values are looked at: None, on the CPU only; False, never; True, everywhere.
-        settings: Of `torchmetrics.Metric`.
+        tpr: The least share of errors to detect, in [0, 1].
+        validate_args: Check values on the CPU only (None), never (False), or everywhere (True).
+        settings: Passed on to `torchmetrics.Metric`.
 
     Raises:
         ValueError: If `tpr` is out of range.
-        TypeError: If `tpr` is no number.
+        TypeError: If `tpr` is not a number.
 
     Example:
         >>> metric = FPRAtTPR()
@@ -107,13 +107,13 @@ class FPRAtTPR(_Detection):
 class SpearmanCorrelation(OfScores):
     """Rank correlation of uncertainty and error, :func:`~uncertainty_mm.metrics.functional.spearman` over batches.
 
-    `update(uncertainty, errors)` takes what the function takes; `errors` may be any reference. It keeps two numbers of
-    every sample. Unlike `torchmetrics.SpearmanCorrCoef` it gives nan for constant input, and is right for any number of
-    ties.
+    `update(uncertainty, errors)` takes the arguments of the function; `errors` may be any reference. It stores two
+    numbers per sample. Unlike `torchmetrics.SpearmanCorrCoef` it gives nan for constant input, and is correct for any
+    number of ties.
 
     Args:
-        validate_args: Whether values are looked at: None, on the CPU only; False, never; True, everywhere.
-        settings: Of `torchmetrics.Metric`.
+        validate_args: Check values on the CPU only (None), never (False), or everywhere (True).
+        settings: Passed on to `torchmetrics.Metric`.
 
     Example:
         >>> metric = SpearmanCorrelation()

@@ -1,4 +1,4 @@
-"""What is gained by leaving out uncertain samples, over batches."""
+"""How much better predictions are without the uncertain samples, over batches."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ __all__ = ["AUGRC", "AURC", "CoverageAtRisk", "RiskAtCoverage", "SelectiveF1"]
 class AURC(OfScores):
     """Area under the risk-coverage curve, :func:`~uncertainty_mm.metrics.functional.risk_coverage` over batches.
 
-    `update(uncertainty, errors)` takes what the function takes. It keeps two numbers of every sample.
+    `update(uncertainty, errors)` takes the arguments of the function. It stores two numbers per sample.
 
     Args:
-        excess: Give E-AURC, the area in excess of that of the best order, instead of AURC.
-        validate_args: Whether values are looked at: None, on the CPU only; False, never; True, everywhere.
-        settings: Of `torchmetrics.Metric`.
+        excess: Return E-AURC, the excess over the area of the best order, instead of AURC.
+        validate_args: Check values on the CPU only (None), never (False), or everywhere (True).
+        settings: Passed on to `torchmetrics.Metric`.
 
     Raises:
-        TypeError: If `excess` is no bool.
+        TypeError: If `excess` is not a bool.
 
     Example:
         >>> metric = AURC()
@@ -68,11 +68,11 @@ class AURC(OfScores):
 class AUGRC(OfScores):
     """Area under the generalised risk-coverage curve, :func:`~uncertainty_mm.metrics.functional.augrc` over batches.
 
-    `update(uncertainty, errors)` takes what the function takes. It keeps two numbers of every sample.
+    `update(uncertainty, errors)` takes the arguments of the function. It stores two numbers per sample.
 
     Args:
-        validate_args: Whether values are looked at: None, on the CPU only; False, never; True, everywhere.
-        settings: Of `torchmetrics.Metric`.
+        validate_args: Check values on the CPU only (None), never (False), or everywhere (True).
+        settings: Passed on to `torchmetrics.Metric`.
 
     Example:
         >>> metric = AUGRC()
@@ -93,18 +93,18 @@ class AUGRC(OfScores):
 
 
 class RiskAtCoverage(OfScores):
-    """Mean error of a share of the samples, :func:`~uncertainty_mm.metrics.functional.risk_at_coverage` over batches.
+    """Mean error at a given coverage, :func:`~uncertainty_mm.metrics.functional.risk_at_coverage` over batches.
 
-    `update(uncertainty, errors)` takes what the function takes. It keeps two numbers of every sample.
+    `update(uncertainty, errors)` takes the arguments of the function. It stores two numbers per sample.
 
     Args:
         coverage: The share of samples to answer, above 0 and at most 1.
-        validate_args: Whether values are looked at: None, on the CPU only; False, never; True, everywhere.
-        settings: Of `torchmetrics.Metric`.
+        validate_args: Check values on the CPU only (None), never (False), or everywhere (True).
+        settings: Passed on to `torchmetrics.Metric`.
 
     Raises:
         ValueError: If `coverage` is out of range.
-        TypeError: If `coverage` is no number.
+        TypeError: If `coverage` is not a number.
 
     Example:
         >>> metric = RiskAtCoverage(0.75)
@@ -130,18 +130,18 @@ class RiskAtCoverage(OfScores):
 
 
 class CoverageAtRisk(OfScores):
-    """Share of samples that can be answered, :func:`~uncertainty_mm.metrics.functional.coverage_at_risk` over batches.
+    """Coverage at a given risk, :func:`~uncertainty_mm.metrics.functional.coverage_at_risk` over batches.
 
-    `update(uncertainty, errors)` takes what the function takes. It keeps two numbers of every sample.
+    `update(uncertainty, errors)` takes the arguments of the function. It stores two numbers per sample.
 
     Args:
-        risk: The largest mean error.
-        validate_args: Whether values are looked at: None, on the CPU only; False, never; True, everywhere.
-        settings: Of `torchmetrics.Metric`.
+        risk: The largest acceptable mean error.
+        validate_args: Check values on the CPU only (None), never (False), or everywhere (True).
+        settings: Passed on to `torchmetrics.Metric`.
 
     Raises:
         ValueError: If `risk` is not finite.
-        TypeError: If `risk` is no number.
+        TypeError: If `risk` is not a number.
 
     Example:
         >>> metric = CoverageAtRisk(0.4)
@@ -168,18 +168,18 @@ class CoverageAtRisk(OfScores):
 class SelectiveF1(Accumulated):
     """Micro F1 of the most certain samples, :func:`~uncertainty_mm.metrics.functional.selective_f1` over batches.
 
-    `update(uncertainty, probs, labels, unknown=None)` takes what the function takes. It keeps three numbers of every
+    `update(uncertainty, probs, labels, unknown=None)` takes the arguments of the function. It stores three numbers per
     sample.
 
     Args:
         coverage: The share of samples to answer, above 0 and at most 1.
         threshold: A label is predicted where its probability is above this, in [0, 1].
-        validate_args: Whether values are looked at: None, on the CPU only; False, never; True, everywhere.
-        settings: Of `torchmetrics.Metric`.
+        validate_args: Check values on the CPU only (None), never (False), or everywhere (True).
+        settings: Passed on to `torchmetrics.Metric`.
 
     Raises:
         ValueError: If `coverage` or `threshold` is out of range.
-        TypeError: If `coverage` or `threshold` is no number.
+        TypeError: If `coverage` or `threshold` is not a number.
 
     Example:
         >>> metric = SelectiveF1(coverage=0.6)
@@ -212,7 +212,7 @@ class SelectiveF1(Accumulated):
         self._set(coverage=coverage, threshold=threshold)
         self.add_state("uncertainty", [], dist_reduce_fx="cat")
         self.add_state("sets", [], dist_reduce_fx="cat")
-        # A `MetricCollection` takes metrics of equal state for one and the same: not those of other thresholds.
+        # A `MetricCollection` merges metrics of equal state; this keeps those of different thresholds apart.
         at = torch.full((), float(threshold), dtype=self.dtype, device=self.device)
         self.add_state("at", at, dist_reduce_fx="max")
 
@@ -227,7 +227,7 @@ class SelectiveF1(Accumulated):
         """Adds a batch.
 
         Args:
-            uncertainty: Tensor (N,) of finite numbers; larger is less sure.
+            uncertainty: Tensor (N,) of finite numbers; larger means less certain.
             probs: Tensor (N, Q) of probabilities in [0, 1].
             labels: Tensor (N, Q) of 0 and 1, any real dtype.
             unknown: Bool tensor (N, Q), True where a label is not known.

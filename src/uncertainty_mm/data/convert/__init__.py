@@ -1,4 +1,4 @@
-"""Foreign files, read, and converted to the layouts of :mod:`uncertainty_mm.data` by `python -m` of this package."""
+"""Readers for foreign files; `python -m` of this package converts them to the layouts of :mod:`uncertainty_mm.data`."""
 
 from uncertainty_mm.data.convert.label_table import (
     M3ED_LABELS,

@@ -1,12 +1,12 @@
-"""Converts a foreign file once, so that it need not be read, nor trusted, again.
+"""Converts a foreign file once, so that it does not have to be read, or trusted, again.
 
 .. code-block:: console
 
     $ python -m uncertainty_mm.data.convert unaligned_50.pkl mosei.npz --labels label.csv
     $ python -m uncertainty_mm.data.convert m3ed.pkl m3ed     # a folder of memory maps
 
-Needs torch and NumPy alone. Whatever is wrong with a file ends in one line on stderr and exit code 2, and leaves
-nothing half written.
+Only torch and NumPy are needed. Any problem with a file is reported in one line on stderr with exit code 2, and leaves
+nothing half-written.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from uncertainty_mm.data.folder import write_folder
 from uncertainty_mm.data.npz import write_npz
 
 Parts = dict[str, MultimodalDataset]
-# By layout: its reader, and the options that this takes besides `invalid`.
+# Reader of each layout, and the options that it takes in addition to `invalid`.
 _READERS: dict[str, tuple[Callable[..., Parts], set[str]]] = {
     "mmsa": (read_mmsa, {"labels", "label_names", "padding"}),
     "tailor": (read_tailor, {"label_names", "padding"}),
@@ -81,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _layout(path: Path) -> str:
-    """The layout of a file by its first bytes: M3ED's source is a list, all others are dicts."""
+    """The layout of a file by its first bytes; M3ED's source is a list, all others are dicts."""
     found = format_of(path)
     if found in (TORCH, OLD_TORCH):
         return "tailor"
@@ -93,12 +93,12 @@ def _layout(path: Path) -> str:
             names = (code.name for code, _, _ in pickletools.genops(file))
             first = next(name for name in names if name not in ("PROTO", "FRAME", "MARK"))
         except (ValueError, StopIteration):
-            first = ""  # no pickle; its reader says so
+            first = ""  # not a pickle, which its reader reports
     return "m3ed" if first in ("EMPTY_LIST", "LIST") else "mmsa"
 
 
 def _check_target(target: Path, read: Sequence[Path]) -> None:
-    """Raises where nothing could be written, before hours of reading."""
+    """Raises if the target cannot be written, before a long time of reading."""
     if target.exists():
         for path in read:
             need(not path.exists() or not target.samefile(path), target, "is what is read")
@@ -116,7 +116,7 @@ def _check_target(target: Path, read: Sequence[Path]) -> None:
 def convert(
     source: Path, target: Path, layout: str, options: dict[str, Any]
 ) -> tuple[Parts, list[str]]:
-    """Reads, writes, and returns what was read, with the warnings about it."""
+    """Reads and writes; returns the data sets and the warnings about them."""
     _check_target(target, [source, *([options["labels"]] if "labels" in options else [])])
     read, known = _READERS[_layout(source) if layout == "auto" else layout]
     for name in options.keys() - known - {"invalid"}:
@@ -130,7 +130,7 @@ def convert(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line; exits with code 2 where files or options cannot be used."""
+    """The command line; exits with code 2 if files or options cannot be used."""
     parser = _parser()
     options = vars(parser.parse_args(arguments))
     source, target, layout = (options.pop(name) for name in ("source", "target", "format"))

@@ -1,8 +1,8 @@
-"""Reading pickles that nobody vouches for: plain containers, numbers, strings, NumPy arrays and tensors, nothing else.
+"""Reads untrusted pickles of plain containers, numbers, strings, NumPy arrays and tensors, and nothing else.
 
 A pickle is a program that may call whatever it names. These readers give it stand-ins for the few names that arrays
-need, and refuse all others. NumPy's own classes are not given out either: the state of a dtype, set by a hostile file,
-could make NumPy take plain bytes for pointers to objects.
+need, and refuse all others. Even NumPy's own classes are withheld: the state of a dtype, set by a hostile file, could
+make NumPy take plain bytes for pointers to objects.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _KINDS = "biufSU"  # booleans, integers, floats, strings; O (objects) is read as
 
 
 class _Dtype:
-    """Stand-in for `numpy.dtype`: of its state only the byte order is read."""
+    """Stand-in for `numpy.dtype`, which reads only the byte order of its state."""
 
     def __init__(self, code: object, *_: object) -> None:
         if not isinstance(code, str) or not re.fullmatch(r"[<>|=]?(O8?|[biufSU]\d+)", code):
@@ -63,7 +63,7 @@ def _shape(value: object) -> tuple[int, ...]:
 
 
 class _Array(np.ndarray[Any, Any]):
-    """Stand-in for `numpy.ndarray`: checks a state before NumPy takes it over."""
+    """Stand-in for `numpy.ndarray`, which checks a state before NumPy uses it."""
 
     def __new__(cls, *_: object) -> _Array:
         return super().__new__(cls, (0,), np.int8)
@@ -90,7 +90,7 @@ def _reconstruct(*_: object) -> _Array:
 def _frombuffer(
     buffer: object, wrapped: object, shape: object, order: object, axes: object = None
 ) -> _Array:
-    """How protocol 5 writes an array; since NumPy 2.3 one with its axes exchanged has the order K."""
+    """Makes an array written with protocol 5; since NumPy 2.3 one with permuted axes has the order K."""
     flat = np.frombuffer(
         buffer if isinstance(buffer, bytearray) else bytearray(_bytes(buffer)), _plain(wrapped)
     )
@@ -117,7 +117,7 @@ def _plain(wrapped: object) -> np.dtype[Any]:
 
 
 def _encode(text: object, encoding: object) -> bytes:
-    """How protocol 2 writes bytes."""
+    """Makes bytes written with protocol 2."""
     if not isinstance(text, str) or encoding != "latin1":
         raise ValueError(f"bytes in the encoding {encoding!r}")
     return text.encode("latin1")
@@ -128,12 +128,12 @@ def _empty_bytes() -> bytes:
 
 
 def _dict(content: object = None) -> dict[Any, Any]:
-    """A plain dict for `Counter`, made from a dict, and for `defaultdict`, whose default is dropped."""
+    """A plain dict in place of a `Counter`, or of a `defaultdict`, whose default is dropped."""
     return dict(content) if isinstance(content, dict) else {}
 
 
 def _default(*_: object) -> None:
-    """Stand-in for the types that a `defaultdict` names."""
+    """Stand-in for the types that a `defaultdict` may name."""
 
 
 class _Settings:
@@ -144,7 +144,7 @@ class _Settings:
 
 
 def _storage(data: object) -> TypedStorage:
-    """The memory of a tensor: a file of torch.save within the pickle."""
+    """The memory of a tensor, which is a file of torch.save inside the pickle."""
     storage = _torch_load(io.BytesIO(_bytes(data)))
     if not isinstance(storage, TypedStorage):
         raise ValueError("a tensor without data")
@@ -154,14 +154,14 @@ def _storage(data: object) -> TypedStorage:
 def _tensor(
     storage: object, offset: object, shape: object, strides: object, *_: object
 ) -> np.ndarray[Any, Any]:
-    """A tensor, as an array that is not to be written to: others may share its memory."""
+    """A tensor as a read-only array, because others may share its memory."""
     sizes, steps = _shape(shape), _shape(strides)
     if not isinstance(storage, TypedStorage) or type(offset) is not int or offset < 0:
         raise ValueError("a tensor without data")
     held: UntypedStorage = storage._untyped_storage
     empty = torch.empty(0, dtype=storage.dtype, device="cpu")
     last = offset + sum((size - 1) * step for size, step in zip(sizes, steps, strict=True))
-    # torch would enlarge the memory of one that reaches beyond it
+    # torch would enlarge the memory of a tensor that exceeds it
     if 0 not in sizes and last >= held.nbytes() // empty.element_size():
         raise ValueError(f"a tensor of shape {sizes} with data for another")
     tensor = empty.set_(held, offset, sizes, steps)
@@ -194,7 +194,7 @@ for _package in ("numpy.core", "numpy._core"):  # NumPy 1 and 2
     _ADMITTED[f"{_package}.multiarray._reconstruct"] = _reconstruct
     _ADMITTED[f"{_package}.multiarray.scalar"] = _scalar
     _ADMITTED[f"{_package}.numeric._frombuffer"] = _frombuffer
-# Tensors in a pickle; those in a file of torch.save are read by torch.
+# For tensors in a pickle; torch itself reads those in a file of torch.save.
 _TENSORS: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_parameter": _parameter,
     "torch._utils._rebuild_tensor_v2": _tensor,
@@ -217,7 +217,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _torch_load(file: IO[bytes]) -> Any:
-    """`torch.load` of nothing but what is admitted, with errors that do not advise to admit more."""
+    """`torch.load` of admitted names only, with errors that do not advise to admit more."""
     admitted: list[Any] = [(value, name) for name, value in _ADMITTED.items()]
     try:
         with torch.serialization.safe_globals(admitted), warnings.catch_warnings():
@@ -235,7 +235,7 @@ def _torch_load(file: IO[bytes]) -> Any:
 def _read(
     path: str | PathLike[str], what: str, formats: Collection[str], load: Callable[[IO[bytes]], Any]
 ) -> Any:
-    """What `load` makes of a file of one of the formats; `what` is its name in messages."""
+    """Applies `load` to a file of one of the formats; `what` names it in messages."""
     found = format_of(path)
     if found is not None and found not in formats:
         raise ValueError(f"{path}: not a readable {what} (it is {found})")
@@ -256,29 +256,29 @@ def load_pickle(path: str | PathLike[str]) -> Any:
     """Reads a pickle of plain containers, numbers, strings, NumPy arrays and tensors.
 
     Args:
-        path: The file; of any protocol, written by Python 2 or 3, by NumPy 1 or 2.
+        path: The file, of any protocol, written by Python 2 or 3 and NumPy 1 or 2.
 
     Returns:
-        The content; arrays and tensors are of a subclass of `numpy.ndarray`.
+        The content; arrays and tensors become a subclass of `numpy.ndarray`.
 
     Raises:
-        FileNotFoundError: If there is no such file.
+        FileNotFoundError: If the file does not exist.
         ValueError: If the file is broken or of another format, or names anything else, which is not called.
     """
     return _read(path, "pickle", (PICKLE,), lambda file: _Unpickler(file, encoding="latin1").load())
 
 
 def load_torch(path: str | PathLike[str]) -> Any:
-    """Reads a file of `torch.save`, zip or legacy: what :func:`load_pickle` reads.
+    """Reads a file of `torch.save`, zip or legacy, with the same types as :func:`load_pickle`.
 
     Args:
         path: The file.
 
     Returns:
-        The content; arrays are of a subclass of `numpy.ndarray`, tensors are on the CPU.
+        The content; arrays become a subclass of `numpy.ndarray`, tensors are on the CPU.
 
     Raises:
-        FileNotFoundError: If there is no such file.
+        FileNotFoundError: If the file does not exist.
         ValueError: If the file is broken or of another format, or names anything else, which is not called.
     """
 

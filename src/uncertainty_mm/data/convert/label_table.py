@@ -1,4 +1,4 @@
-"""Labels that come apart from the features: :func:`read_label_csv`, lists of tokens, and the names of emotions."""
+"""Labels in separate files: :func:`read_label_csv`, lists of tokens, and the names of emotions."""
 
 from __future__ import annotations
 
@@ -41,25 +41,23 @@ _ALIASES = {
     "sadness": "sad",
     "surprised": "surprise",
 }
-_BEGIN, _END, _FIRST = 2, 3, 4  # tokens <s> and </s>, and that of the first label
+_BEGIN, _END, _FIRST = 2, 3, 4  # tokens of <s>, of </s> and of the first label
 _ID_COLUMNS = (("id",), ("video_id", "clip_id"), ("file", "index"))
 _SPLIT_COLUMNS = ("mode", "split")
-_HIGHEST = (
-    3  # of the intensities of CMU-MOSEI; the mean of more raters than planned may be above it
-)
+_HIGHEST = 3  # of the intensities of CMU-MOSEI; means over more raters than planned may exceed it
 _INTENSITY = "a number of at least 0, or NaN where the label is unknown"
 
 JoinBy = Literal["auto", "id", "order"]
 
 
 def canonical(name: str) -> str:
-    """The name of an emotion without the differences in spelling between the sources."""
+    """The name of an emotion in one spelling, since the sources differ."""
     name = name.strip().lower()
     return _ALIASES.get(name, name)
 
 
 def order(found: Sequence[str], wanted: Sequence[str], path: Path, where: str) -> list[int]:
-    """The position in `found` of every wanted label; raises unless both name the same labels."""
+    """The position in `found` of every label in `wanted`; raises unless both name the same labels."""
     names = [canonical(name) for name in found]
     need(len(set(names)) == len(names), path, f"{where} repeats a label: {list(found)}")
     need(
@@ -76,11 +74,11 @@ class LabelTable(NamedTuple):
     Attributes:
         labels: (N, Q) of 0 and 1, uint8.
         label_names: Names of the columns.
-        soft_labels: (N, Q) float32, the intensities that the labels were made from, or None.
+        soft_labels: (N, Q) float32, the intensities behind the labels, or None.
         ids: N names `video$_$clip`, or None.
         splits: `"train"`, `"validation"` or `"test"` for every row, or None.
-        unknown: (N, Q) bool, True where a label is not known, or None if all are. The readers of tables make it from
-            NaN; in a table of your own NaN in `labels` or `soft_labels` has the same effect.
+        unknown: (N, Q) bool, True where a label is not known, or None if all are known. Readers of tables set it where
+            there is NaN; in your own table, NaN in `labels` or `soft_labels` has the same effect.
     """
 
     labels: Tensor
@@ -92,7 +90,7 @@ class LabelTable(NamedTuple):
 
 
 def checked(table: LabelTable, label_names: Sequence[str]) -> LabelTable:
-    """A table of the user with these columns, in this order, and with its NaN in `unknown`."""
+    """The checked table of a user, with columns in the order of `label_names`, and NaN moved to `unknown`."""
     sizes = {"Q": len(table.label_names)}
     labels = check_tensor("labels.labels", table.labels, "number", "N Q", sizes).cpu().double()
     soft_labels, unknown = table.soft_labels, labels.isnan()
@@ -126,12 +124,12 @@ def checked(table: LabelTable, label_names: Sequence[str]) -> LabelTable:
 
 
 def from_intensities(values: NDArray[Any], path: Path, name: Callable[[int, int], str]) -> Labels:
-    """Labels (N, Q) that are present above 0, unknown where NaN; intensities above 3 are taken as 3.
+    """Makes labels (N, Q), present above 0 and unknown at NaN; intensities above 3 count as 3.
 
     Args:
         values: (N, Q) of numbers.
         path: Name of the file, for messages.
-        name: What the value in a row and column is called there.
+        name: Gives the name of the value in a row and column, for messages.
     """
     values = values.astype(np.float64)
     unknown = np.isnan(values)
@@ -161,9 +159,9 @@ def from_intensities(values: NDArray[Any], path: Path, name: Callable[[int, int]
 def from_tokens(
     tokens: Any, codes: Mapping[int, int], num_labels: int, path: Path, where: str
 ) -> Labels:
-    """Labels (N, Q) from N lists `[2, code, ..., 3]`; `codes` gives the column of every code.
+    """Makes labels (N, Q) from N lists `[2, code, ..., 3]`; `codes` gives the column of every code.
 
-    NaN in the place of a list means that none of the labels is known.
+    NaN instead of a list means that none of the labels is known.
     """
     need(hasattr(tokens, "__len__"), path, f"`{where}` must be lists of tokens")
     labels = np.zeros((len(tokens), num_labels), np.uint8)
@@ -192,10 +190,10 @@ def from_tokens(
 
 
 def from_array(values: Any, columns: Sequence[int], path: Path, where: str) -> Labels:
-    """Labels (N, Q) from the array of a file.
+    """Makes labels (N, Q) from the array of a file.
 
-    It has pairs `[absent, present]` (N, Q, 2) as MulT's IEMOCAP, or intensities (N, Q), or (N, Q + 1) with the
-    sentiment first as the SDK of CMU-MOSEI writes them; axes of size 1 do not count.
+    It holds pairs `[absent, present]` (N, Q, 2) as in MulT's IEMOCAP, or intensities (N, Q), or (N, Q + 1) with the
+    sentiment first as from the SDK of CMU-MOSEI; axes of size 1 are ignored.
 
     Args:
         values: The array.
@@ -234,7 +232,7 @@ def from_array(values: Any, columns: Sequence[int], path: Path, where: str) -> L
 def labels_of(
     split: Split, count: int, codes: Mapping[int, int], columns: Sequence[int], path: Path
 ) -> Labels:
-    """The labels that a split of a file holds itself: tokens `tgt`, or an array `labels`.
+    """Reads the labels that are in a split itself, as tokens `tgt` or as an array `labels`.
 
     Args:
         split: The split.
@@ -264,7 +262,7 @@ def labels_of(
 
 
 def codes_in_order(label_names: Sequence[str]) -> dict[int, int]:
-    """Columns of the codes 4, 5, ... of labels in this order."""
+    """Columns by code, where labels in this order have the codes 4, 5, ..."""
     return {_FIRST + column: column for column in range(len(label_names))}
 
 
@@ -273,26 +271,26 @@ def read_label_csv(
 ) -> LabelTable:
     r"""Reads labels from a CSV file with a header.
 
-    The columns are found by name, whatever their order, without regard to case and spelling (`Happiness` is `happy`):
+    The columns are found by name in any order, regardless of case and spelling (`Happiness` is `happy`):
 
-    - one column of intensities for every label, 0 to 3 as in CMU-MOSEI, where a label is present if above 0; or one
-      column `tgt` of token lists such as `[2, 4, 9, 3]`, which follow the order of `label_names`. NaN, or nothing,
-      means that the label is not known. Intensities above 3 are taken as 3, and a warning counts them;
-    - optionally a name of the sample: `id`, or `video_id` and `clip_id`, or `file` and `index`;
-    - optionally a split: `mode` or `split`, which is train, valid or test.
+    - one column of intensities per label, 0 to 3 as in CMU-MOSEI, where a label is present above 0; or one column
+      `tgt` of token lists such as `[2, 4, 9, 3]`, which follow the order of `label_names`. NaN or an empty cell means
+      that the label is not known. Intensities above 3 count as 3, and a warning counts them;
+    - optionally the name of the sample: `id`, or `video_id` and `clip_id`, or `file` and `index`;
+    - optionally the split: `mode` or `split`, which is train, valid or test.
 
     Other columns are ignored.
 
     Args:
         path: The file.
-        label_names: Names of the labels, in the order wanted.
+        label_names: Names of the labels, in the desired order.
 
     Returns:
-        The table. It has soft labels if a value is other than 0 and 1.
+        The table, with soft labels if some value is neither 0 nor 1.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If a label has no column, or a value is not what it must be.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If a label has no column, or a value is invalid.
 
     Example:
         >>> import os, tempfile
@@ -349,7 +347,7 @@ def read_label_csv(
 
 
 def _rows(path: Path) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of a table, of one length."""
+    """Header and rows of a table; raises unless all have the same length."""
     with open(path, encoding="utf-8-sig", newline="") as file:
         try:
             reader = csv.reader(file, strict=True)
@@ -372,7 +370,7 @@ def _rows(path: Path) -> tuple[list[str], list[list[str]]]:
 def _parsed(
     path: Path, key: str, texts: Sequence[str], parse: Callable[[str], Any], what: str
 ) -> list[Any]:
-    """The cells of a column, NaN where there is nothing, which is how pandas writes NaN."""
+    """The cells of a column; empty ones are NaN, as pandas writes it."""
     values = []
     for row, text in enumerate(texts):
         try:
@@ -389,7 +387,7 @@ def join(
     path: Path,
     how: JoinBy,
 ) -> dict[str, Labels]:
-    """The labels of every split's samples, by name or by the order of rows.
+    """Joins the labels to the samples of every split, by name or by the order of rows.
 
     Args:
         table: The labels.

@@ -1,4 +1,4 @@
-"""The source pickle of M3ED, of utterances or of whole dialogues: :func:`read_m3ed`."""
+"""Reads the source pickle of M3ED, by utterances or whole dialogues: :func:`read_m3ed`."""
 
 from __future__ import annotations
 
@@ -34,22 +34,23 @@ _SPLITS = {"train": 7, "validation": 8, "test": 9}
 def read_m3ed(
     path: str | PathLike[str], level: Level = "utterance", *, invalid: Invalid = "step"
 ) -> dict[str, MultimodalDataset]:
-    """Reads the features of M3ED from their source: a pickled list of ten, by dialogue.
+    """Reads the features of M3ED from their source, a pickled list of ten entries by dialogue.
 
     Args:
         path: The pickle. Code in it is refused, not run.
         level: `"utterance"`: a sample is an utterance, a sequence of one step with exactly one label.
             `"dialogue"`: a sample is a dialogue, a sequence of utterances with the labels of any of them, as in CARAT
-            and LDDU, but not cut, and with the padding masked.
-        invalid: What a number that is not finite costs, its `"step"` or that `"value"` alone; see :func:`read_mmsa`.
+            and LDDU, but not truncated, and with masked padding.
+        invalid: For a value that is not finite, mask its `"step"` or set only the `"value"` to 0; see
+            :func:`read_mmsa`.
 
     Returns:
         The splits `"train"`, `"validation"` and `"test"` with the modalities `text`, `audio` and `vision`, labels in
-        the order of :data:`M3ED_LABELS`, and the ids of the utterances or dialogues. Warnings count
-        what was not finite; features of zeros throughout are missing.
+        the order of :data:`M3ED_LABELS`, and the ids of the utterances or dialogues. Warnings count values that are not
+        finite. Features of only zeros are missing.
 
     Raises:
-        FileNotFoundError: If there is no such file.
+        FileNotFoundError: If the file does not exist.
         ValueError: If the file cannot be read, names code, or breaks the layout.
     """
     check_choice("level", level, get_args(Level))
@@ -147,7 +148,7 @@ def _labels(content: Any, dialogue: str, path: str | PathLike[str]) -> NDArray[A
 def _features(
     table: Any, dialogue: str, utterances: int, where: str, path: str | PathLike[str]
 ) -> NDArray[np.float32]:
-    """(L, D) of a dialogue."""
+    """Features (L, D) of a dialogue."""
     need(dialogue in table, path, f"{where} lacks dialogue {dialogue!r}")
     array = plain_array(table[dialogue])
     need(
@@ -159,5 +160,5 @@ def _features(
         f"{where} of dialogue {dialogue!r} must hold numbers of shape ({utterances}, D), "
         f"got {array.dtype} {array.shape}",
     )
-    with np.errstate(over="ignore"):  # becomes infinite, and is left out
+    with np.errstate(over="ignore"):  # overflow gives infinity, which is left out
         return array.astype(np.float32)

@@ -1,4 +1,4 @@
-"""The pickles of MMSA, and of MulT and the released LDDU code, which share their layout: :func:`read_mmsa`."""
+"""Reads the pickles of MMSA, MulT and the released LDDU code, which share a layout: :func:`read_mmsa`."""
 
 from __future__ import annotations
 
@@ -46,44 +46,42 @@ def read_mmsa(
 ) -> dict[str, MultimodalDataset]:
     """Reads CMU-MOSEI features from a pickle in the layout of MMSA, and joins emotions to them.
 
-    That is `aligned_50.pkl` or `unaligned_50.pkl` of MMSA, `mosei_senti_data_noalign.pkl` of MulT, and
-    `aligned_501.pkl` or `no_align_501.pkl` of the released LDDU code: a dict of splits `train`, `valid` and `test`
-    with arrays `text`, `audio` and `vision`. Code in the pickle is refused, not run.
+    Such pickles are `aligned_50.pkl` and `unaligned_50.pkl` of MMSA, `mosei_senti_data_noalign.pkl` of MulT, and
+    `aligned_501.pkl` and `no_align_501.pkl` of the released LDDU code: a dict of splits `train`, `valid` (or `dev`,
+    `val`) and `test` with arrays `text`, `audio` and `vision`. Code in the pickle is refused, not run.
 
-    The pickles of MMSA and MulT know the sentiment alone; emotions come from `labels`. Those of LDDU hold them as
-    lists of tokens, `tgt`, without saying which token is which emotion: it is the order of `label_names`. An array
-    `labels` is taken for emotions if its shape fits: intensities (N, Q), (N, Q + 1) with the sentiment first, or pairs
-    absent, present (N, Q, 2), where axes of size 1 do not count. The six emotions of CMU-MOSEI are in the order of
-    :data:`MOSEI_LABELS` there, as the SDK writes them, others in the order of `label_names`. NaN becomes `unknown`.
-
-    Splits may be called `dev`, `val` and the like, too.
+    The pickles of MMSA and MulT have only the sentiment; emotions come from `labels`. Those of LDDU have lists of
+    tokens, `tgt`, without the meaning of the tokens, which follow the order of `label_names`. An array `labels` is read
+    as emotions if its shape matches: intensities (N, Q), (N, Q + 1) with the sentiment first, or pairs absent, present
+    (N, Q, 2), where axes of size 1 are ignored. There the six emotions of CMU-MOSEI are in the order of
+    :data:`MOSEI_LABELS`, as from the SDK, and others in the order of `label_names`. NaN becomes `unknown`.
 
     Args:
         path: The pickle.
         labels: Emotions: a `.csv` file (:func:`read_label_csv`), a `.pt` file of TAILOR or CARAT, which has no ids
-            and is joined by the order of rows, or a table. None takes `tgt` of the pickle.
-        label_names: Labels in the order wanted. Names in `labels` are matched to them, whatever their order there.
-        join_by: `"id"`, `"order"` (of rows, within each split if the table has splits), or `"auto"`: by id where
-            pickle and table have ids. The order of rows cannot be checked, except for their number.
-        padding: Where the masks come from.
+            and is joined by the order of rows, or a table. None takes the emotions of the pickle.
+        label_names: Labels in the desired order. Names in `labels` are matched to them, whatever their order there.
+        join_by: `"id"`, `"order"` (of rows, within each split if the table has splits), or `"auto"`: by id if pickle
+            and table have ids. The order of rows cannot be checked, except for their number.
+        padding: Source of the masks.
 
-            - `"auto"`: from `audio_lengths` and `vision_lengths`, else from the attention mask `text_bert[:, 1]` for
-              the text and what is aligned with it, else as with `"zeros"`. Padding may lie before or behind. A
-              sequence of nothing but zeros is missing. Lengths beyond the steps of the file, from before the
-              sequences were cut, are taken as all of them, and a warning counts them.
+            - `"auto"`: `audio_lengths` and `vision_lengths`, otherwise the attention mask `text_bert[:, 1]` for the
+              text and modalities aligned with it, otherwise as with `"zeros"`. Padding may be before or behind a
+              sequence. A sequence of only zeros is missing. Lengths from before a truncation are limited to the steps
+              of the file, and a warning counts them.
             - `"zeros"`: frames of zeros before and behind a sequence are padding.
             - `"none"`: nothing is padding, as in the released code of LDDU.
-        invalid: What a number that is not finite (COVAREP has -inf) costs: its `"step"`, which is masked, or the
-            `"value"` alone, which becomes 0. One bad number in a thousand spoils 7 % of the steps of 74 numbers.
+        invalid: For a value that is not finite (COVAREP has -inf), mask its `"step"`, or set only the `"value"` to 0.
+            If one value in a thousand is bad, 7 % of the steps with 74 values are affected.
 
     Returns:
-        The splits `"train"`, `"validation"` and `"test"` with the modalities `text`, `audio` and `vision`.
-        Warnings count what was not finite, name the columns that never are, and say so if nothing is left of a
-        modality. Ids are those of the file, `video$_$clip`.
+        The splits `"train"`, `"validation"` and `"test"` with the modalities `text`, `audio` and `vision`, and the ids
+        of the file, `video$_$clip`. Warnings count values that are not finite, name columns that never are, and tell if
+        nothing is left of a modality.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If a file cannot be read, names code, or breaks the layout, or if labels and samples do not fit.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If a file cannot be read, names code, or breaks the layout, or if labels and samples do not match.
     """
     check_choice("join_by", join_by, get_args(JoinBy))
     check_choice("padding", padding, get_args(Padding))
@@ -108,7 +106,7 @@ def read_mmsa(
 
 
 def read_table(labels: str | PathLike[str] | LabelTable, label_names: Sequence[str]) -> LabelTable:
-    """The labels of a `.csv` file, of a `.pt` file of TAILOR or CARAT, or of a table, in the order of `label_names`."""
+    """Reads labels from a `.csv` file, a `.pt` file of TAILOR or CARAT, or a table, in the order of `label_names`."""
     if isinstance(labels, LabelTable):
         return checked(labels, label_names)
     if not fspath(labels).endswith(".pt") and format_of(labels) not in (TORCH, OLD_TORCH):

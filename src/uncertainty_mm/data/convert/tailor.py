@@ -1,4 +1,4 @@
-"""The `.pt` files of TAILOR and CARAT, CARAT's M3ED among them: :func:`read_tailor`."""
+"""Reads the `.pt` files of TAILOR and CARAT, including CARAT's M3ED: :func:`read_tailor`."""
 
 from __future__ import annotations
 
@@ -38,25 +38,26 @@ def read_tailor(
 ) -> dict[str, MultimodalDataset]:
     """Reads a `.pt` file of TAILOR or CARAT: `train_valid_test.pt` of CMU-MOSEI, or `m3ed_data_60.pt` of M3ED.
 
-    The file holds, for every split, sequences `src-text`, `src-audio` and `src-visual`, labels as lists of tokens
-    `tgt` (`[2, code, ..., 3]`), and under `dict` what the codes mean. Pickled code in it is refused, not run.
+    The file holds, for every split, sequences `src-text`, `src-audio` and `src-visual`, and labels as lists of tokens
+    `tgt` (`[2, code, ..., 3]`); `dict` has the meaning of the codes. Pickled code in it is refused, not run.
 
-    CARAT's M3ED files have audio and vision exchanged, which shows in their sizes (vision has 342 features). They are
-    exchanged back, and a warning says so. These files cut dialogues at 60 utterances, but their labels are those of
-    the whole dialogue; a warning counts the dialogues concerned.
+    CARAT's M3ED files have audio and vision exchanged, which their sizes reveal (vision has 342 features). They are
+    exchanged back with a warning. These files truncate dialogues to 60 utterances, but have the labels of the whole
+    dialogue; a warning counts the dialogues concerned.
 
     Args:
         path: The file.
-        label_names: Labels in the order wanted; None for the order of the file.
-        padding: `"auto"`: lengths from the file (`len_list`), else frames of zeros before and behind a sequence;
+        label_names: Labels in the desired order; None for the order of the file.
+        padding: `"auto"`: lengths from the file (`len_list`), otherwise frames of zeros before and behind a sequence;
             `"zeros"`: always these frames; `"none"`: no padding, as in the released code. See :func:`read_mmsa`.
-        invalid: What a number that is not finite costs, its `"step"` or that `"value"` alone; see :func:`read_mmsa`.
+        invalid: For a value that is not finite, mask its `"step"` or set only the `"value"` to 0; see
+            :func:`read_mmsa`.
 
     Returns:
         The splits `"train"`, `"validation"` and `"test"` with the modalities `text`, `audio` and `vision`.
 
     Raises:
-        FileNotFoundError: If there is no such file.
+        FileNotFoundError: If the file does not exist.
         ValueError: If the file cannot be read, names code, or breaks the layout, or if its labels are not
             `label_names`.
     """
@@ -88,7 +89,7 @@ def tailor_labels(
     path: Path,
     label_names: Sequence[str] | None,
 ) -> tuple[dict[str, Labels], list[str]]:
-    """Labels by split from `tgt` and `dict`, and their names."""
+    """Reads the labels of every split from `tgt` and `dict`, and returns them with their names."""
     vocabulary = content.get("dict")
     vocabulary = vocabulary.get("tgt") if isinstance(vocabulary, dict) else None
     need(isinstance(vocabulary, dict), path, "missing `dict.tgt`, which says what the tokens mean")
@@ -113,7 +114,7 @@ def tailor_labels(
 
 
 def _exchange_back(splits: Mapping[str, Split], path: Path) -> None:
-    """Audio under `src-audio` and vision under `src-visual`, whichever way the file has them."""
+    """Puts audio under `src-audio` and vision under `src-visual` if they are exchanged."""
 
     def size(key: str) -> int:
         rows = splits["train"].content.get(key, ())

@@ -1,15 +1,15 @@
-r"""How good probabilities and uncertainties are, as functions that need only torch.
+r"""Measures the quality of probabilities and uncertainties, with functions that need only torch.
 
 :mod:`uncertainty_mm.metrics` accumulates the same measures over batches and processes. Results are in float64 (float32
-on a device that has none), and nan where a measure does not exist: no sample, or nothing to compare. Probabilities are
-never logits: what is outside [0, 1] is an error.
+on a device without it), and nan where a measure is undefined, as without samples. Probabilities are never logits, so
+values outside [0, 1] are an error.
 
 All functions of labels take `unknown`, a bool tensor of their shape, True where a label is not known. The result is
-that of the data without these entries, whatever stands there (NaN, or -1).
+that of the data without these entries, whatever their values (NaN, or -1).
 
-`validate_args` says whether values are looked at, for which an accelerator has to be waited for: None, on the CPU only;
-False, never; True, everywhere. Where they are not, a label is present above 0.5, and what is not finite is left out,
-like what is unknown.
+`validate_args` tells where values are checked: on the CPU only (None), never (False), or everywhere (True), which makes
+the host wait for an accelerator. Where values are not checked, a label above 0.5 counts as present, and values that are
+not finite are left out as if unknown.
 """
 
 from uncertainty_mm.metrics.functional.calibration import (

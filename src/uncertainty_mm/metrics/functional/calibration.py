@@ -1,4 +1,4 @@
-"""Whether probabilities are frequencies."""
+"""How well probabilities match frequencies."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ def calibration_error(
     average: Average = "macro",
     validate_args: bool | None = None,
 ) -> Tensor:
-    r"""How far predicted probabilities are from observed frequencies, label by label.
+    r"""Measures how far predicted probabilities are from observed frequencies, for each label.
 
-    The predictions of a label fall into bins; with :math:`n_b` of the :math:`N` samples in bin :math:`b`, and there the
-    mean probability :math:`\bar p_b` and the share of positives :math:`\bar y_b`,
+    The predictions of a label are put into bins. Let bin :math:`b` hold :math:`n_b` of the :math:`N` samples, with mean
+    probability :math:`\bar p_b` and share of positives :math:`\bar y_b`. Then
 
     .. math::
         \ell_1 = \sum_b \frac{n_b}{N} |\bar p_b - \bar y_b|, \qquad
@@ -60,14 +60,14 @@ def calibration_error(
     Args:
         probs: Tensor (N, Q) of probabilities in [0, 1].
         labels: Tensor (N, Q) of 0 and 1, any real dtype.
-        unknown: Bool tensor (N, Q), True where a label is not known: each label has its own samples.
+        unknown: Bool tensor (N, Q), True where a label is not known and the sample is left out for this label.
         n_bins: Number of bins.
-        binning: `"width"`: bins of equal width, closed below, the last one also above. `"mass"`: bins with equally
-            many samples, chosen for each label; equal probabilities share a bin, so the order of rows has no
-            influence.
+        binning: `"width"`: bins of equal width that include their lower edge, the last one also its upper edge.
+            `"mass"`: bins with equally many samples, chosen for each label; equal probabilities share a bin, so the
+            order of rows does not matter.
         norm: `"l1"` (the expected calibration error), `"l2"` or `"max"`.
-        average: `"macro"`, the mean over labels (with any sample), or `"none"`.
-        validate_args: Whether values are looked at, see above.
+        average: `"macro"`, the mean over labels that have samples, or `"none"`.
+        validate_args: Check values on the CPU only (None), never (False), or everywhere (True).
 
     Returns:
         Scalar, or (Q,) for `"none"`, in [0, 1]; nan without samples.
@@ -96,32 +96,32 @@ def smooth_calibration_error(
     average: Average = "macro",
     validate_args: bool | None = None,
 ) -> Tensor:
-    r"""Calibration error without bins: neighbours are averaged by a kernel, which chooses its own width.
+    r"""Measures calibration error without bins, by averaging neighbours with a kernel that chooses its own width.
 
-    The gaps between labels and probabilities are smoothed along the probability by a Gaussian kernel
-    :math:`\tilde K_\sigma`, reflected at 0 and 1, and what is left of them is added up:
+    The differences between labels and probabilities are smoothed along the probability by a Gaussian kernel
+    :math:`\tilde K_\sigma`, reflected at 0 and 1, and their absolute values are integrated:
 
     .. math::
         \mathrm{smECE}_\sigma = \int_0^1 \Bigl| \frac{1}{N} \sum_i \tilde K_\sigma(t, p_i) (y_i - p_i) \Bigr| \, dt,
         \qquad
         \tilde K_\sigma(t, p) = \sum_{k \in \mathbb{Z}} \varphi_\sigma(t - p - 2k) + \varphi_\sigma(t + p - 2k)
 
-    It falls as :math:`\sigma` grows, from the calibration error with a bin for every different probability to
-    :math:`|\bar y - \bar p|`. The width is the one at which both are equal, :math:`\mathrm{smECE}_\sigma = \sigma`.
-    Unlike a :func:`calibration_error` it does not jump when a probability moves past the edge of a bin.
+    It decreases with :math:`\sigma`, from the calibration error with a bin for every distinct probability to
+    :math:`|\bar y - \bar p|`. The chosen width is the one with :math:`\mathrm{smECE}_\sigma = \sigma`. Unlike
+    :func:`calibration_error`, it does not jump when a probability crosses the edge of a bin.
 
-    It is computed on 4097 points of [0, 1], by Fourier transforms; every sample is shared out between the two points
-    beside it.
+    It is computed by Fourier transforms on 4097 points of [0, 1]; every sample is split between its two neighbouring
+    points.
 
     Source: Blasiok and Nakkiran 2023, arXiv 2309.12236.
 
     Args:
         probs: Tensor (N, Q) of probabilities in [0, 1].
         labels: Tensor (N, Q) of 0 and 1, any real dtype.
-        unknown: Bool tensor (N, Q), True where a label is not known: each label has its own samples.
-        bandwidth: The width :math:`\sigma` of the kernel, above 0; None for the one that the paper chooses.
-        average: `"macro"`, the mean over labels (with any sample), or `"none"`.
-        validate_args: Whether values are looked at, see above.
+        unknown: Bool tensor (N, Q), True where a label is not known and the sample is left out for this label.
+        bandwidth: The width :math:`\sigma` of the kernel, above 0; None for the choice of the paper.
+        average: `"macro"`, the mean over labels that have samples, or `"none"`.
+        validate_args: Check values on the CPU only (None), never (False), or everywhere (True).
 
     Returns:
         Scalar, or (Q,) for `"none"`, in [0, 1]; nan without samples.
@@ -149,11 +149,11 @@ class BrierDecomposition(NamedTuple):
 
     Attributes:
         brier: Mean of :math:`(p - y)^2`, in [0, 1]; smaller is better.
-        reliability: Squared distance of probability and frequency over bins, at least 0; smaller is better.
+        reliability: Squared difference between probability and frequency over bins, at least 0; smaller is better.
         resolution: Variance of the frequency over bins, at least 0; larger is better.
         uncertainty: Variance of the labels, in [0, 1/4]; a property of the data.
-        within_bins: What binning hides: the variance of the probabilities in a bin minus twice their covariance with
-            the labels. 0 when all probabilities of a bin are equal; either sign.
+        within_bins: The part hidden by binning: the variance of the probabilities in a bin minus twice their
+            covariance with the labels. It can have either sign, and is 0 if all probabilities of a bin are equal.
     """
 
     brier: Tensor
@@ -173,7 +173,7 @@ def brier_decomposition(
     average: Average = "macro",
     validate_args: bool | None = None,
 ) -> BrierDecomposition:
-    r"""Brier score, taken apart into calibration and discrimination.
+    r"""Splits the Brier score into calibration and discrimination.
 
     With the bins of :func:`calibration_error` and the share of positives :math:`\bar y` over all samples,
 
@@ -185,18 +185,18 @@ def brier_decomposition(
         + \underbrace{\sum_b \tfrac{n_b}{N} \bigl(\operatorname{var}_b(p) - 2 \operatorname{cov}_b(p, y)\bigr)}
         _{\text{within bins}}
 
-    The last term makes the identity exact when probabilities differ within a bin.
+    The last term makes the identity exact if probabilities differ within a bin.
 
     Source: Murphy 1973; Stephenson et al. 2008 (within bins).
 
     Args:
         probs: Tensor (N, Q) of probabilities in [0, 1].
         labels: Tensor (N, Q) of 0 and 1, any real dtype.
-        unknown: Bool tensor (N, Q), True where a label is not known: each label has its own samples.
+        unknown: Bool tensor (N, Q), True where a label is not known and the sample is left out for this label.
         n_bins: Number of bins.
         binning: `"width"` or `"mass"`, as in :func:`calibration_error`.
-        average: `"macro"`, the mean over labels (with any sample), or `"none"`.
-        validate_args: Whether values are looked at, see above.
+        average: `"macro"`, the mean over labels that have samples, or `"none"`.
+        validate_args: Check values on the CPU only (None), never (False), or everywhere (True).
 
     Returns:
         The score and its parts; nan without samples.

@@ -1,4 +1,4 @@
-"""What a prediction says by itself, or against its labels, sample by sample."""
+"""Measures of single samples, from their predictions and in part from their labels."""
 
 from __future__ import annotations
 
@@ -31,23 +31,24 @@ def sample_jaccard(
     threshold: float | Tensor = 0.5,
     validate_args: bool | None = None,
 ) -> Tensor:
-    r"""Jaccard index of predicted and true label set of every sample; its mean is the "accuracy" of the field.
+    r"""Jaccard index of predicted and true label set of every sample; its mean is often called accuracy.
 
     .. math::
         J_i = \frac{|y_i \wedge \hat y_i|}{\max(|y_i \vee \hat y_i|, 1)}, \qquad \hat y_i = [p_i > t]
 
-    It is 0, not 1, when both sets are empty, as in `sklearn.metrics.jaccard_score(..., average="samples",
+    It is 0, not 1, if both sets are empty, as in `sklearn.metrics.jaccard_score(..., average="samples",
     zero_division=0)`. (`torchmetrics.functional.jaccard_index` averages over labels, not over samples.)
 
     Args:
         probs: Tensor (N, Q) of probabilities in [0, 1].
         labels: Tensor (N, Q) of 0 and 1, any real dtype.
         unknown: Bool tensor (N, Q), True where a label is not known: it is in neither set.
-        threshold: A label is predicted where its probability is above this, in [0, 1]: one, or a tensor (Q,) or (1,).
-        validate_args: Whether values are looked at, see above.
+        threshold: A label is predicted where its probability is above this, in [0, 1]: a number, or a tensor (Q,) or
+            (1,).
+        validate_args: Check values on the CPU only (None), never (False), or everywhere (True).
 
     Returns:
-        Tensor (N,) in [0, 1]; nan for a sample of which no label is known, so `.nanmean()` is over those that count.
+        Tensor (N,) in [0, 1]; nan for a sample without known labels, so take the mean with `.nanmean()`.
 
     Raises:
         ValueError: If shapes or devices disagree, or values are out of range.
@@ -67,14 +68,14 @@ def sample_jaccard(
 
 
 def predictive_entropy(probs: Tensor, *, validate_args: bool | None = None) -> Tensor:
-    r"""Entropy of the predicted labels, taken as independent: the usual uncertainty of a multi-label prediction.
+    r"""Entropy of the predicted labels, treated as independent: the usual uncertainty of a multi-label prediction.
 
     .. math::
         H_i = -\sum_q p_{iq} \ln p_{iq} + (1 - p_{iq}) \ln(1 - p_{iq})
 
     Args:
-        probs: Tensor (N, Q) of probabilities in [0, 1]; 0 and 1 contribute nothing.
-        validate_args: Whether values are looked at, see above.
+        probs: Tensor (N, Q) of probabilities in [0, 1]; 0 and 1 contribute 0.
+        validate_args: Check values on the CPU only (None), never (False), or everywhere (True).
 
     Returns:
         Tensor (N,) in nats, in [0, Q ln 2].
@@ -101,19 +102,19 @@ def entropy(probs: Tensor) -> Tensor:
 
 
 def joint_energy(logits: Tensor, *, validate_args: bool | None = None) -> Tensor:
-    r"""How familiar an input looks: it is large if some label is surely present, and near 0 if every one is far off.
+    r"""Measures how familiar an input looks: large if some label is clearly present, near 0 if all are clearly absent.
 
     .. math::
         E_i = \sum_q \ln(1 + e^{z_{iq}})
 
-    The energies of all labels are added, with the sign of the paper's score: known input has larger values than foreign
-    input. Its negative is an uncertainty, as in `auroc(-joint_energy(logits), foreign)`.
+    The energies of all labels are added, with the sign of the paper's score, so that familiar input has larger values
+    than foreign input. Its negative is an uncertainty, as in `auroc(-joint_energy(logits), foreign)`.
 
     Source: Wang et al. 2021, arXiv 2109.14162.
 
     Args:
         logits: Tensor (N, Q) of finite logits.
-        validate_args: Whether values are looked at, see above.
+        validate_args: Check values on the CPU only (None), never (False), or everywhere (True).
 
     Returns:
         Tensor (N,), at least 0.
@@ -137,24 +138,25 @@ def joint_energy(logits: Tensor, *, validate_args: bool | None = None) -> Tensor
 def modality_attribution(
     sizes: Tensor, missing: Tensor | None = None, *, validate_args: bool | None = None
 ) -> Tensor:
-    r"""Share of every modality when each counts with its precision.
+    r"""Share of each modality in a result that weights modalities by their precision.
 
     .. math::
-        a_{im} = \frac{s_{im}^{-2}}{\sum_{m'} s_{im'}^{-2}} \quad \text{over the modalities that are there}
+        a_{im} = \frac{s_{im}^{-2}}{\sum_{m'} s_{im'}^{-2}} \quad \text{over the modalities present}
 
-    the weights of the best unbiased combination of independent measurements with standard deviations :math:`s`.
+    These are the weights of the best unbiased combination of independent measurements with standard deviations
+    :math:`s`.
 
-    To average over samples, take those that have the same modalities, or all of them with the 0 of what is missing. The
-    mean of every modality over the samples that have it is over other samples for each, and does not add up to 1.
+    To average over samples, take samples with the same modalities, or all samples, with 0 for missing modalities. If
+    each modality is averaged over the samples that have it, the shares do not add up to 1.
 
     Args:
-        sizes: Tensor (B, M), the size of the uncertainty of every modality, above 0: the norm of its standard
-            deviations, say. Only ratios within a row matter.
-        missing: Bool tensor (B, M), True where a sample does not have a modality. Values there are ignored.
-        validate_args: Whether values are looked at, see above.
+        sizes: Tensor (B, M), above 0: the size of the uncertainty of each modality, such as the norm of its standard
+            deviations. Only ratios within a row matter.
+        missing: Bool tensor (B, M), True where a modality is missing. Values there are ignored.
+        validate_args: Check values on the CPU only (None), never (False), or everywhere (True).
 
     Returns:
-        Tensor (B, M); rows sum to 1, with 0 for what is missing. All 0 if everything is missing.
+        Tensor (B, M) whose rows sum to 1, with 0 for missing modalities; all 0 if all are missing.
 
     Raises:
         ValueError: If shapes or devices disagree, or a size is not finite or not above 0.

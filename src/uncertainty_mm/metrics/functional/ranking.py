@@ -1,4 +1,4 @@
-"""Whether an uncertainty ranks the samples as their errors do."""
+"""How well an uncertainty ranks samples by their errors."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ __all__ = ["auroc", "by_label", "fpr_at_tpr", "spearman"]
 
 
 def auroc(uncertainty: Tensor, errors: Tensor, *, validate_args: bool | None = None) -> Tensor:
-    r"""Probability that the uncertainty of a wrong prediction exceeds that of a right one, ties counted half.
+    r"""Probability that a wrong prediction is more uncertain than a correct one, where ties count half.
 
     .. math::
         \mathrm{AUROC} = P(u^+ > u^-) + \tfrac12 P(u^+ = u^-)
 
-    It measures how well an uncertainty `u` finds the errors. Whether it rises on corrupted input is the same question:
-    `auroc(torch.cat([u_clean, u_corrupted]), corrupted)`, with 1 for what is corrupted. The scores may be any finite
+    It measures how well an uncertainty `u` detects errors. It can also measure whether `u` rises on corrupted input, by
+    `auroc(torch.cat([u_clean, u_corrupted]), corrupted)` with 1 for corrupted samples. The scores may be any finite
     numbers (`torchmetrics.functional.auroc` passes scores outside [0, 1] through a sigmoid, which makes large ones
     equal).
 
     Args:
-        uncertainty: Tensor (N,) of finite numbers; larger is less sure.
+        uncertainty: Tensor (N,) of finite numbers; larger means less certain.
         errors: Tensor (N,) of 0 and 1 or bool, whether the prediction was wrong.
-        validate_args: Whether values are looked at, see above.
+        validate_args: Check values on the CPU only (None), never (False), or everywhere (True).
 
     Returns:
-        Scalar in [0, 1], 1/2 for scores that tell nothing; nan unless there are errors and right predictions.
+        Scalar in [0, 1], 1/2 for uninformative scores; nan unless there are both errors and correct predictions.
 
     Raises:
         ValueError: If shapes or devices disagree, an uncertainty is not finite, or an error is not 0 or 1.
@@ -67,26 +67,26 @@ def fpr_at_tpr(
     tpr: float = 0.95,
     validate_args: bool | None = None,
 ) -> Tensor:
-    r"""Share of the right predictions that are flagged together with most of the wrong ones: FPR95.
+    r"""Share of correct predictions that are flagged when most of the wrong ones are: FPR95.
 
     .. math::
         \mathrm{FPR} = P(u^- \ge t), \qquad t = \max \{\, t' : P(u^+ \ge t') \ge \mathrm{TPR} \,\}
 
-    with :math:`u^+` the uncertainty of a wrong prediction, :math:`u^-` that of a right one. Samples of equal
-    uncertainty lie on one side of the threshold, so permuting the rows changes nothing.
+    where :math:`u^+` is the uncertainty of a wrong prediction and :math:`u^-` that of a correct one. Samples of equal
+    uncertainty are on the same side of the threshold, so the order of rows does not matter.
 
-    What is to be found is what `errors` marks, as in :func:`auroc`. In the detection of foreign input it is often the
-    known input that 95 % are kept of: `fpr_at_tpr(score, known)`, with a score that is larger for what is known, such
+    As in :func:`auroc`, `errors` marks the samples to detect. In the detection of foreign input, it is often 95 % of
+    the familiar input that is kept: `fpr_at_tpr(score, familiar)`, with a score that is larger for familiar input, such
     as :func:`joint_energy`.
 
     Args:
-        uncertainty: Tensor (N,) of finite numbers; larger is less sure.
+        uncertainty: Tensor (N,) of finite numbers; larger means less certain.
         errors: Tensor (N,) of 0 and 1 or bool, whether the prediction was wrong.
-        tpr: The share of the errors that is found at least, in [0, 1].
-        validate_args: Whether values are looked at, see above.
+        tpr: The least share of errors to detect, in [0, 1].
+        validate_args: Check values on the CPU only (None), never (False), or everywhere (True).
 
     Returns:
-        Scalar in [0, 1], smaller is better; nan unless there are errors and right predictions.
+        Scalar in [0, 1], smaller is better; nan unless there are both errors and correct predictions.
 
     Raises:
         ValueError: If shapes or devices disagree, a value is not finite or out of range, or an error is not 0 or 1.
@@ -94,7 +94,7 @@ def fpr_at_tpr(
 
     Example:
         >>> uncertainty = torch.tensor([0.1, 0.5, 0.4, 2.0])
-        >>> fpr_at_tpr(uncertainty, torch.tensor([0, 0, 1, 1]))  # at 0.4 both errors are found
+        >>> fpr_at_tpr(uncertainty, torch.tensor([0, 0, 1, 1]))  # at 0.4 both errors are detected
         tensor(0.5000, dtype=torch.float64)
     """
     check_probability("tpr", tpr)
@@ -107,16 +107,16 @@ def fpr_at_tpr(
 
 
 def spearman(uncertainty: Tensor, errors: Tensor, *, validate_args: bool | None = None) -> Tensor:
-    r"""Spearman's rank correlation: Pearson's correlation of the ranks, ties with their average rank.
+    r"""Spearman's rank correlation: Pearson's correlation of the ranks, where ties get their average rank.
 
-    For an uncertainty against the errors (larger is better), or against a known noise level; the two may be exchanged.
-    It is nan when one of them is constant, as in SciPy (`torchmetrics.functional.spearman_corrcoef` gives 0 there, and
-    its 32-bit rank sums overflow when some 65,000 values are equal).
+    It compares an uncertainty with the errors (larger is better) or with a known noise level, and is symmetric. It is
+    nan if one of the two is constant, as in SciPy (`torchmetrics.functional.spearman_corrcoef` gives 0 there, and its
+    32-bit rank sums overflow if some 65,000 values are equal).
 
     Args:
         uncertainty: Tensor (N,) of finite numbers.
         errors: Tensor (N,) of finite numbers.
-        validate_args: Whether values are looked at, see above.
+        validate_args: Check values on the CPU only (None), never (False), or everywhere (True).
 
     Returns:
         Scalar in [-1, 1]; nan for fewer than two samples or constant input.
@@ -144,19 +144,19 @@ def by_label(
     average: Average = "macro",
     validate_args: bool | None = None,
 ) -> Tensor:
-    """A measure of uncertainty and error for every label by itself, with the samples whose label is known.
+    """Applies a measure of uncertainty and error to each label separately, over the samples whose label is known.
 
     Args:
-        measure: Function of `(uncertainty, errors)`, both (n,), that gives a scalar: :func:`auroc`, :func:`augrc`, or
+        measure: Function of `(uncertainty, errors)`, both (n,), that returns a scalar: :func:`auroc`, :func:`augrc`, or
             `lambda u, e: risk_coverage(u, e).aurc`.
-        uncertainty: Tensor (N, Q) of finite numbers; larger is less sure.
+        uncertainty: Tensor (N, Q) of finite numbers; larger means less certain.
         errors: Tensor (N, Q) of finite errors.
-        unknown: Bool tensor (N, Q), True where a label is not known: each label has its own samples.
-        average: `"macro"`, the mean over the labels for which the measure exists, or `"none"`.
-        validate_args: Whether values are looked at, see above.
+        unknown: Bool tensor (N, Q), True where a label is not known and the sample is left out for this label.
+        average: `"macro"`, the mean over the labels for which the measure is defined, or `"none"`.
+        validate_args: Check values on the CPU only (None), never (False), or everywhere (True).
 
     Returns:
-        Scalar, or (Q,) for `"none"`; nan where the measure does not exist.
+        Scalar, or (Q,) for `"none"`; nan where the measure is undefined.
 
     Raises:
         ValueError: If shapes or devices disagree, a known value is not finite, or an option is unknown.
@@ -190,7 +190,7 @@ def by_label(
 def _wrong_and_right(
     uncertainty: Tensor, errors: Tensor, validate_args: bool | None
 ) -> tuple[Tensor, Tensor]:
-    """The uncertainties of wrong and of right predictions."""
+    """The uncertainties of wrong and of correct predictions."""
     check_scores(uncertainty, errors, validate_args)
     if checks_values(errors, validate_args):
         check_labels("errors", errors)
@@ -199,7 +199,7 @@ def _wrong_and_right(
 
 
 def _centred_ranks(x: Tensor) -> Tensor:
-    """Average ranks minus their mean, doubled."""
+    """Twice the average ranks, minus their mean."""
     ordered = x.sort().values
     below, not_above = (torch.searchsorted(ordered, x, right=right) for right in (False, True))
     return (below + not_above - x.numel()).double()

@@ -1,4 +1,4 @@
-"""What is gained by leaving out the samples that are least certain."""
+"""How much better predictions are without the most uncertain samples."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ __all__ = [
 
 
 class RiskCoverage(NamedTuple):
-    """What is risked when only the most certain samples are answered.
+    """The mean error if only the most certain samples are answered.
 
     Attributes:
         coverage: Tensor (N,), the shares 1/N, 2/N, ..., 1 of samples that are answered.
@@ -50,24 +50,24 @@ class RiskCoverage(NamedTuple):
 def risk_coverage(
     uncertainty: Tensor, errors: Tensor, *, validate_args: bool | None = None
 ) -> RiskCoverage:
-    r"""Risk-coverage curve: the mean error of the k most certain samples, for every k.
+    r"""Computes the risk-coverage curve: the mean error of the k most certain samples, for every k.
 
     .. math::
         \text{risk}(k) = \frac{1}{k} \sum_{i=1}^{k} e_{(i)}, \qquad
         \mathrm{AURC} = \frac{1}{N} \sum_{k=1}^{N} \text{risk}(k), \qquad
         \text{E-AURC} = \mathrm{AURC} - \mathrm{AURC}^*
 
-    where (i) sorts by uncertainty and :math:`\mathrm{AURC}^*` sorts by the errors themselves (exactly, not by the
-    approximation :math:`r + (1 - r) \ln(1 - r)`). Samples of equal uncertainty have no order: each counts with their
-    mean error, which is the expectation over random orders, so permuting the rows changes nothing.
+    where (i) sorts by uncertainty, and :math:`\mathrm{AURC}^*` sorts by the errors themselves (exactly, not with the
+    approximation :math:`r + (1 - r) \ln(1 - r)`). Samples of equal uncertainty each count with their mean error, which
+    is the expectation over random orders, so the order of rows does not matter.
 
     Source: Geifman et al. 2019, arXiv 1805.08206.
 
     Args:
-        uncertainty: Tensor (N,) of finite numbers; larger is less sure.
+        uncertainty: Tensor (N,) of finite numbers; larger means less certain.
         errors: Tensor (N,) of finite errors: 0 and 1 (or bool), or graded ones, such as 1 minus
             :func:`sample_jaccard`.
-        validate_args: Whether values are looked at, see above.
+        validate_args: Check values on the CPU only (None), never (False), or everywhere (True).
 
     Returns:
         Curve and areas; the areas are nan without samples.
@@ -93,24 +93,24 @@ def risk_coverage(
 
 
 def augrc(uncertainty: Tensor, errors: Tensor, *, validate_args: bool | None = None) -> Tensor:
-    r"""Area under the generalised risk-coverage curve: how often an answer is given that is wrong.
+    r"""Area under the generalised risk-coverage curve: how often a wrong answer is given.
 
     .. math::
         \mathrm{AUGRC} = \int_0^1 \mathrm{GRC}(c) \, dc
         = \frac{1}{N^2} \sum_{i=1}^{N} \bigl(N - i + \tfrac12\bigr) e_{(i)}, \qquad
         \mathrm{GRC}\Bigl(\frac{k}{N}\Bigr) = \frac{1}{N} \sum_{i=1}^{k} e_{(i)}
 
-    linear between these points, from 0 at coverage 0. It is the mean error over all thresholds, where an answer that is
-    not given costs nothing; AURC divides by the number of answers instead, and so weights the first few most. For
-    errors of 0 and 1 it is :math:`(1 - \mathrm{AUROC}) a (1 - a) + (1 - a)^2 / 2`, with :math:`a` the share of right
-    predictions and :func:`auroc`. Equal uncertainties as in :func:`risk_coverage`.
+    with straight lines between these points, from 0 at coverage 0. It is the mean error over all thresholds, where an
+    answer that is not given costs nothing; AURC divides by the number of answers instead, and so gives most weight to
+    the first few. For errors of 0 and 1 it is :math:`(1 - \mathrm{AUROC}) a (1 - a) + (1 - a)^2 / 2`, with :math:`a`
+    the share of correct predictions. Equal uncertainties are treated as in :func:`risk_coverage`.
 
     Source: Traub et al. 2024, arXiv 2407.01032.
 
     Args:
-        uncertainty: Tensor (N,) of finite numbers; larger is less sure.
+        uncertainty: Tensor (N,) of finite numbers; larger means less certain.
         errors: Tensor (N,) of finite errors, as for :func:`risk_coverage`.
-        validate_args: Whether values are looked at, see above.
+        validate_args: Check values on the CPU only (None), never (False), or everywhere (True).
 
     Returns:
         Scalar, in [0, 1/2] for errors in [0, 1], smaller is better; nan without samples.
@@ -133,23 +133,23 @@ def augrc(uncertainty: Tensor, errors: Tensor, *, validate_args: bool | None = N
 def risk_at_coverage(
     uncertainty: Tensor, errors: Tensor, coverage: float, *, validate_args: bool | None = None
 ) -> Tensor:
-    r"""Mean error when the most certain samples are answered, a given share of all.
+    r"""Mean error if only a given share of the samples, the most certain ones, is answered.
 
-    It is :math:`\text{risk}(k)` of :func:`risk_coverage`, at the smallest :math:`k` with :math:`k / N` of at least the
-    coverage.
+    It is :math:`\text{risk}(k)` of :func:`risk_coverage`, at the smallest :math:`k` for which :math:`k / N` is at least
+    the coverage.
 
     Args:
-        uncertainty: Tensor (N,) of finite numbers; larger is less sure.
+        uncertainty: Tensor (N,) of finite numbers; larger means less certain.
         errors: Tensor (N,) of finite errors, as for :func:`risk_coverage`.
         coverage: The share of samples to answer, above 0 and at most 1.
-        validate_args: Whether values are looked at, see above.
+        validate_args: Check values on the CPU only (None), never (False), or everywhere (True).
 
     Returns:
         Scalar; nan without samples.
 
     Raises:
         ValueError: If shapes or devices disagree, a value is not finite, or `coverage` is out of range.
-        TypeError: If a dtype is wrong, or `coverage` is no number.
+        TypeError: If a dtype is wrong, or `coverage` is not a number.
 
     Example:
         >>> uncertainty = torch.tensor([0.1, 0.2, 0.3, 0.9])
@@ -165,26 +165,26 @@ def risk_at_coverage(
 def coverage_at_risk(
     uncertainty: Tensor, errors: Tensor, risk: float, *, validate_args: bool | None = None
 ) -> Tensor:
-    r"""Largest share of samples that can be answered, the most certain ones, with a mean error of at most `risk`.
+    r"""Largest share of samples, the most certain ones, that can be answered with a mean error of at most `risk`.
 
     .. math::
         \max \bigl\{ \tfrac{k}{N} : \text{risk}(k) \le r \bigr\} \quad \text{or 0}
 
-    of the curve of :func:`risk_coverage`. It describes these samples; that the risk of others is as low needs a bound,
-    as :class:`~uncertainty_mm.ConformalRiskControl` gives it.
+    of the curve of :func:`risk_coverage`. It describes only these samples; to bound the risk of other samples, use
+    :class:`~uncertainty_mm.ConformalRiskControl`.
 
     Args:
-        uncertainty: Tensor (N,) of finite numbers; larger is less sure.
+        uncertainty: Tensor (N,) of finite numbers; larger means less certain.
         errors: Tensor (N,) of finite errors, as for :func:`risk_coverage`.
-        risk: The largest mean error.
-        validate_args: Whether values are looked at, see above.
+        risk: The largest acceptable mean error.
+        validate_args: Check values on the CPU only (None), never (False), or everywhere (True).
 
     Returns:
         Scalar in [0, 1], larger is better; nan without samples.
 
     Raises:
         ValueError: If shapes or devices disagree, or a value is not finite.
-        TypeError: If a dtype is wrong, or `risk` is no number.
+        TypeError: If a dtype is wrong, or `risk` is not a number.
 
     Example:
         >>> uncertainty = torch.tensor([0.1, 0.2, 0.3, 0.9])
@@ -208,31 +208,31 @@ def selective_f1(
     threshold: float | Tensor = 0.5,
     validate_args: bool | None = None,
 ) -> Tensor:
-    r"""Micro F1 of the most certain samples, a given share of all.
+    r"""Micro F1 of a given share of the samples, the most certain ones.
 
     .. math::
         F_1(k) = \frac{2 \sum_{i=1}^{k} |y_{(i)} \wedge \hat y_{(i)}|}{\sum_{i=1}^{k} |y_{(i)}| + |\hat y_{(i)}|},
         \qquad \hat y_i = [p_i > t]
 
-    where (i) sorts by uncertainty, at the smallest :math:`k` with :math:`k / N` of at least the coverage. Of samples of
-    equal uncertainty each counts with the mean of their numbers of labels, so permuting the rows changes nothing.
+    where (i) sorts by uncertainty, at the smallest :math:`k` for which :math:`k / N` is at least the coverage. Samples
+    of equal uncertainty each count with the means of their terms, so the order of rows does not matter.
 
     Args:
-        uncertainty: Tensor (N,) of finite numbers; larger is less sure.
+        uncertainty: Tensor (N,) of finite numbers; larger means less certain.
         probs: Tensor (N, Q) of probabilities in [0, 1].
         labels: Tensor (N, Q) of 0 and 1, any real dtype.
-        unknown: Bool tensor (N, Q), True where a label is not known. A sample of which no label is known does not
-            count, whatever its uncertainty.
+        unknown: Bool tensor (N, Q), True where a label is not known. A sample without known labels does not count.
         coverage: The share of samples to answer, above 0 and at most 1.
-        threshold: A label is predicted where its probability is above this, in [0, 1]: one, or a tensor (Q,) or (1,).
-        validate_args: Whether values are looked at, see above.
+        threshold: A label is predicted where its probability is above this, in [0, 1]: a number, or a tensor (Q,) or
+            (1,).
+        validate_args: Check values on the CPU only (None), never (False), or everywhere (True).
 
     Returns:
-        Scalar in [0, 1], larger is better; 0 where no label is present or predicted, nan without samples.
+        Scalar in [0, 1], larger is better; 0 if no label is present or predicted, nan without samples.
 
     Raises:
         ValueError: If shapes or devices disagree, or a value is not finite or out of range.
-        TypeError: If a dtype is wrong, or `coverage` is no number.
+        TypeError: If a dtype is wrong, or `coverage` is not a number.
 
     Example:
         >>> probs = torch.tensor([[0.9, 0.2], [0.6, 0.7], [0.4, 0.4]])
@@ -279,7 +279,7 @@ def agreement(
     unknown: Tensor | None,
     threshold: float | Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Uncertainty (N,), nan where no label is known, and (N, 2): twice the labels in both sets, those in either."""
+    """Uncertainty (N,), nan if no label is known, and the numerator and denominator of F1, (N, 2)."""
     probs, present, known = predictions(probs, labels, unknown)
     predicted = (probs > threshold) & known
     score = uncertainty.to(precision(probs.device)).masked_fill(~known.any(1), float("nan"))
@@ -288,7 +288,7 @@ def agreement(
 
 
 def f1_at(coverage: float, score: Tensor, sets: Tensor) -> Tensor:
-    """Micro F1 of the samples that are kept, from what :func:`agreement` gives."""
+    """Micro F1 of the samples that are kept, from the results of :func:`agreement`."""
     score, sets = score.detach().cpu().double(), sets.cpu().double()
     counts = score.isfinite()
     sums, _ = _summed(score[counts], sets[counts])
@@ -297,28 +297,29 @@ def f1_at(coverage: float, score: Tensor, sets: Tensor) -> Tensor:
 
 
 def _risk(score: Tensor, error: Tensor) -> Tensor:
-    """Mean error (N,) of the k samples of the lowest score, for every k."""
+    """Mean error (N,) of the k samples with the lowest scores, for every k."""
     sums, size = _summed(score, error.unsqueeze(1))
     return sums.squeeze(1) / (size * _steps(error))
 
 
 def _summed(score: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums (N, C) of the values (N, C) of the k samples of the lowest score, for every k, and their scale (N,).
+    """Sums (N, C) of the values (N, C) of the k samples with the lowest scores, for every k, and their scale (N,).
 
-    Samples of equal score come in a random order, of which this is the expectation. The sums are multiplied by the
-    number of these samples, so that those of whole numbers are exact.
+    For samples of equal score, this is the expectation over random orders. The sums are multiplied by the number of
+    such samples, the scale, so that sums of integers are exact.
     """
     _, group, size = torch.unique(score, return_inverse=True, return_counts=True)
     of_group = values.new_zeros(len(size), values.shape[1]).index_add_(0, group, values)
     before = F.pad(of_group.cumsum(0), (0, 0, 1, 0))[:-1]
-    place = _steps(score) - (size.cumsum(0) - size).repeat_interleave(size)  # in its group, from 1
+    # position in its group, from 1
+    place = _steps(score) - (size.cumsum(0) - size).repeat_interleave(size)
     before, of_group = (x.repeat_interleave(size, dim=0) for x in (before, of_group))
     scale = size.repeat_interleave(size).double()
     return before * scale.unsqueeze(1) + of_group * place.unsqueeze(1), scale
 
 
 def _steps(like: Tensor) -> Tensor:
-    """1, 2, ..., N."""
+    """The numbers 1, 2, ..., N."""
     return torch.arange(1, len(like) + 1, dtype=torch.float64, device="cpu")
 
 

@@ -22,35 +22,36 @@ def evaluate(
     *,
     validate_args: bool | None = None,
 ) -> dict[str, float | None]:
-    r"""The table of the field's measures and of those of uncertainty, for a whole data set.
+    r"""Computes a table of the usual measures of prediction and uncertainty for a whole data set.
 
     ========  ==========================================================================================================
     `Acc`     mean of :func:`sample_jaccard`, over the samples with any known label
     `P`       micro precision: the share of the predicted labels that are present; 0 where none is predicted
     `R`       micro recall: the share of the labels that are present that are predicted; 0 where none is present
     `miF1`    micro F1: :math:`2 P R / (P + R)`
-    `mAP`     average precision, without interpolation, mean over the labels that somebody has
+    `mAP`     average precision, without interpolation, mean over the labels that some sample has
     `Brier`   mean of :math:`(p - y)^2` over all entries
     `ECE`     :func:`calibration_error`
     `AURC`    of :func:`risk_coverage`, from the entropy of a sample's labels and its error
     `rho`     :func:`spearman` of the same two
     ========  ==========================================================================================================
 
-    The error of a sample is the mean of :math:`|p - y|`, and its uncertainty the mean of the entropies, over its known
-    labels. With all labels known that orders the samples as :func:`predictive_entropy` does.
+    The error of a sample is the mean of :math:`|p - y|` over its known labels, and its uncertainty the mean of their
+    entropies. If all labels are known, this orders the samples as :func:`predictive_entropy` does.
 
-    A sample without any label counts 0 in `Acc` however well it is predicted, so `Acc` can be 0.833 where P, R and F1
-    are all 1: one such sample among six.
+    A sample without any label counts as 0 in `Acc` however well it is predicted. With one such sample among six, `Acc`
+    is at most 0.833, even if P, R and F1 are all 1.
 
     Args:
         probs: Tensor (N, Q) of probabilities in [0, 1].
         labels: Tensor (N, Q) of 0 and 1, any real dtype.
-        threshold: A label is predicted where its probability is above this, in [0, 1]: one, or a tensor (Q,) or (1,).
+        threshold: A label is predicted where its probability is above this, in [0, 1]: a number, or a tensor (Q,) or
+            (1,).
         unknown: Bool tensor (N, Q), True where a label is not known.
-        validate_args: Whether values are looked at, see above.
+        validate_args: Check values on the CPU only (None), never (False), or everywhere (True).
 
     Returns:
-        The measures by name, rounded to 4 digits; None where a measure does not exist.
+        The measures by name, rounded to 4 digits; None where a measure is undefined.
 
     Raises:
         ValueError: If shapes or devices disagree, or values are out of range.
@@ -93,9 +94,9 @@ def evaluate(
 
 
 def _average_precision(probs: Tensor, present: Tensor, known: Tensor) -> Tensor:
-    """Average precision (Q,), equal probabilities at one rank; nan for a label that nobody has.
+    """Average precision (Q,), with equal probabilities at one rank; nan for a label that no sample has.
 
-    It is the mean, over those who have the label, of the precision among all that are at least as probable.
+    It is the mean, over the samples with the label, of the precision among all samples at least as probable.
     """
     columns = probs.T.contiguous()
 
