@@ -3,6 +3,7 @@
 import json
 from itertools import permutations
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -504,6 +505,18 @@ def test_classical_methods_leave_unknown_labels_out():
     for method in (classical.label_powerset, classical.classifier_chain):
         np.testing.assert_array_equal(method(model, x, y)(new), method(model, x[30:], y[30:])(new))
     np.testing.assert_allclose(classical.prior(None, x, y)(new)[0], np.nanmean(y, 0))
+
+
+def test_classical_model_of_the_least_cross_entropy_is_chosen(tmp_path, monkeypatch):
+    write_data(tmp_path / "toy.npz")
+    losses = mock.Mock(side_effect=[torch.tensor([x, x]) for x in (2.0, 1.0, 4.0, 3.0)])
+    monkeypatch.setattr(classical, "losses_of", losses)
+    options = ["--data.path", str(tmp_path / "toy.npz")]
+    classical.fit("br-logistic", comparison.CONFIGS, options, tmp_path / "run")
+    chosen = classical.Fitted.load(tmp_path / "run")
+    assert {each.C for each in chosen.method.args[0]} == {0.01}
+    groups = losses.call_args.args[3]
+    assert len(groups.unique()) == 3  # 60 samples, which count as 3
 
 
 def test_interval_of_the_brier_score_is_that_of_a_mean():
