@@ -246,9 +246,10 @@ def run_all(
                 bar.update()
         finally:
             pool.shutdown(cancel_futures=True)  # of an interrupted sweep
-    done = [rows[index] for index in sorted(rows)]
+    noted = {"options": " ".join(args.options)} if args.options else {}
     if args.quick:
-        done = [{**row, "quick": True} for row in done]
+        noted["quick"] = True
+    done = [{**rows[index], **noted} for index in sorted(rows)]
     write_text(args.output / "runs.json", json.dumps(done, indent=1) + "\n")
     with replacing(args.output / "runs.csv") as partial, open(partial, "w", newline="") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(key for row in done for key in row)))
@@ -305,12 +306,13 @@ def cell(values: Sequence[float | None]) -> str:
 
 
 def by_data(rows: Sequence[Row], tables: Callable[[str, list[Row]], list[str]]) -> str:
-    """Markdown: what `tables` makes of the rows of every data set, under a title."""
+    """Markdown: what `tables` makes of the rows of every data set, under a title that has the options of all runs."""
     lines = []
     for name in dict.fromkeys(row["data"] for row in rows):
         here = [row for row in rows if row["data"] == name]
-        title = f"{name}, {QUICK_TITLE}:" if here[0].get("quick") else f"{name}:"
-        lines += [title, "", *tables(name, here), ""]
+        options, quick = here[0].get("options"), here[0].get("quick")
+        title = [name, *([f"`{options}`"] if options else []), *([QUICK_TITLE] if quick else [])]
+        lines += [", ".join(title) + ":", "", *tables(name, here), ""]
     return "\n".join(lines)
 
 

@@ -690,15 +690,24 @@ def test_what_a_comparison_writes(tmp_path, monkeypatch):
     state = torch.load(tmp_path / "out" / "toy" / "misa" / "0" / "best.ckpt", weights_only=True)
     assert abs(state["state_dict"]["encoder.text.mean"] - 10).max() < 1  # of the training set
     lines = text.split("\n")
-    assert lines[2] == "| arm | seeds | Acc | P | R | miF1 | mAP | Brier | ECE | parameters |"
+    assert (
+        lines[2] == "| arm | seeds | Acc | P | R | miF1 | mAP | Brier | ECE | parameters | time |"
+    )
     row = rows["misa"]
     assert f"| misa | 1 | {row['Acc']:.3f} | " in text
-    assert f" | {row['ECE']:.3f} | {row['parameters']:,} |\n" in text
+    assert f" | {row['ECE']:.3f} | {row['parameters']:,} | {row['seconds']:.0f} s |\n" in text
     _, compared = text.split("lddu minus the other, 95 % interval clustered by group (4 groups), ")
     lines = [line for line in compared.split("\n") if line.startswith("| ")][1:]
     assert [line.split(" | ")[0][2:] for line in lines] == arms[:-1]
     ahead = rows["lddu"]["miF1"] - rows["prior"]["miF1"]
     assert f"| 1 | {ahead:+.4f}"[:-2] in lines[0]
+
+
+def test_methods_for_one_sequence_read_one_modality_alone():
+    found = comparison.of_one(["late", "sgm", "lddu"], ["text", "face"])
+    assert list(found) == ["sgm-of-text", "sgm-of-face"]
+    arm = comparison.ARMS["sgm"]
+    assert found["sgm-of-face"] == arm._replace(options=("--model.modality", "face"))
 
 
 @pytest.mark.long
@@ -726,11 +735,11 @@ def test_report_has_the_spread_and_pairs_the_seeds(tmp_path):
         probs = (1 - noise) * labels + noise * rng.random((40, 3))
         np.savez(folder / "predictions.npz", probs=probs, labels=labels, threshold=[0.5])
         size = {"parameters": 1234} if arm == "lddu" else {}
-        measures = dict.fromkeys(sweep.COLUMNS, 0.5 + 0.1 * seed)
+        measures = dict.fromkeys(sweep.COLUMNS, 0.5 + 0.1 * seed) | {"seconds": 1200 + 4 * seed}
         rows.append({"data": "toy", "arm": arm, "seed": seed, **measures, **size})
     text = comparison.report(rows, tmp_path)
     assert "| lddu | 2 | 0.550 ±0.071 | " in text
-    assert "±0.071 | 1,234 |\n" in text
+    assert "±0.071 | 1,234 | 1,202 s |\n" in text
     assert "| prior | 2 | 0.600 ±0.141 | " in text
     last = text.strip().split("\n")[-1]
     assert last.startswith("| prior | 1 | +0.")  # seed 0 alone is in both

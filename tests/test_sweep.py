@@ -140,14 +140,16 @@ def test_quick_form_says_so(here, tmp_path):
     args = arguments(tmp_path, "--trainer.max_epochs", "30", seeds=(4, 1))
     args.quick = True
     rows, failed = sweep.run_all(finishes, arms, args)
-    assert (rows, failed) == ([{**ROW, "quick": True}], 0)
+    noted = {"options": "--trainer.max_epochs 30"}
+    assert (rows, failed) == ([{**ROW, **noted, "quick": True}], 0)
     options = json.loads((tmp_path / "out" / "data" / "x" / "4.json").read_text())["options"]
     read = dict(zip(options[::2], options[1::2], strict=True))  # the last one holds
     assert (read["--trainer.max_epochs"], read["--data.max_train_samples"]) == ("3", "2000")
     title, *_ = sweep.by_data(rows, lambda name, here: []).split("\n")
-    assert title == "data, quick form: at most 2,000 training samples, 3 epochs, one seed:"
+    quick = "quick form: at most 2,000 training samples, 3 epochs, one seed"
+    assert title == f"data, `--trainer.max_epochs 30`, {quick}:"
     args.quick = False  # another sweep, which does not take the quick runs for its own
-    assert sweep.run_all(finishes, arms, args) == ([{**ROW, "seed": 1, "value": 10}], 1)
+    assert sweep.run_all(finishes, arms, args) == ([{**ROW, **noted, "seed": 1, "value": 10}], 1)
 
 
 def test_options_are_checked_once_for_each_arm(monkeypatch, tmp_path):

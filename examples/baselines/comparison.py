@@ -2,14 +2,16 @@
 
     python examples/baselines --data FILE FILE                         # all methods, five seeds
     python examples/baselines --data FILE --arms lddu late --seeds 0 1 2 -- --config small
+    python examples/baselines --data FILE --modality text -- --config small  # text alone, too
 
 A sweep (`sweep.py`) over methods. All networks share the encoders, the training, the choice of the checkpoint, the
 calibration and the thresholds of `lddu_full.py`; what follows `--` holds for all of them. The classical methods
 (scikit-learn) are chosen, calibrated and given thresholds on the validation split too. Nothing sees the test split
 before its evaluation.
 
-It writes in `baselines.md` mean and standard deviation over seeds as well as how far LDDU is ahead of each method, with
-paired bootstrap intervals (of whole groups where the data have them), and in a word: ahead, level or behind.
+It writes in `baselines.md` mean and standard deviation over seeds, parameters, and time, as well as how far LDDU is
+ahead of each method, with paired bootstrap intervals (of whole groups where the data have them), and in a word: ahead,
+level or behind.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ from uncertainty_mm.examples.baselines.mms2s import SequenceToSet
 from uncertainty_mm.examples.baselines.mult import CrossModal
 from uncertainty_mm.examples.baselines.networks import EarlyFusion, LateFusion, PooledMLP
 from uncertainty_mm.examples.baselines.raven import ShiftedWords
+from uncertainty_mm.examples.baselines.sequence import OneSequence
 from uncertainty_mm.examples.baselines.sgm import SequenceGeneration
 from uncertainty_mm.examples.baselines.tailor import CommonPrivate
 from uncertainty_mm.lightning.cli import one_line_errors
@@ -101,7 +104,11 @@ def report(rows: Sequence[sweep.Row], output: Path) -> str:
 
     def tables(name: str, here: list[sweep.Row]) -> list[str]:
         sizes = {row["arm"]: f"{row['parameters']:,}" for row in here if "parameters" in row}
-        lines = sweep.table(here, sweep.COLUMNS[:-1], {"parameters": sizes})
+        seconds: dict[str, list[float]] = {}
+        for row in here:
+            seconds.setdefault(row["arm"], []).append(row["seconds"])
+        times = {arm: f"{np.mean(each):,.0f} s" for arm, each in seconds.items()}
+        lines = sweep.table(here, sweep.COLUMNS[:-1], {"parameters": sizes, "time": times})
         for ours in LDDU:
             if compared := differences(here, output / name, ours):
                 lines += ["", *compared]
@@ -110,12 +117,26 @@ def report(rows: Sequence[sweep.Row], output: Path) -> str:
     return sweep.by_data(rows, tables)
 
 
+def of_one(arms: Sequence[str], modalities: Sequence[str]) -> dict[str, sweep.Arm]:
+    """The methods for one sequence among these arms, each reading one modality alone."""
+    return {
+        f"{arm}-of-{modality}": ARMS[arm]._replace(options=("--model.modality", modality))
+        for arm in arms
+        if issubclass(ARMS[arm].model, OneSequence)
+        for modality in modalities
+    }
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line."""
     with one_line_errors():
         parser = sweep.parser("LDDU beside simpler methods.", "runs/baselines", list(ARMS))
+        alone = "methods for one sequence read each of these alone, too: sgm-of-text"
+        parser.add_argument("--modality", nargs="*", default=[], metavar="NAME", help=alone)
         args = parser.parse_args(arguments)
-        rows, failed = sweep.run_all(work, ARMS, args, BASE)
+        more = of_one(args.arms, args.modality)
+        args.arms += more
+        rows, failed = sweep.run_all(work, ARMS | more, args, BASE)
         sweep.publish(args.output / "baselines.md", report(rows, args.output), failed)
 
 
