@@ -382,8 +382,7 @@ class LDDU(MultilabelModule):
         scores |= {"correctness": history, "mask": unseen | absent}
         loss = std_norm.new_zeros(())
         if self.errors_of in ("both", "modality"):  # ranks among the samples, for each modality
-            for m in range(std_norm.shape[1]):
-                loss = loss + self.ordinality(**{name: x[:, m] for name, x in scores.items()})
+            loss = loss + self.ordinality(**scores)
         if self.errors_of in ("both", "pooled"):  # ranks among samples and modalities
             loss = loss + self.ordinality(**{name: x.flatten() for name, x in scores.items()})
         return loss

@@ -24,7 +24,7 @@ from support import (
     record_validate_args,
     refused,
 )
-from uncertainty_mm import functional
+from uncertainty_mm import _rank, functional
 from uncertainty_mm._supcon import supcon
 
 # --------------------------------------------------------------------------- supcon_loss (Eq. 7)
@@ -888,6 +888,24 @@ score_lists = st.lists(st.integers(-50, 50), min_size=1, max_size=12)
 def test_soft_rank_equals_the_double_loop(temperature):
     scores = torch.randn(9, dtype=torch.float64)
     close(functional.soft_rank(scores, temperature), naive_soft_rank(scores, temperature))
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("count", [1, 2, 3, 8, 21, 64])
+def test_soft_rank_of_a_large_batch_equals_that_of_a_small_one(monkeypatch, count, ties):
+    """Steps of doubled reach equal the matrix of pairs, with ties and masks, and in both derivatives."""
+    scores = torch.randn(count, dtype=torch.float64)
+    scores = (scores.mul(4).round().div(4) if ties else scores).requires_grad_()
+    weights = torch.randn(count, dtype=torch.float64)
+    found = []
+    for limit in (0, count):
+        monkeypatch.setattr(_rank, "_SMALL", limit)
+        ranks = functional.soft_rank(scores, 0.4, mask=torch.arange(count) % 7 == 3)
+        (slope,) = torch.autograd.grad((weights * ranks).sum(), scores, create_graph=True)
+        (curve,) = torch.autograd.grad((weights * slope).sum(), scores)
+        found.append((ranks, slope) if ties else (ranks, slope, curve))  # no curvature at a kink
+    for steps, pairs in zip(*found, strict=True):
+        close(steps, pairs.detach())
 
 
 @given(scores=score_lists)

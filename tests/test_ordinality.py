@@ -222,6 +222,22 @@ def test_loss_is_never_negative(mode, seed, n):
     assert ordered(build(mode=mode), *random_batch(n)) >= -1e-12
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_columns_are_losses_of_their_own(mode):
+    loss = SoftRankOrdinalityLoss(mode=mode, pairs=("SR", "DS"))
+    columns = [
+        dict(zip(("std_norm", "distance", "correctness"), random_batch(), strict=True))
+        for _ in range(3)
+    ]
+    for number, each in enumerate(columns):
+        each["mask"] = torch.arange(BATCH) < 3 * number  # of the last but one sample is left
+    together = {name: torch.stack([each[name] for each in columns], 1) for name in columns[0]}
+    std_norm = together["std_norm"].requires_grad_()
+    found, apart = loss(**together), torch.stack([loss(**each) for each in columns]).sum()
+    torch.testing.assert_close(found, apart)
+    assert not torch.autograd.grad(found, std_norm)[0][:, 2].any()
+
+
 def test_pearson_of_equal_scores_costs_one_with_zero_gradient():
     std_norm, distance, _ = (x.requires_grad_() for x in random_batch())
     for views in (

@@ -21,8 +21,8 @@ from uncertainty_mm._checks import (
     checks_values,
 )
 from uncertainty_mm._component import Component
+from uncertainty_mm._rank import divergence, laplace_rank
 from uncertainty_mm.distributed import gather_rows, group_name, world_size
-from uncertainty_mm.functional import ordinality_divergence, soft_rank
 
 Mode = Literal["rank", "standardized", "raw", "pearson"]
 Pair = Literal["SR", "DR", "DS"]
@@ -139,27 +139,31 @@ class SoftRankOrdinalityLoss(Component):
         r"""Computes the loss of one batch.
 
         Args:
-            std_norm: Tensor (B,), the norm :math:`\lVert \sigma_i \rVert_2` of a sample's standard deviations, above 0.
-            distance: Tensor (B,) in [0, 1], how far the prediction is from the labels.
-            correctness: Tensor (B,) in [0, 1], the share of correct predictions so far, from
+            std_norm: Tensor (B,), the norm :math:`\lVert \sigma_i \rVert_2` of a sample's standard deviations, above 0;
+                or (B, M) for M losses at once, whose samples are compared within each column.
+            distance: Tensor of the same shape in [0, 1], how far the prediction is from the labels.
+            correctness: Tensor of the same shape in [0, 1], the share of correct predictions so far, from
                 :class:`CorrectnessTracker`; receives no gradient.
-            mask: Bool tensor (B,), True to leave the sample out (no history yet). Values there are ignored.
+            mask: Bool tensor of the same shape, True to leave the sample out (no history yet). Its values are ignored.
 
         Returns:
-            Scalar in at least float32; 0 with zero gradient for fewer than two samples.
+            Scalar in at least float32, the sum over columns; a column of fewer than two samples adds 0 with zero
+            gradient.
 
         Raises:
             ValueError: If shapes or devices disagree, or values are out of range.
             TypeError: If a dtype is wrong.
         """
         sizes: dict[str, int] = {}
-        check_tensor("std_norm", std_norm, "floating", "B", sizes)
+        views = std_norm, distance, correctness
+        axes = "B M" if all(isinstance(x, Tensor) and x.dim() == 2 for x in views) else "B"
+        check_tensor("std_norm", std_norm, "floating", axes, sizes)
         device = std_norm.device
-        check_tensor("distance", distance, "floating", "B", sizes, device)
-        check_tensor("correctness", correctness, "floating", "B", sizes, device)
+        check_tensor("distance", distance, "floating", axes, sizes, device)
+        check_tensor("correctness", correctness, "floating", axes, sizes, device)
         if mask is None:
             mask = torch.zeros_like(std_norm, dtype=torch.bool)
-        check_tensor("mask", mask, "bool", "B", sizes, device)
+        check_tensor("mask", mask, "bool", axes, sizes, device)
         if checks_values(std_norm, self.validate_args):
             check_finite("std_norm", std_norm, mask)
             if ((std_norm <= 0) & ~mask).any():
@@ -168,38 +172,36 @@ class SoftRankOrdinalityLoss(Component):
             check_range("distance", distance, 0, 1, mask)
             check_range("correctness", correctness, 0, 1, mask)
         dtype = torch.promote_types(std_norm.dtype, torch.float32)
-        rows = torch.stack([x.to(dtype) for x in (std_norm, distance, correctness.detach())], 1)
+        rows = torch.stack(
+            [x.to(dtype) for x in (std_norm, distance, correctness.detach(), mask)], 1
+        )
+        rows = rows.unsqueeze(2) if axes == "B" else rows  # (B, 4, M)
         if self.gather and world_size(self.process_group) > 1:
             # smaller batches are padded with class -1
-            rows, left_out = gather_rows(rows, mask.long(), process_group=self.process_group)
-            mask = left_out != 0
+            real = torch.zeros(len(rows), dtype=torch.long, device=device)
+            rows, added = gather_rows(rows, real, process_group=self.process_group)
+            rows = rows.masked_fill((added < 0).view(-1, 1, 1), 1)
+        columns = rows.permute(1, 2, 0)
+        mask = columns[3] != 0
         # Samples left out are filled before any arithmetic, because their derivative would be NaN times 0.
-        rows = rows.masked_fill(mask.unsqueeze(1), 1)
-        std_norm, distance, correctness = rows.unbind(1)
+        std_norm, distance, correctness = columns[:3].masked_fill(mask, 1)
         scores = {
             "S": std_norm.clamp_min(torch.finfo(dtype).tiny).reciprocal(),
             "D": 1 - distance,
             "R": correctness,
         }
-        count = (~mask).sum()
-        scores = {
-            name: self._transform(scores[name], mask, count)
-            for name in dict.fromkeys("".join(self.pairs))
-        }
-        terms = []
-        for one, other in self.pairs:
-            if self.mode == "pearson":
-                correlation = (scores[one] * scores[other]).sum() / count.clamp_min(1)
-                terms.append((1 - correlation) * (count > 1))
-            else:
-                terms.append(
-                    ordinality_divergence(
-                        scores[one], scores[other], mask=mask, validate_args=False
-                    )
-                )
-        return torch.stack(terms).sum()
+        names = list(dict.fromkeys("".join(self.pairs)))
+        count = (~mask).sum(-1, keepdim=True)
+        transformed = self._transform(torch.stack([scores[name] for name in names]), mask, count)
+        of = dict(zip(names, transformed, strict=True))
+        one, other = (torch.stack([of[pair[i]] for pair in self.pairs]) for i in (0, 1))
+        if self.mode == "pearson":
+            correlation = (one * other).sum(-1, keepdim=True) / count.clamp_min(1)
+            return ((1 - correlation) * (count > 1)).sum()
+        return divergence(one, other, mask).sum()
 
     def _transform(self, score: Tensor, mask: Tensor, count: Tensor) -> Tensor:
+        """What a mode makes of scores (..., B) over the samples that are not in the mask."""
         if self.mode == "raw":
             return score / self.temperature
         score = _standardize(score, ~mask)
@@ -207,24 +209,24 @@ class SoftRankOrdinalityLoss(Component):
             return score
         if self.mode == "standardized":
             return score / self.temperature
-        ranks = soft_rank(score, self.temperature, mask=mask, validate_args=False)
-        return (ranks - 1) / (count - 1).clamp_min(1)
+        ranks = laplace_rank(score.masked_fill(mask, 0), ~mask, 2 * self.temperature)
+        return (ranks.masked_fill(mask, 1) - 1) / (count - 1).clamp_min(1)
 
 
 def _standardize(score: Tensor, kept: Tensor) -> Tensor:
     """Scores with mean 0 and variance 1 over the samples that are kept; equal scores give exactly 0, at any scale."""
-    if score.shape[0] == 0:
+    if score.shape[-1] == 0:
         return score
     left_out = ~kept
     # Subtracting the minimum is exact for equal scores, where subtracting their rounded mean is not.
-    low = score.detach().masked_fill(left_out, math.inf).amin()
-    high = score.detach().masked_fill(left_out, -math.inf).amax()
+    low = score.detach().masked_fill(left_out, math.inf).amin(-1, keepdim=True)
+    high = score.detach().masked_fill(left_out, -math.inf).amax(-1, keepdim=True)
     spread = high - low
     some_spread = (spread > 0) & torch.isfinite(spread)  # infinite if nothing is kept
     unit = (score - low).masked_fill(left_out | ~some_spread, 0) / torch.where(
         some_spread, spread, 1
     )
-    count = kept.sum().clamp_min(1)
-    centered = (unit - unit.sum() / count) * kept
-    variance = centered.square().sum() / count
+    count = kept.sum(-1, keepdim=True).clamp_min(1)
+    centered = (unit - unit.sum(-1, keepdim=True) / count) * kept
+    variance = centered.square().sum(-1, keepdim=True) / count
     return centered * torch.where(some_spread, variance, 1).rsqrt()
