@@ -397,11 +397,11 @@ def train_model(device, file, name, kernel):
         x.train().apply(without_dropout)
         x.log_dict = x.log = lambda *_, **__: None
     for step in range(4):
+        here, there = batch(step), batch(step).to(device)
         same = mock.patch("torch.rand", the_same_everywhere)
         with same:
-            losses = loss_of(model, batch(step)), None
+            losses = loss_of(model, here), None
         losses[0].backward()
-        there = batch(step).to(device)
         with nullcontext() if step == 0 else strict(device, float64=False), same:
             losses = losses[0], loss_of(moved, there)
             losses[1].backward()
