@@ -15,6 +15,7 @@ from uncertainty_mm._checks import (
     check_finite,
     check_flag,
     check_positive,
+    check_positive_int,
     check_range,
     check_tensor,
     check_validate_args,
@@ -68,9 +69,11 @@ class SoftRankOrdinalityLoss(Component):
         temperature: Divides the scores before the soft rank (`"rank"`) or the softmax (`"standardized"`, `"raw"`).
         gather: Under `torch.distributed`, compare the samples of all ranks, which may have batches of different sizes.
             Every rank gets the loss of the joined batch; after averaging over ranks, as `DistributedDataParallel` does,
-            the gradient is that of one process on the joined batch. All ranks must call it, and the host waits for the
-            largest size. Without it, samples are ordered within the batch of each rank, which is another objective.
+            the gradient is that of one process on the joined batch. All ranks must call it. Without it, samples are
+            ordered within the batch of each rank, which is another objective.
         process_group: Ranks that `gather` joins; None is all of them.
+        max_batch_size: Largest batch that any rank will ever have; a larger one is refused. Pass it with `gather`: None
+            makes the ranks ask each other for the largest batch at every call, for which the host waits.
         validate_args: Look at values: None on the CPU only (elsewhere it costs a wait), False never, True everywhere.
 
     Raises:
@@ -91,6 +94,7 @@ class SoftRankOrdinalityLoss(Component):
     temperature: float
     gather: bool
     process_group: str
+    max_batch_size: int | None
     validate_args: bool | None
 
     def __init__(
@@ -101,6 +105,7 @@ class SoftRankOrdinalityLoss(Component):
         temperature: float = 1.0,
         gather: bool = False,
         process_group: dist.ProcessGroup | None = None,
+        max_batch_size: int | None = None,
         validate_args: bool | None = None,
     ) -> None:
         super().__init__()
@@ -117,6 +122,8 @@ class SoftRankOrdinalityLoss(Component):
             raise ValueError(f"Expected `pairs` to name each pair once, but got {tuple(pairs)}")
         check_positive("temperature", temperature)
         check_flag("gather", gather)
+        if max_batch_size is not None:
+            check_positive_int("max_batch_size", max_batch_size)
         check_validate_args(validate_args)
         self._set(
             mode=mode,
@@ -124,6 +131,7 @@ class SoftRankOrdinalityLoss(Component):
             temperature=temperature,
             gather=gather,
             process_group=group_name(process_group),
+            max_batch_size=max_batch_size,
             validate_args=validate_args,
         )
 
@@ -131,7 +139,7 @@ class SoftRankOrdinalityLoss(Component):
         """The settings, for `repr`."""
         return (
             f"mode={self.mode!r}, pairs={self.pairs}, temperature={self.temperature}, "
-            f"gather={self.gather}"
+            f"gather={self.gather}, max_batch_size={self.max_batch_size}"
         )
 
     def forward(
@@ -141,6 +149,7 @@ class SoftRankOrdinalityLoss(Component):
         distance: Tensor,
         correctness: Tensor,
         mask: Tensor | None = None,
+        joined: bool = False,
     ) -> Tensor:
         r"""Computes the loss of one batch.
 
@@ -150,6 +159,7 @@ class SoftRankOrdinalityLoss(Component):
             correctness: Tensor (B,) in [0, 1], the share of correct predictions so far, of
                 :class:`CorrectnessTracker`; receives no gradient.
             mask: Bool tensor (B,), True leaves the sample out (no history yet). What stands there has no influence.
+            joined: The scores are :meth:`gathered` already; nothing is exchanged.
 
         Returns:
             Scalar in at least float32; 0 with zero gradient for fewer than two samples.
@@ -158,6 +168,7 @@ class SoftRankOrdinalityLoss(Component):
             ValueError: If shapes or devices disagree, or values are out of range.
             TypeError: If a dtype is wrong.
         """
+        check_flag("joined", joined)
         sizes: dict[str, int] = {}
         check_tensor("std_norm", std_norm, "floating", "B", sizes)
         device = std_norm.device
@@ -173,16 +184,13 @@ class SoftRankOrdinalityLoss(Component):
                 raise ValueError(f"Expected `std_norm` to be above 0, but got {lowest}")
             check_range("distance", distance, 0, 1, mask)
             check_range("correctness", correctness, 0, 1, mask)
-        dtype = torch.promote_types(std_norm.dtype, torch.float32)
-        rows = torch.stack([x.to(dtype) for x in (std_norm, distance, correctness.detach())], 1)
-        if (
-            self.gather and world_size(self.process_group) > 1
-        ):  # smaller batches are filled up with class -1
-            rows, left_out = gather_rows(rows, mask.long(), process_group=self.process_group)
-            mask = left_out != 0
+        views = {"std_norm": std_norm, "distance": distance, "correctness": correctness.detach()}
+        if not joined:
+            views = self.gathered(**views, mask=mask)
+            mask = views.pop("mask")
         # What is left out is filled before any arithmetic: its derivative would be NaN times 0.
-        rows = rows.masked_fill(mask.unsqueeze(1), 1)
-        std_norm, distance, correctness = rows.unbind(1)
+        dtype = torch.promote_types(std_norm.dtype, torch.float32)
+        std_norm, distance, correctness = (x.to(dtype).masked_fill(mask, 1) for x in views.values())
         scores = {
             "S": std_norm.clamp_min(torch.finfo(dtype).tiny).reciprocal(),
             "D": 1 - distance,
@@ -205,6 +213,43 @@ class SoftRankOrdinalityLoss(Component):
                     )
                 )
         return torch.stack(terms).sum()
+
+    def gathered(
+        self, *, std_norm: Tensor, distance: Tensor, correctness: Tensor, mask: Tensor
+    ) -> dict[str, Tensor]:
+        """The scores of all ranks by name, for several losses of one exchange; without `gather`, those given.
+
+        Args:
+            std_norm: Tensor (B, ...), as the other scores.
+            distance: Likewise.
+            correctness: Likewise; receives no gradient.
+            mask: Bool tensor, likewise.
+
+        Returns:
+            Tensors (W * B, ...) for W ranks and the largest B, in at least float32. Smaller batches are followed by
+            samples that are left out.
+
+        Raises:
+            ValueError: If there are more samples than `max_batch_size`.
+        """
+        if self.max_batch_size is not None and len(mask) > self.max_batch_size:
+            raise ValueError(
+                f"Expected `std_norm` to have at most `max_batch_size` = {self.max_batch_size} samples, "
+                f"but got {len(mask)}"
+            )
+        scores = {"std_norm": std_norm, "distance": distance, "correctness": correctness.detach()}
+        if not self.gather or world_size(self.process_group) == 1:
+            return scores | {"mask": mask}
+        dtype = torch.promote_types(std_norm.dtype, torch.float32)
+        rows, places = gather_rows(
+            torch.stack([x.to(dtype) for x in (*scores.values(), mask)], 1),
+            torch.zeros(len(mask), dtype=torch.long, device=mask.device),
+            max_rows=self.max_batch_size,
+            process_group=self.process_group,
+        )
+        *values, left_out = rows.unbind(1)
+        filled = (places < 0).view(-1, *(1,) * (mask.dim() - 1))
+        return {**dict(zip(scores, values, strict=True)), "mask": (left_out > 0) | filled}
 
     def _transform(self, score: Tensor, mask: Tensor, count: Tensor) -> Tensor:
         if self.mode == "raw":
