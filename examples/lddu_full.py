@@ -230,7 +230,9 @@ class LDDU(MultilabelModule):
         # What each modality says by itself
         self.modality_readout = nn.Parameter(torch.zeros(modalities, latent_dim))
         self.modality_bias = nn.Parameter(torch.zeros(modalities, labels))
-        # Eq. 4-7
+        # Eq. 4-7; several processes exchange no more rows than there can be
+        if self.scl_samples and (most := contrastive.get("max_batch_size")):
+            contrastive = {**contrastive, "max_batch_size": min(most, self.scl_samples)}
         self.contrastive = self.part("contrastive", contrastive, modalities, labels, latent_dim)
         # Eq. 8-9
         self.fusion = self.part("fusion", fusion, modalities, labels, latent_dim)
@@ -258,8 +260,7 @@ class LDDU(MultilabelModule):
         scale, shift = self.asked_by(self.attention.label_embedding.weight).chunk(2, dim=1)
         z = ((1 + scale) * z + shift).masked_fill(missing[:, :, None, None], 0)
         latent = self.decoupler(z, missing)
-        modality_logits = torch.einsum("bmqk,mk->bmq", latent.mean, self.modality_readout)
-        modality_logits = modality_logits + self.modality_bias
+        each = torch.einsum("bmqk,mk->bmq", latent.mean, self.modality_readout) + self.modality_bias
         # What is unlike the training data counts less in all predictions
         factor, conflict = torch.ones_like(missing, dtype=z.dtype), torch.zeros_like(z[:, 0, :, 0])
         summaries: dict[str, Tensor] = {}
@@ -279,7 +280,7 @@ class LDDU(MultilabelModule):
             place_logits = self.places(steps, padding_mask, factor)
         uncertainty = self.uncertainty(dir_logits.detach().float().sigmoid(), labels, unknown)
         fused = self.fusion(latent, uncertainty, missing)  # Eq. 8
-        predicted = dir_logits, place_logits, latent, modality_logits, fused
+        predicted = dir_logits, place_logits, latent, each, fused
         return Output(*predicted, missing, factor, conflict, summaries)
 
     def experts(self, output: Output) -> Tensor:
@@ -377,15 +378,15 @@ class LDDU(MultilabelModule):
         distance = mean_over_known(distance, of_each)
         absent = output.missing if nothing is None else output.missing | nothing.unsqueeze(1)
         self.tracker.update(indices, 1 - distance.detach(), mask=absent)
-        std_norm = torch.linalg.vector_norm(output.std_norm, dim=2)  # Eq. 12
-        scores = {"std_norm": std_norm, "distance": distance}
-        scores |= {"correctness": history, "mask": unseen | absent}
-        loss = std_norm.new_zeros(())
+        scores = {"std_norm": torch.linalg.vector_norm(output.std_norm, dim=2)}  # Eq. 12
+        scores |= {"distance": distance, "correctness": history, "mask": unseen | absent}
+        scores = self.ordinality.gathered(**scores)  # once, for all that follow
+        views = []
         if self.errors_of in ("both", "modality"):  # ranks among the samples, for each modality
-            loss = loss + self.ordinality(**scores)
+            views += [scores]
         if self.errors_of in ("both", "pooled"):  # ranks among samples and modalities
-            loss = loss + self.ordinality(**{name: x.flatten() for name, x in scores.items()})
-        return loss
+            views += [{n: x.flatten() for n, x in scores.items()}]
+        return torch.stack([self.ordinality(**x, joined=True) for x in views]).sum()
 
     # --- Training ----------------------------------------------------------------------------------------------------
 

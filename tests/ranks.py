@@ -140,16 +140,20 @@ def average_gradient(rank, shares, batch, settings):
     return encoder.weight.grad
 
 
-def rank_errors(rank, shares, views, correctness, mask, settings):
+def rank_errors(rank, shares, views, correctness, mask, joined, settings):
     """Loss, and gradient of a weight under DistributedDataParallel, of a loss that sees this rank's share."""
     share = slice(*shares[rank])
     encoder = torch.nn.Linear(3, 2, bias=False).double()
     torch.nn.init.eye_(encoder.weight)
     parallel = torch.nn.parallel.DistributedDataParallel(encoder)
     std_norm, distance = parallel(views[share]).sigmoid().unbind(1)
-    loss = umm.SoftRankOrdinalityLoss(gather=True, **settings)(
-        std_norm=std_norm, distance=distance, correctness=correctness[share], mask=mask[share]
-    )
+    loss = umm.SoftRankOrdinalityLoss(gather=True, **settings)
+    scores = {"std_norm": std_norm, "distance": distance}
+    scores |= {"correctness": correctness[share], "mask": mask[share]}
+    if joined:
+        scores = {name: x.unsqueeze(1) for name, x in scores.items()}  # of one modality
+        scores = {name: x.flatten() for name, x in loss.gathered(**scores).items()}
+    loss = loss(**scores, joined=joined)
     loss.backward()
     return loss.detach(), encoder.weight.grad
 

@@ -213,8 +213,12 @@ def test_without_gather_ranks_know_nothing_of_each_other(ranks):
 
 
 @pytest.mark.parametrize("division", DIVISIONS)
-@pytest.mark.parametrize("mode", ["rank", "pearson"])
-def test_gathered_ordinality_is_that_of_the_joined_batch(ranks, mode, division):
+@pytest.mark.parametrize(
+    ("mode", "max_batch_size", "joined"), [("rank", None, False), ("pearson", 20, True)]
+)
+def test_gathered_ordinality_is_that_of_the_joined_batch(
+    ranks, mode, division, max_batch_size, joined
+):
     views, mask = torch.randn(BATCH, 3, dtype=torch.float64), torch.arange(BATCH) % 5 == 1
     correctness = poisoned(torch.rand(BATCH, dtype=torch.float64), mask)
     settings = {"mode": mode, "pairs": ("SR", "DR", "DS"), "temperature": 0.5}
@@ -226,7 +230,8 @@ def test_gathered_ordinality_is_that_of_the_joined_batch(ranks, mode, division):
         mask,
     )
     loss.backward()
-    arguments = divide(ranks, division), views, correctness, mask, settings
+    settings |= {"max_batch_size": max_batch_size}
+    arguments = divide(ranks, division), views, correctness, mask, joined, settings
     for value, grad in ranks.run(rank_errors, *arguments):
         close(value, loss.detach())
         close(grad, weight.grad)

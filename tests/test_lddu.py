@@ -377,6 +377,12 @@ def test_contrastive_loss_is_that_of_the_first_samples(build, rows, samples):
         assert torch.equal(*queues)
 
 
+def test_processes_exchange_no_more_rows_than_the_contrastive_loss_takes(build):
+    for largest, most in ((None, None), (6, 4), (2, 2)):
+        model = build(scl_rows=39, contrastive={"max_batch_size": largest})
+        assert model.contrastive.max_batch_size == most
+
+
 def test_a_loss_of_weight_0_is_not_computed(build):
     batch = small_batch()
     model = build(scl_weight=0.0, ocl_weight=0.0)

@@ -391,6 +391,7 @@ META = {"device": "meta"}
         ({"pairs": {"SR"}}, TypeError, "`pairs` to be a sequence such as .*, but got {'SR'}"),
         ({"pairs": ("SR", "SR")}, ValueError, r"`pairs` to name each pair once, but .* 'SR'\)"),
         ({"gather": 1}, TypeError, "`gather` to be True or False, but got 1"),
+        ({"max_batch_size": 0}, ValueError, "`max_batch_size` to be a positive integer, but got 0"),
         ({"validate_args": 1}, TypeError, "`validate_args` to be True, False or None, but got 1"),
         ({"temperature": 0.0}, ValueError, "`temperature` to be a number above 0, but got 0.0"),
         ({"temperature": math.inf}, ValueError, "`temperature` to be a number .*, but got inf"),
@@ -441,6 +442,11 @@ def test_refuses(name, value, error, message):
     views = dict(zip(("std_norm", "distance", "correctness"), random_batch(), strict=True))
     with pytest.raises(error, match=f"^Expected `{name}` {message}$"):
         SoftRankOrdinalityLoss()(**(views | {name: value}))
+
+
+def test_refuses_a_batch_above_the_largest():
+    with pytest.raises(ValueError, match=r"^Expected `std_norm` .* `max_batch_size` = 6 .* got 7$"):
+        ordered(SoftRankOrdinalityLoss(max_batch_size=6), *random_batch())
 
 
 @pytest.mark.parametrize("settings", [{}, {"validate_args": False}, {"validate_args": True}])

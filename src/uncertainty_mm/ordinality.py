@@ -15,6 +15,7 @@ from uncertainty_mm._checks import (
     check_finite,
     check_flag,
     check_positive,
+    check_positive_int,
     check_range,
     check_tensor,
     check_validate_args,
@@ -68,9 +69,11 @@ class SoftRankOrdinalityLoss(Component):
         temperature: Divides the scores before the soft rank (`"rank"`) or the softmax (`"standardized"`, `"raw"`).
         gather: Under `torch.distributed`, compare the samples of all ranks, which may have batches of different sizes.
             Every rank gets the loss of the joined batch; after averaging over ranks, as `DistributedDataParallel` does,
-            the gradient is that of one process on the joined batch. All ranks must call it, and the host waits for the
-            largest size. Without `gather`, samples are compared within each rank, which is a different objective.
+            the gradient is that of one process on the joined batch. All ranks must call it. Without `gather`, samples
+            are compared within each rank, which is a different objective.
         process_group: With `gather`, the ranks that take part; None for all.
+        max_batch_size: Largest batch that any rank will ever have; a larger one is refused. Pass it with `gather`: None
+            makes the ranks ask each other for the largest batch at every call, for which the host waits.
         validate_args: Check values on the CPU only (None), never (False), or everywhere (True), which makes the host
             wait for an accelerator.
 
@@ -92,6 +95,7 @@ class SoftRankOrdinalityLoss(Component):
     temperature: float
     gather: bool
     process_group: str
+    max_batch_size: int | None
     validate_args: bool | None
 
     def __init__(
@@ -102,6 +106,7 @@ class SoftRankOrdinalityLoss(Component):
         temperature: float = 1.0,
         gather: bool = False,
         process_group: dist.ProcessGroup | None = None,
+        max_batch_size: int | None = None,
         validate_args: bool | None = None,
     ) -> None:
         super().__init__()
@@ -118,6 +123,8 @@ class SoftRankOrdinalityLoss(Component):
             raise ValueError(f"Expected `pairs` to name each pair once, but got {tuple(pairs)}")
         check_positive("temperature", temperature)
         check_flag("gather", gather)
+        if max_batch_size is not None:
+            check_positive_int("max_batch_size", max_batch_size)
         check_validate_args(validate_args)
         self._set(
             mode=mode,
@@ -125,6 +132,7 @@ class SoftRankOrdinalityLoss(Component):
             temperature=temperature,
             gather=gather,
             process_group=group_name(process_group),
+            max_batch_size=max_batch_size,
             validate_args=validate_args,
         )
 
@@ -135,6 +143,7 @@ class SoftRankOrdinalityLoss(Component):
         distance: Tensor,
         correctness: Tensor,
         mask: Tensor | None = None,
+        joined: bool = False,
     ) -> Tensor:
         r"""Computes the loss of one batch.
 
@@ -145,6 +154,7 @@ class SoftRankOrdinalityLoss(Component):
             correctness: Tensor of the same shape in [0, 1], the share of correct predictions so far, from
                 :class:`CorrectnessTracker`; receives no gradient.
             mask: Bool tensor of the same shape, True to leave the sample out (no history yet). Its values are ignored.
+            joined: The scores are :meth:`gathered` already; nothing is exchanged.
 
         Returns:
             Scalar in at least float32, the sum over columns; a column of fewer than two samples adds 0 with zero
@@ -154,9 +164,10 @@ class SoftRankOrdinalityLoss(Component):
             ValueError: If shapes or devices disagree, or values are out of range.
             TypeError: If a dtype is wrong.
         """
+        check_flag("joined", joined)
         sizes: dict[str, int] = {}
-        views = std_norm, distance, correctness
-        axes = "B M" if all(isinstance(x, Tensor) and x.dim() == 2 for x in views) else "B"
+        given = std_norm, distance, correctness
+        axes = "B M" if all(isinstance(x, Tensor) and x.dim() == 2 for x in given) else "B"
         check_tensor("std_norm", std_norm, "floating", axes, sizes)
         device = std_norm.device
         check_tensor("distance", distance, "floating", axes, sizes, device)
@@ -171,20 +182,17 @@ class SoftRankOrdinalityLoss(Component):
                 raise ValueError(f"Expected `std_norm` to be above 0, but got {lowest}")
             check_range("distance", distance, 0, 1, mask)
             check_range("correctness", correctness, 0, 1, mask)
-        dtype = torch.promote_types(std_norm.dtype, torch.float32)
-        rows = torch.stack(
-            [x.to(dtype) for x in (std_norm, distance, correctness.detach(), mask)], 1
-        )
-        rows = rows.unsqueeze(2) if axes == "B" else rows  # (B, 4, M)
-        if self.gather and world_size(self.process_group) > 1:
-            # smaller batches are padded with class -1
-            real = torch.zeros(len(rows), dtype=torch.long, device=device)
-            rows, added = gather_rows(rows, real, process_group=self.process_group)
-            rows = rows.masked_fill((added < 0).view(-1, 1, 1), 1)
-        columns = rows.permute(1, 2, 0)
-        mask = columns[3] != 0
+        views = {"std_norm": std_norm, "distance": distance, "correctness": correctness.detach()}
+        if not joined:
+            views = self.gathered(**views, mask=mask)
+            mask = views.pop("mask")
+        if axes == "B":
+            mask, views = mask.unsqueeze(1), {name: x.unsqueeze(1) for name, x in views.items()}
         # Samples left out are filled before any arithmetic, because their derivative would be NaN times 0.
-        std_norm, distance, correctness = columns[:3].masked_fill(mask, 1)
+        dtype, mask = torch.promote_types(std_norm.dtype, torch.float32), mask.T
+        std_norm, distance, correctness = (
+            x.T.to(dtype).masked_fill(mask, 1) for x in views.values()
+        )
         scores = {
             "S": std_norm.clamp_min(torch.finfo(dtype).tiny).reciprocal(),
             "D": 1 - distance,
@@ -199,6 +207,43 @@ class SoftRankOrdinalityLoss(Component):
             correlation = (one * other).sum(-1, keepdim=True) / count.clamp_min(1)
             return ((1 - correlation) * (count > 1)).sum()
         return divergence(one, other, mask).sum()
+
+    def gathered(
+        self, *, std_norm: Tensor, distance: Tensor, correctness: Tensor, mask: Tensor
+    ) -> dict[str, Tensor]:
+        """The scores of all ranks by name, for several losses of one exchange; without `gather`, those given.
+
+        Args:
+            std_norm: Tensor (B, ...), as the other scores.
+            distance: Likewise.
+            correctness: Likewise; receives no gradient.
+            mask: Bool tensor, likewise.
+
+        Returns:
+            Tensors (W * B, ...) for W ranks and the largest B, in at least float32. Smaller batches are followed by
+            samples that are left out.
+
+        Raises:
+            ValueError: If there are more samples than `max_batch_size`.
+        """
+        if self.max_batch_size is not None and len(mask) > self.max_batch_size:
+            raise ValueError(
+                f"Expected `std_norm` to have at most `max_batch_size` = {self.max_batch_size} samples, "
+                f"but got {len(mask)}"
+            )
+        scores = {"std_norm": std_norm, "distance": distance, "correctness": correctness.detach()}
+        if not self.gather or world_size(self.process_group) == 1:
+            return scores | {"mask": mask}
+        dtype = torch.promote_types(std_norm.dtype, torch.float32)
+        rows, places = gather_rows(
+            torch.stack([x.to(dtype) for x in (*scores.values(), mask)], 1),
+            torch.zeros(len(mask), dtype=torch.long, device=mask.device),
+            max_rows=self.max_batch_size,
+            process_group=self.process_group,
+        )
+        *values, left_out = rows.unbind(1)
+        filled = (places < 0).view(-1, *(1,) * (mask.dim() - 1))
+        return {**dict(zip(scores, values, strict=True)), "mask": (left_out > 0) | filled}
 
     def _transform(self, score: Tensor, mask: Tensor, count: Tensor) -> Tensor:
         """What a mode makes of scores (..., B) over the samples that are not in the mask."""
