@@ -71,8 +71,8 @@ class SoftRankOrdinalityLoss(Component):
             the gradient is that of one process on the joined batch. All ranks must call it, and the host waits for the
             largest size. Without `gather`, samples are compared within each rank, which is a different objective.
         process_group: With `gather`, the ranks that take part; None for all.
-        validate_args: Check values on the CPU only (None), never (False), or everywhere (True), which makes the host
-            wait for an accelerator.
+        validate_args: Check values on the CPU only (None), never (False), or always (True), which stalls an
+            accelerator.
 
     Raises:
         ValueError: If an argument is out of range or unknown.
