@@ -32,7 +32,7 @@ _KINDS = {
 
 
 def checks_values(tensor: Tensor, validate_args: bool | None = None) -> bool:
-    """Whether to check values: None on the CPU only, False never, True everywhere; never while tracing."""
+    """Whether to check values: None on the CPU only, False never, True always; never while tracing."""
     if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         return False
     if validate_args is None:

@@ -44,8 +44,8 @@ class AccuracyUncertaintyLoss(Component):
         threshold: Uncertainty up to which a prediction counts as certain. None computes it for every batch, halfway
             between the mean uncertainties of accurate and inaccurate predictions (if there is only one kind, its
             mean). The paper does this once, after some epochs.
-        validate_args: Check values on the CPU only (None), never (False), or everywhere (True), which makes the host
-            wait for an accelerator.
+        validate_args: Check values on the CPU only (None), never (False), or always (True), which stalls an
+            accelerator.
 
     Raises:
         ValueError: If an argument is out of range.

@@ -102,8 +102,8 @@ class EmotionQueryAttention(Component):
         out_dim: Size of an output vector.
         scale: Factor of the scores; None for `proj_dim ** -0.5`. Eq. 1 as printed has 1.0.
         dropout: Probability that an attention weight is dropped in training.
-        validate_args: Check values (NaN, infinity) on the CPU only (None), never (False), or everywhere (True), which
-            makes the host wait for an accelerator.
+        validate_args: Check values (NaN, infinity) on the CPU only (None), never (False), or always (True), which
+            stalls an accelerator.
 
     Attributes:
         label_embedding: `nn.Embedding` of shape (Q, label_dim).

@@ -70,8 +70,8 @@ class BeliefFusion(Component):
 
     Args:
         rule: One of the four rules.
-        validate_args: Check values (NaN, negative evidence) on the CPU only (None), never (False), or everywhere
-            (True), which makes the host wait for an accelerator.
+        validate_args: Check values (NaN, negative evidence) on the CPU only (None), never (False), or always (True),
+            which stalls an accelerator.
 
     Raises:
         ValueError: If `rule` is unknown.

@@ -70,9 +70,8 @@ class Conflict(FittedComponent):
         modality_dims: Number :math:`P_m` of columns of every modality by name, in the order of the modality axis.
         num_directions: Largest number of principal directions of the standardised rows per modality.
         prior: Share :math:`\varrho` in (0, 1) of the samples that have a foreign modality.
-        validate_args: Check values (NaN, infinity) in a forward pass on the CPU only (None), never (False), or
-            everywhere (True), which makes the host wait for an accelerator. Where values are not checked, NaN gives
-            NaN.
+        validate_args: Check values (NaN, infinity) in a forward pass on the CPU only (None), never (False), or always
+            (True), which stalls an accelerator. Where values are not checked, NaN gives NaN.
 
     Attributes:
         shift: Mean (P,) of the columns of all modalities, concatenated.

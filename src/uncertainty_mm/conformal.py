@@ -29,10 +29,9 @@ class ConformalRiskControl(Component):
 
     Args:
         risk: Expected share of a sample's true labels that its set misses, in [0, 1].
-        validate_args: Check values (probabilities in [0, 1]) in a forward pass on the CPU only (None), never (False),
-            or everywhere (True), which makes the host wait for an accelerator. :meth:`fit` computes on the CPU and
-            checks unless it is False; then a label above 0.5 counts as present, and probabilities that are not finite
-            are left out.
+        validate_args: Check values (probabilities in [0, 1]) on the CPU only (None; always in :meth:`fit`), never
+            (False), or always (True), which stalls an accelerator. Unchecked, a label above 0.5 counts as present, and
+            probabilities that are not finite are left out.
 
     Attributes:
         threshold: Tensor (), :math:`\lambda` in [0, 1]; 0 before :meth:`fit`.

@@ -155,9 +155,9 @@ class DistributionSupConLoss(Component):
             ranks agree on the largest batch at every step, which makes the host wait and cannot be compiled with
             `fullgraph=True`.
         bf16_products: Compute the matrix products in bfloat16; see :func:`~uncertainty_mm.functional.supcon_loss`.
-        validate_args: Check values (NaN, labels other than 0 and 1) on the CPU only (None), never (False), or
-            everywhere (True). Where values are not checked, a label above 0.5 counts as present, and rows that are not
-            finite do not enter the queue.
+        validate_args: Check values (NaN, labels other than 0 and 1) on the CPU only (None), never (False), or always
+            (True). Where values are not checked, a label above 0.5 counts as present, and rows that are not finite do
+            not enter the queue.
 
     Attributes:
         queue: The :class:`~uncertainty_mm.EmbeddingQueue` of earlier distributions. Its state also says what the rows

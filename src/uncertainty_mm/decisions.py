@@ -100,7 +100,7 @@ class DecisionFusion(Component):
     Args:
         rule: One of the four rules.
         validate_args: Check values (NaN, a negative standard deviation) on the CPU only (None), never (False), or
-            everywhere (True), which makes the host wait for an accelerator.
+            always (True), which stalls an accelerator.
 
     Raises:
         ValueError: If `rule` is unknown.

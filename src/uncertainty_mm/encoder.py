@@ -163,7 +163,7 @@ class SequenceEncoder(Component):
         num_heads: Attention heads of a layer, a divisor of `hidden_dim`.
         dropout: Dropout probability.
         size: `"apart"`: the size of a sequence is a separate input; `"within"`: it stays in the features.
-        validate_args: Check values on the CPU only (None), never (False), or everywhere (True).
+        validate_args: Check values on the CPU only (None), never (False), or always (True).
 
     Attributes:
         mean: Tensor (in_dim,) that is subtracted from the features; 0 before :meth:`standardize`. Saved with the model.
@@ -332,7 +332,7 @@ class PlaceReads(Component):
         in_dim: Size of a step.
         max_steps: Steps of the longest sequence.
         num_reads: Number of readings :math:`R`.
-        validate_args: Check values on the CPU only (None), never (False), or everywhere (True).
+        validate_args: Check values on the CPU only (None), never (False), or always (True).
 
     Attributes:
         weight: Parameter (num_reads, max_steps), :math:`P`; initially normal with variance 1 / max_steps.

@@ -44,8 +44,8 @@ class BetaEvidenceLoss(Component):
     Args:
         annealing_steps: :math:`T`, the steps until the divergence has its full weight; 10 epochs in the paper.
         reduction: `"mean"` over the known labels of the batch (0 without any), `"sum"`, or `"none"`.
-        validate_args: Check values (negative evidence, labels) on the CPU only (None), never (False), or everywhere
-            (True), which makes the host wait for an accelerator.
+        validate_args: Check values (negative evidence, labels) on the CPU only (None), never (False), or always (True),
+            which stalls an accelerator.
 
     Attributes:
         step: Int64 tensor (), :math:`t`, saved with the model.

@@ -89,7 +89,7 @@ def supcon_loss(
             is 0.2 % while the rows of a class point in all directions. It is 0.7, 4 and 10 % when they scatter about
             their centre by 1, 0.5 and 0.3 times its length, and the gradient is useless at 0.1, so leave this off when
             the loss approaches its lowest value. Most of the error comes from rounding the embeddings.
-        validate_args: Check values on the CPU only (None), never (False), or everywhere (True).
+        validate_args: Check values on the CPU only (None), never (False), or always (True).
 
     Returns:
         Scalar, or (N,) for `"none"` with 0 where a row is not an anchor or has no positive; in at least float32.
@@ -160,7 +160,7 @@ def distribution_embedding(
     Args:
         mean: Tensor (..., K).
         std: Tensor (..., K), at least 0.
-        validate_args: Check values on the CPU only (None), never (False), or everywhere (True).
+        validate_args: Check values on the CPU only (None), never (False), or always (True).
 
     Returns:
         Tensor (..., 2K). A zero vector gives a half of zeros with zero gradient; norms below 1e-12 count as 1e-12.
@@ -231,7 +231,7 @@ def reduced_chi2(
         mean: Tensor (B, M, Q, K).
         std: Tensor (B, M, Q, K), at least 0. Infinity counts as missing in its dimension.
         missing: Bool tensor (B, M), True where a modality is missing. Values there are ignored.
-        validate_args: Check values on the CPU only (None), never (False), or everywhere (True).
+        validate_args: Check values on the CPU only (None), never (False), or always (True).
 
     Returns:
         Tensor (B, Q) of at least 0, in at least float32; 0 with zero gradient if there are fewer than two modalities.
@@ -287,7 +287,7 @@ def logistic_normal_probs(
     Args:
         mean: Tensor of any shape, the means of the logits.
         std: Tensor of the same shape, the standard deviations, at least 0; infinity gives 1/2.
-        validate_args: Check values on the CPU only (None), never (False), or everywhere (True).
+        validate_args: Check values on the CPU only (None), never (False), or always (True).
 
     Returns:
         Tensor of the same shape in [0, 1], in at least float32.
@@ -343,7 +343,7 @@ def beta_evidence_loss(
         labels: Tensor (B, Q) of 0 and 1, any real dtype. Where values are not checked, a label above 0.5 counts as
             present.
         unknown: Bool tensor (B, Q), True where a label is not known. Values there are ignored.
-        validate_args: Check values on the CPU only (None), never (False), or everywhere (True).
+        validate_args: Check values on the CPU only (None), never (False), or always (True).
 
     Returns:
         Tensor (B, Q) above 0, in at least float32; 0 with zero gradient where unknown.
@@ -387,7 +387,7 @@ def beta_evidence_kl(
         labels: Tensor (B, Q) of 0 and 1, any real dtype. Where values are not checked, a label above 0.5 counts as
             present.
         unknown: Bool tensor (B, Q), True where a label is not known. Values there are ignored.
-        validate_args: Check values on the CPU only (None), never (False), or everywhere (True).
+        validate_args: Check values on the CPU only (None), never (False), or always (True).
 
     Returns:
         Tensor (B, Q) of at least 0, in nats and at least float32, exact to some rounding errors however small; 0 with
@@ -467,7 +467,7 @@ def beta_expected_entropy(evidence: Tensor, *, validate_args: bool | None = None
 
     Args:
         evidence: Tensor (B, Q, 2), at least 0, for presence, `[..., 0]`, and absence, `[..., 1]`.
-        validate_args: Check values on the CPU only (None), never (False), or everywhere (True).
+        validate_args: Check values on the CPU only (None), never (False), or always (True).
 
     Returns:
         Tensor (B, Q) in nats, in [0, ln 2], in at least float32.
@@ -500,7 +500,7 @@ def beta_mutual_information(evidence: Tensor, *, validate_args: bool | None = No
 
     Args:
         evidence: Tensor (B, Q, 2), at least 0, for presence, `[..., 0]`, and absence, `[..., 1]`.
-        validate_args: Check values on the CPU only (None), never (False), or everywhere (True).
+        validate_args: Check values on the CPU only (None), never (False), or always (True).
 
     Returns:
         Tensor (B, Q) in nats, in [0, ln 2 - 1/2], in at least float32.
@@ -576,7 +576,7 @@ def prediction_distance(
         labels: Tensor (B, Q) of 0 and 1, any real dtype. Where values are not checked, a label above 0.5 counts as
             present.
         unknown: Bool tensor (B, Q), True where a label is not known. Values there are ignored.
-        validate_args: Check values on the CPU only (None), never (False), or everywhere (True).
+        validate_args: Check values on the CPU only (None), never (False), or always (True).
 
     Returns:
         Tensor (B, Q) in [0, 1], 0 with zero gradient where unknown. The distance of a sample is `d.mean(-1)`, or
@@ -618,7 +618,7 @@ def expected_distance(probs: Tensor, *, validate_args: bool | None = None) -> Te
 
     Args:
         probs: Tensor (B, Q) of probabilities in [0, 1].
-        validate_args: Check values on the CPU only (None), never (False), or everywhere (True).
+        validate_args: Check values on the CPU only (None), never (False), or always (True).
 
     Returns:
         Tensor (B, Q) in [0, 0.5].
@@ -665,7 +665,7 @@ def soft_rank(
         scores: Tensor (B,).
         temperature: :math:`\tau`, above 0, in the unit of the scores.
         mask: Bool tensor (B,), True to leave the score out: it does not affect other ranks, and its own rank is 1.
-        validate_args: Check values on the CPU only (None), never (False), or everywhere (True).
+        validate_args: Check values on the CPU only (None), never (False), or always (True).
 
     Returns:
         Tensor (B,) with values in [1, B], in at least float32.
@@ -701,7 +701,7 @@ def ordinality_divergence(
         a: Tensor (B,), unnormalised log-probabilities.
         b: Tensor (B,), as `a`.
         mask: Bool tensor (B,), True to leave the entry out.
-        validate_args: Check values on the CPU only (None), never (False), or everywhere (True).
+        validate_args: Check values on the CPU only (None), never (False), or always (True).
 
     Returns:
         Scalar of at least 0, in nats and in at least float32; 0 with zero gradient for fewer than two entries.

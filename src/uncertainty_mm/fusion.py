@@ -86,8 +86,8 @@ class UncertaintyGatedFusion(Component):
         mean_weight: `"certainty"` or `"uncertainty"`, see above.
         combine: How the modalities are combined: `"product"` or `"concat"` (the paper).
         detach_std: Stop the gradient from the second classifier to the standard deviations.
-        validate_args: Check values (NaN, uncertainty out of [0, 1]) on the CPU only (None), never (False), or
-            everywhere (True), which makes the host wait for an accelerator.
+        validate_args: Check values (NaN, uncertainty out of [0, 1]) on the CPU only (None), never (False), or always
+            (True), which stalls an accelerator.
 
     Attributes:
         mean_head: The classifier of the means.

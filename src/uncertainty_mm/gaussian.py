@@ -374,8 +374,8 @@ class GaussianDecoupler(Component):
         normalize_mean: Give every mean the length :math:`\sqrt K`. The mean then says what was seen, and only the
             standard deviation can say how clearly, which gives it a meaning in :meth:`DiagonalGaussian.product`. The
             paper does not normalise.
-        validate_args: Check values (NaN, infinity) on the CPU only (None), never (False), or everywhere (True), which
-            makes the host wait for an accelerator.
+        validate_args: Check values (NaN, infinity) on the CPU only (None), never (False), or always (True), which
+            stalls an accelerator.
 
     Raises:
         ValueError: If an argument is out of range.

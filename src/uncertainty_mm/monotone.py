@@ -31,8 +31,8 @@ class MonotoneConfidenceLoss(Component):
     Source: Ma et al. 2023, "Calibrating Multimodal Learning", arXiv 2306.01265.
 
     Args:
-        validate_args: Check values on the CPU only (None), never (False), or everywhere (True), which makes the host
-            wait for an accelerator.
+        validate_args: Check values on the CPU only (None), never (False), or always (True), which stalls an
+            accelerator.
 
     Raises:
         TypeError: If an argument has the wrong type.

@@ -39,7 +39,7 @@ class PlaceClassifier(Component):
         num_reads: Readings of each modality.
         hidden_dim: Size of the hidden layer.
         dropout: Dropout probability after the hidden layer.
-        validate_args: Check values on the CPU only (None), never (False), or everywhere (True).
+        validate_args: Check values on the CPU only (None), never (False), or always (True).
 
     Raises:
         ValueError: If an argument is out of range, or the names in `max_steps` and `modality_dims` differ.

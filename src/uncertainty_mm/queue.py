@@ -77,7 +77,7 @@ class EmbeddingQueue(Component):
     Args:
         size: Number of rows that are remembered; 0 for none.
         dim: Number of features :math:`E` of a row.
-        validate_args: Check values (NaN, infinity) on the CPU only (None), never (False), or everywhere (True).
+        validate_args: Check values (NaN, infinity) on the CPU only (None), never (False), or always (True).
 
     Attributes:
         rows: Tensor (size, E).

@@ -39,8 +39,8 @@ class CorrectnessRankingLoss(Component):
             :math:`O(B^2)` time and memory, which is little for up to a few thousand samples. `"neighbours"`, as in the
             paper: each sample with the next one that is not left out, and the last one with the first, in
             :math:`O(B)`.
-        validate_args: Check values on the CPU only (None), never (False), or everywhere (True), which makes the host
-            wait for an accelerator.
+        validate_args: Check values on the CPU only (None), never (False), or always (True), which stalls an
+            accelerator.
 
     Raises:
         ValueError: If an argument is unknown.

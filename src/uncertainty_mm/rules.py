@@ -84,7 +84,7 @@ class GaussianFusion(Component):
         num_labels: Number of labels :math:`Q`; None for any, and for learned weights shared by the labels.
         latent_dim: Number of latent dimensions :math:`K`; None for any, and for learned weights shared by them.
         validate_args: Check values (NaN, a negative standard deviation) on the CPU only (None), never (False), or
-            everywhere (True), which makes the host wait for an accelerator.
+            always (True), which stalls an accelerator.
 
     Attributes:
         weight_logits: Logits of learned weights, a parameter (M, Q, K), with 1 for each size that is not given.

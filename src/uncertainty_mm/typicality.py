@@ -76,9 +76,8 @@ class Typicality(Component):
         power: :math:`p`, at least 0.
         covariance: `"oas"`: shrunk towards a multiple of the identity, the more the fewer rows there are;
             `"empirical"`: the covariance of the rows, with a pseudo-inverse if there are too few.
-        validate_args: Check values (NaN, infinity) in a forward pass on the CPU only (None), never (False), or
-            everywhere (True), which makes the host wait for an accelerator. Where values are not checked, a step that
-            is not finite does not count.
+        validate_args: Check values (NaN, infinity) in a forward pass on the CPU only (None), never (False), or always
+            (True), which stalls an accelerator. Where values are not checked, a step that is not finite does not count.
 
     Attributes:
         modality: `nn.ModuleDict` with the fitted state of every modality. It is saved with the model and stays float32;

@@ -32,10 +32,9 @@ class BetaCalibration(Component):
 
     Args:
         num_labels: Number of labels :math:`Q`.
-        validate_args: Check values (probabilities in [0, 1]) in a forward pass on the CPU only (None), never (False),
-            or everywhere (True), which makes the host wait for an accelerator. :meth:`fit` computes on the CPU and
-            checks unless it is False; then a label above 0.5 counts as present, and probabilities that are not finite
-            are left out.
+        validate_args: Check values (probabilities in [0, 1]) on the CPU only (None; always in :meth:`fit`), never
+            (False), or always (True), which stalls an accelerator. Unchecked, a label above 0.5 counts as present, and
+            probabilities that are not finite are left out.
 
     Attributes:
         a: Tensor (Q,), at least 0.

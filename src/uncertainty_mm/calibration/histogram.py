@@ -34,10 +34,9 @@ class HistogramBinning(Component):
         num_bins: Number of bins :math:`N`.
         binning: `"mass"`: bins with equally many samples of :meth:`fit`, as far as ties allow. `"width"`: bins of equal
             width.
-        validate_args: Check values (probabilities in [0, 1]) in a forward pass on the CPU only (None), never (False),
-            or everywhere (True), which makes the host wait for an accelerator. :meth:`fit` computes on the CPU and
-            checks unless it is False; then a label above 0.5 counts as present, and probabilities that are not finite
-            are left out.
+        validate_args: Check values (probabilities in [0, 1]) on the CPU only (None; always in :meth:`fit`), never
+            (False), or always (True), which stalls an accelerator. Unchecked, a label above 0.5 counts as present, and
+            probabilities that are not finite are left out.
 
     Attributes:
         edges: Tensor (Q, N - 1), ascending. A bin includes its lower edge, and the last one also its upper edge.

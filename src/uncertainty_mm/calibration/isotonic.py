@@ -30,10 +30,9 @@ class IsotonicCalibration(Component):
         num_labels: Number of labels :math:`Q`.
         max_knots: Number :math:`N` of points kept for the map of a label, at least 2. If a map has more, evenly
             spaced ones are kept, and it stays non-decreasing.
-        validate_args: Check values (probabilities in [0, 1]) in a forward pass on the CPU only (None), never (False),
-            or everywhere (True), which makes the host wait for an accelerator. :meth:`fit` computes on the CPU and
-            checks unless it is False; then a label above 0.5 counts as present, and probabilities that are not finite
-            are left out.
+        validate_args: Check values (probabilities in [0, 1]) on the CPU only (None; always in :meth:`fit`), never
+            (False), or always (True), which stalls an accelerator. Unchecked, a label above 0.5 counts as present, and
+            probabilities that are not finite are left out.
 
     Attributes:
         knots: Tensor (Q, N) in [0, 1], ascending: the points of the map. The last is repeated to fill the row.

@@ -32,10 +32,9 @@ class LogitPool(Component):
     Args:
         num_experts: Number of predictions :math:`E`.
         num_labels: Number of labels :math:`Q`.
-        validate_args: Check values (NaN, infinity) in a forward pass on the CPU only (None), never (False), or
-            everywhere (True), which makes the host wait for an accelerator. :meth:`fit` computes on the CPU and checks
-            unless it is False; then a label above 0.5 counts as present, and is left out where the logit of an expert
-            is not finite.
+        validate_args: Check values (NaN, infinity) on the CPU only (None; always in :meth:`fit`), never (False), or
+            always (True), which stalls an accelerator. Unchecked, a label above 0.5 counts as present, and is left out
+            where the logit of an expert is not finite.
 
     Attributes:
         weight: Tensor (E,), at least 0, of sum 1; 1 / E before :meth:`fit`.

@@ -27,9 +27,9 @@ class TemperatureScaling(Component):
     Args:
         num_labels: Number of labels :math:`Q`.
         per_label: One temperature for each label instead of one for all.
-        validate_args: Check values (NaN, infinity) in a forward pass on the CPU only (None), never (False), or
-            everywhere (True), which makes the host wait for an accelerator. :meth:`fit` computes on the CPU and checks
-            unless it is False; then a label above 0.5 counts as present, and logits that are not finite are left out.
+        validate_args: Check values (NaN, infinity) on the CPU only (None; always in :meth:`fit`), never (False), or
+            always (True), which stalls an accelerator. Unchecked, a label above 0.5 counts as present, and logits that
+            are not finite are left out.
 
     Attributes:
         temperature: Tensor (Q,), above 0; 1 before :meth:`fit`.

@@ -226,7 +226,7 @@ class MultimodalDataset(Dataset[MultimodalBatch]):
         invalid_steps: Number of steps by modality that are masked because their values were not finite, for the
             summary.
         validate_args: Check the values of features and labels on the CPU only (None), never (False; they may be on a
-            disk), or everywhere (True).
+            disk), or always (True).
 
     Raises:
         ValueError: If shapes disagree, a known label is not 0 or 1, a step that is not masked is not finite, or names

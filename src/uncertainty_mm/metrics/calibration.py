@@ -85,7 +85,7 @@ class MultilabelCalibrationError(_Binned):
         binning: `"width"` or `"mass"`.
         norm: `"l1"`, `"l2"` or `"max"`.
         average: `"macro"`, the mean over labels, or `"none"`.
-        validate_args: Check values on the CPU only (None), never (False), or everywhere (True).
+        validate_args: Check values on the CPU only (None), never (False), or always (True).
         settings: Passed on to `torchmetrics.Metric`.
 
     Raises:
@@ -134,7 +134,7 @@ class MultilabelSmoothCalibrationError(OfPredictions):
         num_labels: Number Q of labels.
         bandwidth: The width of the kernel, above 0; None for the choice of the paper.
         average: `"macro"`, the mean over labels, or `"none"`.
-        validate_args: Check values on the CPU only (None), never (False), or everywhere (True).
+        validate_args: Check values on the CPU only (None), never (False), or always (True).
         settings: Passed on to `torchmetrics.Metric`.
 
     Raises:
@@ -210,7 +210,7 @@ class MultilabelBrierDecomposition(_Binned):
         n_bins: Number of bins.
         binning: `"width"` or `"mass"`.
         average: `"macro"`, the mean over labels, or `"none"`.
-        validate_args: Check values on the CPU only (None), never (False), or everywhere (True).
+        validate_args: Check values on the CPU only (None), never (False), or always (True).
         settings: Passed on to `torchmetrics.Metric`.
 
     Raises:

@@ -23,7 +23,7 @@ class SampleJaccard(OfPredictions):
 
     Args:
         threshold: A label is predicted where its probability is above this, in [0, 1].
-        validate_args: Check values on the CPU only (None), never (False), or everywhere (True).
+        validate_args: Check values on the CPU only (None), never (False), or always (True).
         settings: Passed on to `torchmetrics.Metric`.
 
     Raises:

@@ -49,7 +49,7 @@ class DetectionAUROC(_Detection):
     numbers per sample. Unlike `torchmetrics.AUROC` it does not transform scores outside [0, 1].
 
     Args:
-        validate_args: Check values on the CPU only (None), never (False), or everywhere (True).
+        validate_args: Check values on the CPU only (None), never (False), or always (True).
         settings: Passed on to `torchmetrics.Metric`.
 
     Example:
@@ -76,7 +76,7 @@ class FPRAtTPR(_Detection):
 
     Args:
         tpr: The least share of errors to detect, in [0, 1].
-        validate_args: Check values on the CPU only (None), never (False), or everywhere (True).
+        validate_args: Check values on the CPU only (None), never (False), or always (True).
         settings: Passed on to `torchmetrics.Metric`.
 
     Raises:
@@ -112,7 +112,7 @@ class SpearmanCorrelation(OfScores):
     number of ties.
 
     Args:
-        validate_args: Check values on the CPU only (None), never (False), or everywhere (True).
+        validate_args: Check values on the CPU only (None), never (False), or always (True).
         settings: Passed on to `torchmetrics.Metric`.
 
     Example:

@@ -35,7 +35,7 @@ class AURC(OfScores):
 
     Args:
         excess: Return E-AURC, the excess over the area of the best order, instead of AURC.
-        validate_args: Check values on the CPU only (None), never (False), or everywhere (True).
+        validate_args: Check values on the CPU only (None), never (False), or always (True).
         settings: Passed on to `torchmetrics.Metric`.
 
     Raises:
@@ -71,7 +71,7 @@ class AUGRC(OfScores):
     `update(uncertainty, errors)` takes the arguments of the function. It stores two numbers per sample.
 
     Args:
-        validate_args: Check values on the CPU only (None), never (False), or everywhere (True).
+        validate_args: Check values on the CPU only (None), never (False), or always (True).
         settings: Passed on to `torchmetrics.Metric`.
 
     Example:
@@ -99,7 +99,7 @@ class RiskAtCoverage(OfScores):
 
     Args:
         coverage: The share of samples to answer, above 0 and at most 1.
-        validate_args: Check values on the CPU only (None), never (False), or everywhere (True).
+        validate_args: Check values on the CPU only (None), never (False), or always (True).
         settings: Passed on to `torchmetrics.Metric`.
 
     Raises:
@@ -136,7 +136,7 @@ class CoverageAtRisk(OfScores):
 
     Args:
         risk: The largest acceptable mean error.
-        validate_args: Check values on the CPU only (None), never (False), or everywhere (True).
+        validate_args: Check values on the CPU only (None), never (False), or always (True).
         settings: Passed on to `torchmetrics.Metric`.
 
     Raises:
@@ -174,7 +174,7 @@ class SelectiveF1(Accumulated):
     Args:
         coverage: The share of samples to answer, above 0 and at most 1.
         threshold: A label is predicted where its probability is above this, in [0, 1].
-        validate_args: Check values on the CPU only (None), never (False), or everywhere (True).
+        validate_args: Check values on the CPU only (None), never (False), or always (True).
         settings: Passed on to `torchmetrics.Metric`.
 
     Raises:

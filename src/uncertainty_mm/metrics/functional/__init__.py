@@ -7,9 +7,9 @@ values outside [0, 1] are an error.
 All functions of labels take `unknown`, a bool tensor of their shape, True where a label is not known. The result is
 that of the data without these entries, whatever their values (NaN, or -1).
 
-`validate_args` tells where values are checked: on the CPU only (None), never (False), or everywhere (True), which makes
-the host wait for an accelerator. Where values are not checked, a label above 0.5 counts as present, and values that are
-not finite are left out as if unknown.
+`validate_args` tells where values are checked: on the CPU only (None), never (False), or always (True), which stalls an
+accelerator. Where values are not checked, a label above 0.5 counts as present, and values that are not finite are left
+out as if unknown.
 """
 
 from uncertainty_mm.metrics.functional.calibration import (

@@ -67,7 +67,7 @@ def calibration_error(
             order of rows does not matter.
         norm: `"l1"` (the expected calibration error), `"l2"` or `"max"`.
         average: `"macro"`, the mean over labels that have samples, or `"none"`.
-        validate_args: Check values on the CPU only (None), never (False), or everywhere (True).
+        validate_args: Check values on the CPU only (None), never (False), or always (True).
 
     Returns:
         Scalar, or (Q,) for `"none"`, in [0, 1]; nan without samples.
@@ -121,7 +121,7 @@ def smooth_calibration_error(
         unknown: Bool tensor (N, Q), True where a label is not known and the sample is left out for this label.
         bandwidth: The width :math:`\sigma` of the kernel, above 0; None for the choice of the paper.
         average: `"macro"`, the mean over labels that have samples, or `"none"`.
-        validate_args: Check values on the CPU only (None), never (False), or everywhere (True).
+        validate_args: Check values on the CPU only (None), never (False), or always (True).
 
     Returns:
         Scalar, or (Q,) for `"none"`, in [0, 1]; nan without samples.
@@ -196,7 +196,7 @@ def brier_decomposition(
         n_bins: Number of bins.
         binning: `"width"` or `"mass"`, as in :func:`calibration_error`.
         average: `"macro"`, the mean over labels that have samples, or `"none"`.
-        validate_args: Check values on the CPU only (None), never (False), or everywhere (True).
+        validate_args: Check values on the CPU only (None), never (False), or always (True).
 
     Returns:
         The score and its parts; nan without samples.

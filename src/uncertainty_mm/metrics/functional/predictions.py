@@ -45,7 +45,7 @@ def sample_jaccard(
         unknown: Bool tensor (N, Q), True where a label is not known: it is in neither set.
         threshold: A label is predicted where its probability is above this, in [0, 1]: a number, or a tensor (Q,) or
             (1,).
-        validate_args: Check values on the CPU only (None), never (False), or everywhere (True).
+        validate_args: Check values on the CPU only (None), never (False), or always (True).
 
     Returns:
         Tensor (N,) in [0, 1]; nan for a sample without known labels, so take the mean with `.nanmean()`.
@@ -75,7 +75,7 @@ def predictive_entropy(probs: Tensor, *, validate_args: bool | None = None) -> T
 
     Args:
         probs: Tensor (N, Q) of probabilities in [0, 1]; 0 and 1 contribute 0.
-        validate_args: Check values on the CPU only (None), never (False), or everywhere (True).
+        validate_args: Check values on the CPU only (None), never (False), or always (True).
 
     Returns:
         Tensor (N,) in nats, in [0, Q ln 2].
@@ -114,7 +114,7 @@ def joint_energy(logits: Tensor, *, validate_args: bool | None = None) -> Tensor
 
     Args:
         logits: Tensor (N, Q) of finite logits.
-        validate_args: Check values on the CPU only (None), never (False), or everywhere (True).
+        validate_args: Check values on the CPU only (None), never (False), or always (True).
 
     Returns:
         Tensor (N,), at least 0.
@@ -153,7 +153,7 @@ def modality_attribution(
         sizes: Tensor (B, M), above 0: the size of the uncertainty of each modality, such as the norm of its standard
             deviations. Only ratios within a row matter.
         missing: Bool tensor (B, M), True where a modality is missing. Values there are ignored.
-        validate_args: Check values on the CPU only (None), never (False), or everywhere (True).
+        validate_args: Check values on the CPU only (None), never (False), or always (True).
 
     Returns:
         Tensor (B, M) whose rows sum to 1, with 0 for missing modalities; all 0 if all are missing.

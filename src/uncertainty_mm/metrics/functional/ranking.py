@@ -37,7 +37,7 @@ def auroc(uncertainty: Tensor, errors: Tensor, *, validate_args: bool | None = N
     Args:
         uncertainty: Tensor (N,) of finite numbers; larger means less certain.
         errors: Tensor (N,) of 0 and 1 or bool, whether the prediction was wrong.
-        validate_args: Check values on the CPU only (None), never (False), or everywhere (True).
+        validate_args: Check values on the CPU only (None), never (False), or always (True).
 
     Returns:
         Scalar in [0, 1], 1/2 for uninformative scores; nan unless there are both errors and correct predictions.
@@ -83,7 +83,7 @@ def fpr_at_tpr(
         uncertainty: Tensor (N,) of finite numbers; larger means less certain.
         errors: Tensor (N,) of 0 and 1 or bool, whether the prediction was wrong.
         tpr: The least share of errors to detect, in [0, 1].
-        validate_args: Check values on the CPU only (None), never (False), or everywhere (True).
+        validate_args: Check values on the CPU only (None), never (False), or always (True).
 
     Returns:
         Scalar in [0, 1], smaller is better; nan unless there are both errors and correct predictions.
@@ -116,7 +116,7 @@ def spearman(uncertainty: Tensor, errors: Tensor, *, validate_args: bool | None 
     Args:
         uncertainty: Tensor (N,) of finite numbers.
         errors: Tensor (N,) of finite numbers.
-        validate_args: Check values on the CPU only (None), never (False), or everywhere (True).
+        validate_args: Check values on the CPU only (None), never (False), or always (True).
 
     Returns:
         Scalar in [-1, 1]; nan for fewer than two samples or constant input.
@@ -153,7 +153,7 @@ def by_label(
         errors: Tensor (N, Q) of finite errors.
         unknown: Bool tensor (N, Q), True where a label is not known and the sample is left out for this label.
         average: `"macro"`, the mean over the labels for which the measure is defined, or `"none"`.
-        validate_args: Check values on the CPU only (None), never (False), or everywhere (True).
+        validate_args: Check values on the CPU only (None), never (False), or always (True).
 
     Returns:
         Scalar, or (Q,) for `"none"`; nan where the measure is undefined.

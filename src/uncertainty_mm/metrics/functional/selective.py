@@ -67,7 +67,7 @@ def risk_coverage(
         uncertainty: Tensor (N,) of finite numbers; larger means less certain.
         errors: Tensor (N,) of finite errors: 0 and 1 (or bool), or graded ones, such as 1 minus
             :func:`sample_jaccard`.
-        validate_args: Check values on the CPU only (None), never (False), or everywhere (True).
+        validate_args: Check values on the CPU only (None), never (False), or always (True).
 
     Returns:
         Curve and areas; the areas are nan without samples.
@@ -110,7 +110,7 @@ def augrc(uncertainty: Tensor, errors: Tensor, *, validate_args: bool | None = N
     Args:
         uncertainty: Tensor (N,) of finite numbers; larger means less certain.
         errors: Tensor (N,) of finite errors, as for :func:`risk_coverage`.
-        validate_args: Check values on the CPU only (None), never (False), or everywhere (True).
+        validate_args: Check values on the CPU only (None), never (False), or always (True).
 
     Returns:
         Scalar, in [0, 1/2] for errors in [0, 1], smaller is better; nan without samples.
@@ -142,7 +142,7 @@ def risk_at_coverage(
         uncertainty: Tensor (N,) of finite numbers; larger means less certain.
         errors: Tensor (N,) of finite errors, as for :func:`risk_coverage`.
         coverage: The share of samples to answer, above 0 and at most 1.
-        validate_args: Check values on the CPU only (None), never (False), or everywhere (True).
+        validate_args: Check values on the CPU only (None), never (False), or always (True).
 
     Returns:
         Scalar; nan without samples.
@@ -177,7 +177,7 @@ def coverage_at_risk(
         uncertainty: Tensor (N,) of finite numbers; larger means less certain.
         errors: Tensor (N,) of finite errors, as for :func:`risk_coverage`.
         risk: The largest acceptable mean error.
-        validate_args: Check values on the CPU only (None), never (False), or everywhere (True).
+        validate_args: Check values on the CPU only (None), never (False), or always (True).
 
     Returns:
         Scalar in [0, 1], larger is better; nan without samples.
@@ -225,7 +225,7 @@ def selective_f1(
         coverage: The share of samples to answer, above 0 and at most 1.
         threshold: A label is predicted where its probability is above this, in [0, 1]: a number, or a tensor (Q,) or
             (1,).
-        validate_args: Check values on the CPU only (None), never (False), or everywhere (True).
+        validate_args: Check values on the CPU only (None), never (False), or always (True).
 
     Returns:
         Scalar in [0, 1], larger is better; 0 if no label is present or predicted, nan without samples.

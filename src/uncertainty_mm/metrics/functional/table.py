@@ -48,7 +48,7 @@ def evaluate(
         threshold: A label is predicted where its probability is above this, in [0, 1]: a number, or a tensor (Q,) or
             (1,).
         unknown: Bool tensor (N, Q), True where a label is not known.
-        validate_args: Check values on the CPU only (None), never (False), or everywhere (True).
+        validate_args: Check values on the CPU only (None), never (False), or always (True).
 
     Returns:
         The measures by name, rounded to 4 digits; None where a measure is undefined.
