@@ -193,6 +193,17 @@ def test_no_evidence_is_too_much(fusion, value):
     assert all(x.isfinite().all() and x.dtype == torch.float32 for x in half)
 
 
+@pytest.mark.parametrize("rule", ["cumulative", "average", "discounted"])
+def test_gradient_of_much_evidence_is_finite(rule):
+    evidence = (1e30 * random_evidence(4, 3, 2).float()).requires_grad_()
+    fused = BeliefFusion(rule)(evidence)
+    assert gradient(sum(x.sum() for x in fused), evidence)[0].isfinite().all()
+
+
+def test_no_labels_are_no_error(fusion):
+    assert [x.shape for x in fusion(torch.ones(2, 3, 0, 2))] == [(2, 0, 2), *[(2, 0)] * 3]
+
+
 def test_dempster_knows_the_side_also_where_its_evidence_is_beyond_the_dtype():
     surest = of(*[(1e6, 2e6)] * 8, dtype=torch.float32)
     close(BeliefFusion("dempster")(surest).probs.flatten(), [1 / (1 + 2**8)])

@@ -1288,6 +1288,11 @@ FUNCTIONAL = [
         "`bank` to be finite, but got 4 NaN .*",
     ),
     rejects(
+        "supcon: products beyond float32",
+        supcon_call(filled((4, 4), 1e20, (0, 0), 0)),
+        r"the rows of .* to be so short that their products are numbers .*, but got values up to 1e\+20",
+    ),
+    rejects(
         "supcon: temperature infinite",
         supcon_call(temperature=INF),
         "`temperature` to be a number above 0, but got inf",

@@ -118,8 +118,10 @@ class BeliefFusion(Component):
             check_finite("evidence", evidence, left_out)
             check_range("evidence", evidence, 0, math.inf, left_out)
         evidence = at_least_float32(evidence)
-        # the limit on either side keeps their sum finite
+        # the limit on either side keeps their sum finite, and products where the trust has a gradient
         most = torch.finfo(evidence.dtype).max / 8
+        if self.rule == "discounted":
+            most = most**0.5
         evidence = evidence.clamp_max(most)
         if left_out is not None:
             evidence = evidence.masked_fill(left_out, 0)
@@ -134,7 +136,7 @@ class BeliefFusion(Component):
                 evidence = _discounted(evidence, degrees)
             fused = evidence.sum(1)
             if self.rule == "average":
-                present = torch.ones_like(evidence[:, :, 0, 0])
+                present = evidence.new_ones(evidence.shape[:2])
                 if missing is not None:
                     present = present.masked_fill(missing, 0)
                 fused = fused / present.sum(1).clamp_min(1)[:, None, None]

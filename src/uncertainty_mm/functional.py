@@ -130,10 +130,11 @@ def supcon_loss(
     check_choice("reduction", reduction, ("none", "mean", "sum"))
     check_flag("bf16_products", bf16_products)
     check_validate_args(validate_args)
-    if checks_values(embeddings, validate_args):
+    looks = checks_values(embeddings, validate_args)
+    if looks:
         check_finite("embeddings", embeddings, (classes < 0).unsqueeze(1))
         check_finite("bank", bank, (bank_classes < 0).unsqueeze(1))
-    return supcon(
+    loss = supcon(
         embeddings,
         classes,
         anchor_mask,
@@ -143,6 +144,13 @@ def supcon_loss(
         reduction,
         bf16_products,
     )
+    if looks and not loss.isfinite().all():
+        length = max(x.detach().abs().max().item() for x in (embeddings, bank) if x.numel())
+        raise ValueError(
+            "Expected the rows of `embeddings` and `bank` to be so short that their products are numbers "
+            f"(`F.normalize(x, dim=1)` has length 1), but got values up to {length:.3g}"
+        )
+    return loss
 
 
 def distribution_embedding(
