@@ -148,6 +148,15 @@ def sample(device, quick):
             yield {"steps": steps, "call": name, **times}
 
 
+def data(device, quick):
+    """An epoch of CMU-MOSEI's size through the loader, no workers, one thread; of 500 steps a fifth (5.7 GB)."""
+    torch.set_num_threads(1)
+    for samples, steps in [(256, 50)] if quick else [(training.SAMPLES, 50), (3265, 500)]:
+        for layout in ("folder", ".npz"):
+            row = {"samples": samples, "steps": steps, "layout": layout}
+            yield {**row, **training.loading(samples, steps, layout == "folder")}
+
+
 def epoch(device, quick):
     """An epoch of CMU-MOSEI's size (16,326 samples, 2.9 GB) at batch 128 through the trainer."""
     samples = 256 if quick else training.SAMPLES
@@ -159,7 +168,7 @@ def epoch(device, quick):
         }
 
 
-SECTIONS = {x.__name__: x for x in (tests, loss, step, parts, memory, sample, epoch)}
+SECTIONS = {x.__name__: x for x in (tests, loss, step, parts, memory, sample, data, epoch)}
 
 
 def shown(value):

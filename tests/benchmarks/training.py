@@ -1,14 +1,19 @@
 """The example's model at the sizes of the paper: 3 modalities of 50 steps, 768, 74 and 35 features."""
 
+import gc
 import logging
+import time
 from collections import Counter
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import lightning as L
 import torch
+import torch.nn.functional as F
 from lightning.pytorch.profilers import SimpleProfiler
-from measuring import wait
+from measuring import status, wait
 
-from uncertainty_mm.data import MultimodalBatch, MultimodalDataset
+from uncertainty_mm.data import MultimodalBatch, MultimodalDataset, read, write_folder
 from uncertainty_mm.examples.lddu_full import LDDU
 from uncertainty_mm.lightning import MultimodalDataModule
 
@@ -146,6 +151,38 @@ def serving(steps, device):
         "model.predict_step(batch, 0)": lambda: model.predict_step(batch, 0)["probs"].cpu(),
     }
     return {name: torch.inference_mode()(job) for name, job in jobs.items()}
+
+
+def loading(samples, steps, mapped):
+    """Processor seconds of an epoch through the loader, of half-filled sequences in memory or mapped from a folder."""
+    batch = drawn(samples, steps // 2)
+    longer = (0, 0, 0, steps - steps // 2)
+    features = {name: F.pad(x, longer) for name, x in batch.features.items()}
+    padding = {n: F.pad(x, longer[2:], value=True) for n, x in batch.padding_mask.items()}
+    data = MultimodalDataset(features, padding, batch.labels, list("abcdef"))
+    del batch, features, padding
+    with TemporaryDirectory() as folder:
+        if mapped:
+            write_folder({"train": data}, Path(folder) / "data")
+            data = read(Path(folder) / "data", splits=())["train"]
+            gc.collect()
+        before, most = status("RssAnon"), 0.0
+        for _ in range(2):  # the second counts
+            start, batches, longest = time.process_time(), 0, 0
+            for batch in data.loader(128, shuffle=True, trim=True):
+                batches, longest = batches + 1, longest + batch.padding_mask["text"].shape[1]
+                most = max(most, status("RssAnon") - before)
+            spent = time.process_time() - start
+        start = time.process_time()
+        data.statistics()
+        moments = time.process_time() - start
+    return {
+        "s an epoch": spent,
+        "ms a batch": 1e3 * spent / batches,
+        "steps of a batch": longest / batches,
+        "MB more": most,
+        "statistics, s": moments,
+    }
 
 
 class DrawnModule(MultimodalDataModule):
