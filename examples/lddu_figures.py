@@ -4,6 +4,7 @@
     python examples/lddu_figures.py RUN RUN_WITHOUT_SCL  # second run: trained with --model.scl_weight 0
     python examples/lddu_figures.py RUN --sample 17      # another sample for the case study
     python examples/lddu_figures.py RUN --data FILE      # other data than those of the run, or where they are now
+    python examples/lddu_figures.py RUN --beside TAILOR_RUN CARAT_RUN  # correlations of other models, too
 
 The best checkpoint of a run is applied to the test split. Huang et al. 2025, arXiv 2502.13954, have such figures:
 
@@ -11,7 +12,8 @@ The best checkpoint of a run is applied to the test split. Huang et al. 2025, ar
   contrastive loss.
 - `case.png` (Fig. 5): one sample; its probabilities and how sure the first prediction is of them, what every label
   attends to, and how much every modality counts.
-- `correlations.png`: how labels go together, in the data and in the predictions.
+- `correlations.png` (Fig. 5 too): how labels go together, in the data and in the predictions, also of other models,
+  such as the runs of `baselines`.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ import argparse
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -238,12 +242,34 @@ def draw_shares(
 # --- Correlations ----------------------------------------------------------------------------------------------------
 
 
-def correlations(probs: Tensor, threshold: Tensor, data: MultimodalDataset) -> Figure:
-    """Correlations of the labels and of the decisions, with their cosine similarity."""
-    decisions = (probs > threshold).float()
+def correlations(
+    probs: Tensor,
+    threshold: Tensor,
+    data: MultimodalDataset,
+    others: Mapping[str, Tensor] | None = None,
+) -> Figure:
+    """Correlations of the labels and of the decisions, with their cosine similarity.
+
+    With the decisions (N, Q) of other models by name, how far each model is from the labels instead.
+    """
+    decisions: Any = (probs > threshold).float()
+    if others:
+        decisions = {"LDDU": decisions, **others}
     axes = plots.label_correlation(data.labels, decisions, data.label_names, unknown=data.unknown)
     figure: Figure = axes[0].figure
     return figure
+
+
+def decisions_of(run: Path, data: MultimodalDataset) -> Tensor:
+    """What the run of any model has decided of the same test samples, (N, Q)."""
+    path = run / "predictions.npz"
+    if not path.exists():
+        raise UsageError(f"{path}: no such file")
+    with np.load(path) as file:
+        labels = torch.from_numpy(file["labels"])
+        if labels.shape != data.labels.shape or (labels != data.labels)[known(data)].any():
+            raise UsageError(f"{path}: not of these test samples and labels")
+        return torch.from_numpy(file["probs"] > file["threshold"]).float()
 
 
 # --- Command line ----------------------------------------------------------------------------------------------------
@@ -267,10 +293,11 @@ def draw(args: argparse.Namespace) -> None:
         position = interesting(
             outputs["probs"], model.threshold, outputs["missing"], data.labels, known(data)
         )
+    others = {"/".join(run.resolve().parts[-2:]): decisions_of(run, data) for run in args.beside}
     figures = {
         "tsne": tsne(models, data),
         "case": case(model, data, outputs, position),
-        "correlations": correlations(outputs["probs"], model.threshold, data),
+        "correlations": correlations(outputs["probs"], model.threshold, data, others),
     }
     folder = args.output or args.runs[0] / "figures"
     folder.mkdir(parents=True, exist_ok=True)
@@ -289,6 +316,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         add("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run; others for t-SNE")
         add("--data", type=Path, help="file or folder (default: the data of the run)")
         add("--sample", help="name or position of the test sample of the case study (see docs)")
+        beside = (
+            "folders MODEL/SEED of runs of other models, whose label correlations are drawn, too"
+        )
+        add("--beside", type=Path, nargs="*", default=[], metavar="RUN", help=beside)
         add("--output", type=Path, help="folder (default: RUN/figures)")
         draw(parser.parse_args(arguments))
 

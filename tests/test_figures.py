@@ -223,6 +223,19 @@ def test_correlations_are_of_the_decisions(applied):
     assert predicted.get_title() == f"predicted (cosine similarity {cosine:.2f})"
 
 
+def test_other_models_are_beside_in_the_correlations(trained, applied):
+    _, data, outputs = applied
+    threshold, other = outputs["probs"].median(0).values, figures.decisions_of(trained[2], data)
+    drawn = figures.correlations(outputs["probs"], threshold, data, {"other": other}).axes
+    assert [ax.get_title().split(" (")[0] for ax in drawn[:3]] == ["true", "LDDU", "other"]
+    with np.load(trained[2] / "predictions.npz") as file:
+        assert torch.equal(other > 0, torch.from_numpy(file["probs"] > file["threshold"]))
+    with pytest.raises(figures.UsageError, match="not of these test samples"):
+        figures.decisions_of(trained[2], data.select(torch.arange(5)))
+    with pytest.raises(figures.UsageError, match="no such file"):
+        figures.decisions_of(trained[0].parent, data)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

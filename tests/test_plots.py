@@ -257,6 +257,17 @@ def test_correlations_are_those_of_numpy_and_their_cosine_leaves_out_the_diagona
     assert axes[0].images[0].get_array().mask[2].all()
 
 
+def test_correlations_of_several_models_have_their_mean_difference_from_the_truth():
+    probs, labels = predictions()
+    axes = plots.label_correlation(labels, {"right": labels, "other": probs}, NAMES)
+    assert [ax.get_title() for ax in axes[:2]] == ["true", "right (mean difference 0.000)"]
+    true, _, other = (np.asarray(ax.images[0].get_array()) for ax in axes)
+    apart = np.abs(true - other)[~np.eye(Q, dtype=bool)].mean()
+    assert axes[2].get_title() == f"other (mean difference {apart:.3f})"
+    with pytest.raises(ValueError, match=r"predictions of a model, but got \{\}"):
+        plots.label_correlation(labels, {})
+
+
 def test_tensors_with_a_gradient_arrays_and_lists_are_drawn_alike():
     shares = [[0.25, 0.75], [0.5, 0.5]]
     for given in (shares, np.array(shares)[::1], torch.tensor(shares, requires_grad=True)):

@@ -443,7 +443,7 @@ def attention_map(
 
 def label_correlation(
     labels: Array,
-    probs: Array,
+    probs: Array | Mapping[str, Array],
     label_names: Sequence[str] | None = None,
     *,
     unknown: Array | None = None,
@@ -451,19 +451,20 @@ def label_correlation(
 ) -> AxesArray:
     """Plots the correlations between true labels, and those between predicted labels.
 
-    The title shows the cosine similarity of both matrices without their diagonals, which are always 1. Correlations
-    with a constant label are undefined; they are drawn in grey and left out.
+    The title shows the cosine similarity of both matrices without their diagonals, which are always 1; with several
+    models, each shows its mean absolute difference from the truth there. Correlations with a constant label are
+    undefined; they are drawn in grey and left out.
 
     Args:
         labels: (N, Q) of 0 and 1.
-        probs: (N, Q) predictions in [0, 1], probabilities or decisions.
+        probs: (N, Q) predictions in [0, 1], probabilities or decisions; or those of several models by name.
         label_names: Q names.
         unknown: (N, Q) bool, True where a label is not known. Each correlation is over the samples in which both labels
             are known.
-        ax: Two Axes to draw into.
+        ax: Two Axes to draw into, or one more than there are models.
 
     Returns:
-        Array (2,) of Axes: true, predicted.
+        Array (2,) of Axes: true, predicted; (1 + models,) of several.
 
     Raises:
         ValueError: If shapes disagree, values are out of range, or there are fewer than two labels or samples.
@@ -476,29 +477,37 @@ def label_correlation(
         >>> axes[1].get_title()
         'predicted (cosine similarity 1.00)'
     """
-    p, y = _tensor("probs", probs).double(), _tensor("labels", labels).double()
+    several = probs if isinstance(probs, Mapping) else {"predicted": probs}
+    if not several:
+        raise ValueError("Expected `probs` to hold the predictions of a model, but got {}")
+    y = _tensor("labels", labels).double()
     out = None if unknown is None else _tensor("unknown", unknown)
-    check_predictions(p, y, out, validate_args=True)
-    if min(p.shape) < 2:
-        raise ValueError(f"Expected `probs` to be at least (2, 2), but got {tuple(p.shape)}")
-    names = _names("label_names", label_names, p.shape[1], "label")
-    p, present, known = predictions(p, y, out)
-    true, predicted = _correlation(present.double(), known), _correlation(p, known)
-    used = ~np.eye(len(names), dtype=bool) & np.isfinite(true) & np.isfinite(predicted)
-    a, b = true[used], predicted[used]
-    norm = np.linalg.norm(a) * np.linalg.norm(b)
-    cosine = float(a @ b / norm) if norm > 0 else float("nan")
+    drawn: list[tuple[str, npt.NDArray[Any]]] = []
+    for name, given in several.items():
+        p = _tensor("probs", given).double()
+        check_predictions(p, y, out, validate_args=True)
+        if min(p.shape) < 2:
+            raise ValueError(f"Expected `probs` to be at least (2, 2), but got {tuple(p.shape)}")
+        p, present, known = predictions(p, y, out)
+        true, predicted = _correlation(present.double(), known), _correlation(p, known)
+        used = ~np.eye(len(true), dtype=bool) & np.isfinite(true) & np.isfinite(predicted)
+        a, b = true[used], predicted[used]
+        if several is probs:
+            apart = float(np.abs(a - b).mean()) if used.any() else float("nan")
+            title = f"{name} (mean difference {apart:.3f})"
+        else:
+            norm = np.linalg.norm(a) * np.linalg.norm(b)
+            cosine = float(a @ b / norm) if norm > 0 else float("nan")
+            title = f"{name} (cosine similarity {cosine:.2f})"
+        drawn.append((title, predicted))
+    drawn.insert(0, ("true", true))
+    names = _names("label_names", label_names, len(true), "label")
     if ax is None:
-        side = max(3.0, 1.6 + 0.42 * len(names))
-        axes = np.array(_figure(2 * side + 0.6, side).subplots(1, 2, sharey=True))
+        side, count = max(3.0, 1.6 + 0.42 * len(names)), len(drawn)
+        axes = np.array(_figure(count * side + 0.6, side).subplots(1, count, sharey=True))
     else:
-        axes = _given(ax, 2)
-    for panel, matrix, title in zip(
-        axes,
-        (true, predicted),
-        ("true", f"predicted (cosine similarity {cosine:.2f})"),
-        strict=True,
-    ):
+        axes = _given(ax, len(drawn))
+    for panel, (title, matrix) in zip(axes, drawn, strict=True):
         panel.set_facecolor("0.8")
         image = panel.imshow(np.ma.masked_invalid(matrix), vmin=-1, vmax=1, cmap="RdBu_r")
         panel.set_xticks(range(len(names)), names, rotation=45, ha="right")
