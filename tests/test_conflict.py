@@ -8,7 +8,17 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from support import HALF, Bad, close, no_default_device, poisoned, record_validate_args, refused
+from support import (
+    HALF,
+    NO_EXPORT_OF_ANY_BATCH,
+    TORCH_2_6,
+    Bad,
+    close,
+    no_default_device,
+    poisoned,
+    record_validate_args,
+    refused,
+)
 from uncertainty_mm import Conflict, Typicality
 from uncertainty_mm.metrics.functional import auroc
 
@@ -363,3 +373,19 @@ def test_default_device_does_not_matter_to_the_fit():
         no_default_device()
     close(module.covariance, expected.covariance)
     close(module.slope, expected.slope)
+
+
+@pytest.mark.skipif(TORCH_2_6, reason=NO_EXPORT_OF_ANY_BATCH)
+def test_is_exported_for_any_batch():
+    class Served(torch.nn.Module):
+        def __init__(self, rows):
+            super().__init__()
+            self.conflict = fitted(rows)
+
+        def forward(self, voice, face, text, missing):
+            return self.conflict(dict(zip(NAMES, (voice, face, text), strict=True)), missing)
+
+    module, batch = Served(draw(50)), torch.export.Dim("batch")
+    inputs, other = ((*draw(n).values(), torch.rand(n, 3) < 0.3) for n in (3, 7))
+    served = torch.export.export(module, inputs, dynamic_shapes=({0: batch},) * 4).module()
+    close(served(*other), module(*other))

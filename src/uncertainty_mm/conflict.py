@@ -163,7 +163,7 @@ class Conflict(FittedComponent):
         number = judged.sum(1, keepdim=True).clamp_min(1).to(ratios)
         prior = self.prior / (1 - self.prior) / number
         logits = (ratios + prior.log()).masked_fill(~judged, -torch.inf)
-        whole = logits.new_zeros(len(logits), 1)
+        whole = logits.new_zeros(logits.shape[0], 1)
         return torch.cat([whole, logits], 1).softmax(1)[:, 1:]
 
     def log_ratios(self, rows: Mapping[str, Tensor], missing: Tensor | None = None) -> Tensor:

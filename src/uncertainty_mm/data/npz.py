@@ -98,7 +98,8 @@ def read_npz(
     if label_names is None:
         wanted = ["labels", "label_names", *(["split"] if splits else []), *wanted]
     absent = [f"`{key}`" for key in wanted if key not in arrays]
-    need(not absent, path, f"missing {', '.join(absent)}")
+    hint = "" if "labels" in arrays else "; data without labels are read with `label_names`"
+    need(not absent, path, f"missing {', '.join(absent)}{hint * (label_names is None)}")
     labels, unknown, file_names = _labels(arrays, label_names, path)
     count = len(labels)
     codes = _codes(arrays.get("split"), count, path)
