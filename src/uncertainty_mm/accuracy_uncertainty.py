@@ -87,8 +87,7 @@ class AccuracyUncertaintyLoss(Component):
             probs: Tensor (B, Q) of probabilities in [0, 1]. Above 0.5 the label is predicted.
             uncertainty: Tensor (B, Q) of at least 0, on a scale where `tanh` does not saturate: the entropy of each
                 label in nats, as in the paper, or values of about [0, 1].
-            labels: Tensor (B, Q) of 0 and 1, any real dtype. Where values are not checked, a label above 0.5 counts as
-                present.
+            labels: Tensor (B, Q) of 0 and 1, any real dtype. If unchecked, above 0.5 counts as present.
             unknown: Bool tensor (B, Q), True where a label is not known; a whole row leaves the sample out. Values
                 there are ignored.
 

@@ -71,7 +71,7 @@ class Conflict(FittedComponent):
         num_directions: Largest number of principal directions of the standardised rows per modality.
         prior: Share :math:`\varrho` in (0, 1) of the samples that have a foreign modality.
         validate_args: Check values (NaN, infinity) in a forward pass on the CPU only (None), never (False), or always
-            (True), which stalls an accelerator. Where values are not checked, NaN gives NaN.
+            (True), which stalls an accelerator. If unchecked, NaN gives NaN.
 
     Attributes:
         shift: Mean (P,) of the columns of all modalities, concatenated.
@@ -229,7 +229,7 @@ class Conflict(FittedComponent):
 
     @torch.no_grad()
     def fit(self, rows: Mapping[str, Tensor], missing: Tensor | None = None) -> Conflict:
-        """Fits the Gaussian of all modalities to the rows of a data set; an earlier fit is replaced.
+        """Fits the Gaussian of all modalities to the rows of a data set.
 
         All is computed on the CPU in float64, without random numbers. The covariance of two modalities is taken over
         the samples that have both, and the pair with the fewest samples sets the shrinkage. Of 1e-4, 0.03 and 0.3, the

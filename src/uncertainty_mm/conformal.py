@@ -87,7 +87,7 @@ class ConformalRiskControl(Component):
     def fit(
         self, probs: Tensor, labels: Tensor, unknown: Tensor | None = None
     ) -> ConformalRiskControl:
-        r"""Fits the threshold; an earlier fit is replaced.
+        r"""Fits the threshold.
 
         .. math::
             \lambda = \max \left\{ t \in [0, 1] : \frac{n}{n + 1} \hat R(t) + \frac{1}{n + 1} \le \text{risk} \right\}

@@ -156,8 +156,8 @@ class DistributionSupConLoss(Component):
             `fullgraph=True`.
         bf16_products: Compute the matrix products in bfloat16; see :func:`~uncertainty_mm.functional.supcon_loss`.
         validate_args: Check values (NaN, labels other than 0 and 1) on the CPU only (None), never (False), or always
-            (True). Where values are not checked, a label above 0.5 counts as present, and rows that are not finite do
-            not enter the queue.
+            (True). If unchecked, a label above 0.5 counts as present, and rows that are not finite do not enter the
+            queue.
 
     Attributes:
         queue: The :class:`~uncertainty_mm.EmbeddingQueue` of earlier distributions. Its state also says what the rows
@@ -305,10 +305,9 @@ class DistributionSupConLoss(Component):
     ) -> None:
         """Adds a batch to the queue without computing a loss.
 
-        Meant for optimisers that compute the loss several times, such as `torch.optim.LBFGS`, and for gradient
-        checkpointing with several forward passes before the backward pass: call the loss with `enqueue=False`, and
-        this once after the backward pass. The arguments are those of :meth:`forward`; with `gather`, call it on all
-        ranks.
+        For optimisers that compute the loss several times, such as `torch.optim.LBFGS`, and for gradient checkpointing
+        with several forward passes before the backward pass: call the loss with `enqueue=False`, and this once after
+        the backward pass. Arguments are as for :meth:`forward`; with `gather`, call it on all ranks.
 
         Raises:
             ValueError: As :meth:`forward`.

@@ -116,8 +116,8 @@ class CorrectnessTracker(Component):
         num_labels: None keeps one history per sample, a number :math:`Q` one per sample and label.
         prior: Share in [0, 1] that is reported where no prediction has been seen yet.
         validate_args: Check values (indices in range, correctness in [0, 1]) on the CPU only (None), never (False), or
-            always (True), which stalls an accelerator. Where they are not checked, correctness that is not finite is
-            left out, and other values are clamped to [0, 1].
+            always (True), which stalls an accelerator. If unchecked, correctness that is not finite is left out, and
+            other values are clamped to [0, 1].
 
     Raises:
         ValueError: If an argument is out of range.

@@ -80,8 +80,7 @@ class DecisionFusion(Component):
       the others.
 
     The order of modalities does not matter, and missing modalities are ignored. Copies of one modality give the same
-    result as this modality alone: its logit, or with `"precision"` the logit of its expected probability. Without any
-    modality, the logit is 0.
+    result as this modality alone. Without any modality, the logit is 0.
 
     Conflict is the Jensen-Shannon divergence of the modalities in bits, with equal weights for any rule. With the
     binary entropy :math:`H` and the probabilities :math:`p_m` (with `"precision"` the expected ones) it is

@@ -113,8 +113,7 @@ class BetaEvidenceLoss(Component):
         Args:
             evidence: Tensor (B, Q, 2), at least 0, such as `F.softplus` of two outputs per label: for its presence,
                 `[..., 0]`, and its absence, `[..., 1]`.
-            labels: Tensor (B, Q) of 0 and 1, any real dtype. Where values are not checked, a label above 0.5 counts as
-                present.
+            labels: Tensor (B, Q) of 0 and 1, any real dtype. If unchecked, above 0.5 counts as present.
             unknown: Bool tensor (B, Q), True where a label is not known. Values there are ignored.
 
         Returns:

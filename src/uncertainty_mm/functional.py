@@ -88,7 +88,7 @@ def supcon_loss(
             float32. With 128 features, 12 classes and :math:`\tau = 0.07`, the measured relative error of the gradient
             is 0.2 % while the rows of a class point in all directions. It is 0.7, 4 and 10 % when they scatter about
             their centre by 1, 0.5 and 0.3 times its length, and the gradient is useless at 0.1, so leave this off when
-            the loss approaches its lowest value. Most of the error comes from rounding the embeddings.
+            the loss approaches its lowest value.
         validate_args: Check values on the CPU only (None), never (False), or always (True).
 
     Returns:
@@ -348,8 +348,7 @@ def beta_evidence_loss(
 
     Args:
         evidence: Tensor (B, Q, 2), at least 0, for presence, `[..., 0]`, and absence, `[..., 1]`.
-        labels: Tensor (B, Q) of 0 and 1, any real dtype. Where values are not checked, a label above 0.5 counts as
-            present.
+        labels: Tensor (B, Q) of 0 and 1, any real dtype. If unchecked, above 0.5 counts as present.
         unknown: Bool tensor (B, Q), True where a label is not known. Values there are ignored.
         validate_args: Check values on the CPU only (None), never (False), or always (True).
 
@@ -392,8 +391,7 @@ def beta_evidence_kl(
 
     Args:
         evidence: Tensor (B, Q, 2), at least 0, for presence, `[..., 0]`, and absence, `[..., 1]`.
-        labels: Tensor (B, Q) of 0 and 1, any real dtype. Where values are not checked, a label above 0.5 counts as
-            present.
+        labels: Tensor (B, Q) of 0 and 1, any real dtype. If unchecked, above 0.5 counts as present.
         unknown: Bool tensor (B, Q), True where a label is not known. Values there are ignored.
         validate_args: Check values on the CPU only (None), never (False), or always (True).
 
@@ -581,8 +579,7 @@ def prediction_distance(
 
     Args:
         probs: Tensor (B, Q) of probabilities in [0, 1].
-        labels: Tensor (B, Q) of 0 and 1, any real dtype. Where values are not checked, a label above 0.5 counts as
-            present.
+        labels: Tensor (B, Q) of 0 and 1, any real dtype. If unchecked, above 0.5 counts as present.
         unknown: Bool tensor (B, Q), True where a label is not known. Values there are ignored.
         validate_args: Check values on the CPU only (None), never (False), or always (True).
 
@@ -620,9 +617,8 @@ def expected_distance(probs: Tensor, *, validate_args: bool | None = None) -> Te
     r"""Distance from the labels as expected by the prediction itself: :func:`prediction_distance` without labels.
 
     If the label is 1 with probability :math:`p`, then :math:`\mathbb E|p - y| = p (1 - p) + (1 - p) p = 2 p (1 - p)`:
-    0 for a certain prediction, and 0.5 for a probability of 1/2. As the gate of
-    :class:`~uncertainty_mm.UncertaintyGatedFusion` it therefore never lets the standard deviations outweigh the means;
-    `2 * expected_distance(probs)` covers the whole range from 0 to 1.
+    0 for a certain prediction, and 0.5 for a probability of 1/2. It can gate an
+    :class:`~uncertainty_mm.UncertaintyGatedFusion`.
 
     Args:
         probs: Tensor (B, Q) of probabilities in [0, 1].

@@ -179,7 +179,7 @@ class DiagonalGaussian(NamedTuple):
             \mu = \sigma^2 \Bigl( \mu_0 + \sum_m \frac{\mu_m}{\sigma_m^2} \Bigr)
 
         Each modality is weighted by its precision :math:`1 / \sigma_m^2`. Missing modalities do not count, and if all
-        are missing, the prior remains. A softmax over log-precisions computes it without overflow or division by zero.
+        are missing, the prior remains.
 
         The standard deviation of the product does not depend on whether the means agree: it is the same for +3 and -3
         as for +3 and +3 (:func:`~uncertainty_mm.functional.reduced_chi2` measures the disagreement). The factors are

@@ -2,7 +2,7 @@
 
 Every function takes tensors or arrays, draws into `ax`, or into a new figure if `ax` is None, and returns the Axes, or
 an array of them. Nothing global is changed, and nothing is shown; `ax.figure.savefig(path)` writes the figure. The
-colours are those of Okabe and Ito, which colour-blind readers can distinguish as well.
+colours are those of Okabe and Ito, which colour-blind readers can distinguish.
 """
 
 from __future__ import annotations

@@ -48,12 +48,12 @@ _SPREAD, _SIZE, _ROUGHNESS = 1e-2, 1e-6, 1e-4
 class Typicality(Component):
     r"""Measures how unlike the training data a sequence is, and by how much its variance should grow.
 
-    A network does not know what it has never seen, and may predict an even smaller standard deviation for such input.
-    So this component does not ask the network. For each modality it fits a Gaussian to summaries of the training
-    sequences. A summary has :math:`2D + 3` numbers, computed from the standardised steps: the mean of every feature,
-    and the logarithms of the standard deviation of every feature, of the size of a step, of its Mahalanobis distance,
-    and of the difference between successive steps. Let :math:`d^2` be the squared Mahalanobis distance of a summary,
-    and :math:`q` the quantile `level` of such distances, taken over training sequences held out of the fit. Then
+    A network may predict an even smaller standard deviation for unfamiliar input, so this component does not rely on
+    one. For each modality it fits a Gaussian to summaries of the training sequences. A summary has :math:`2D + 3`
+    numbers, computed from the standardised steps: the mean of every feature, and the logarithms of the standard
+    deviation of every feature, of the size of a step, of its Mahalanobis distance, and of the difference between
+    successive steps. Let :math:`d^2` be the squared Mahalanobis distance of a summary, and :math:`q` the quantile
+    `level` of such distances over training sequences held out of the fit. Then
 
     .. math::
         r = \max(1, d^2 / q), \qquad s = 1 + \frac{r^p - 1}{p} \quad (p = 0 :\ s = 1 + \log r), \qquad
@@ -77,7 +77,7 @@ class Typicality(Component):
         covariance: `"oas"`: shrunk towards a multiple of the identity, the more the fewer rows there are;
             `"empirical"`: the covariance of the rows, with a pseudo-inverse if there are too few.
         validate_args: Check values (NaN, infinity) in a forward pass on the CPU only (None), never (False), or always
-            (True), which stalls an accelerator. Where values are not checked, a step that is not finite does not count.
+            (True), which stalls an accelerator. If unchecked, a step that is not finite does not count.
 
     Attributes:
         modality: `nn.ModuleDict` with the fitted state of every modality. It is saved with the model and stays float32;
@@ -285,7 +285,7 @@ class Typicality(Component):
 
     @torch.no_grad()
     def fit(self, data: MultimodalDataset | Iterable[MultimodalBatch]) -> Typicality:
-        """Fits the Gaussians to the sequences of a data set; an earlier fit is replaced.
+        """Fits the Gaussians to the sequences of a data set.
 
         The data are read twice, batch by batch: first for the moments of the steps, then for the summaries, whose
         2D + 3 numbers per sequence are kept in memory. All is computed on the CPU, the moments in float64. A summary

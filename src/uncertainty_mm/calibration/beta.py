@@ -46,7 +46,7 @@ class BetaCalibration(Component):
         TypeError: If an argument has the wrong type.
 
     Example:
-        >>> probs = torch.full((300, 1), 0.99)  # sure of itself,
+        >>> probs = torch.full((300, 1), 0.99)  # confident,
         >>> labels = torch.arange(300).unsqueeze(1) % 3 > 0  # but right two times in three
         >>> calibration = BetaCalibration(num_labels=1).fit(probs, labels)
         >>> calibration(probs[:1])
@@ -93,7 +93,7 @@ class BetaCalibration(Component):
 
     @torch.no_grad()
     def fit(self, probs: Tensor, labels: Tensor, unknown: Tensor | None = None) -> BetaCalibration:
-        r"""Fits the coefficients by maximum likelihood; an earlier fit is replaced.
+        r"""Fits the coefficients by maximum likelihood.
 
         .. math::
             \min_{a, b \ge 0,\, c} \sum_i \operatorname{BCE}(a \ln p_i - b \ln(1 - p_i) + c, y_i)

@@ -108,7 +108,7 @@ class HistogramBinning(Component):
 
     @torch.no_grad()
     def fit(self, probs: Tensor, labels: Tensor, unknown: Tensor | None = None) -> HistogramBinning:
-        """Counts the labels in each bin, on the CPU; an earlier fit is replaced.
+        """Counts the labels in each bin, on the CPU.
 
         Args:
             probs: Tensor (B, Q) in [0, 1], of a validation set.

@@ -106,7 +106,7 @@ class IsotonicCalibration(Component):
     def fit(
         self, probs: Tensor, labels: Tensor, unknown: Tensor | None = None
     ) -> IsotonicCalibration:
-        """Fits the map exactly, on the CPU; an earlier fit is replaced.
+        """Fits the map exactly, on the CPU.
 
         Args:
             probs: Tensor (B, Q) in [0, 1], of a validation set.

@@ -44,7 +44,7 @@ class PlattScaling(Component):
         TypeError: If an argument has the wrong type.
 
     Example:
-        >>> logits = torch.full((300, 1), 9.0)  # sure of itself,
+        >>> logits = torch.full((300, 1), 9.0)  # confident,
         >>> labels = torch.arange(300).unsqueeze(1) % 3 > 0  # but right two times in three
         >>> calibration = PlattScaling(num_labels=1).fit(logits, labels)
         >>> calibration(logits[:1]).sigmoid()
@@ -110,7 +110,7 @@ class PlattScaling(Component):
         *,
         groups: Tensor | None = None,
     ) -> PlattScaling:
-        r"""Fits scale and shift; an earlier fit is replaced.
+        r"""Fits scale and shift.
 
         First one pair is fitted for all labels, then another pair per label to the logits calibrated by the first.
         Both minimise

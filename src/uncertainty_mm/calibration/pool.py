@@ -100,7 +100,7 @@ class LogitPool(Component):
         *,
         groups: Tensor | None = None,
     ) -> LogitPool:
-        r"""Fits the weights; an earlier fit is replaced.
+        r"""Fits the weights.
 
         With :math:`w = \operatorname{softmax}(a)` they minimise, together with a scale :math:`s` for all labels and a
         shift :math:`t_q` for each,

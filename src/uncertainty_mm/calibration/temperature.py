@@ -39,7 +39,7 @@ class TemperatureScaling(Component):
         TypeError: If an argument has the wrong type.
 
     Example:
-        >>> logits = torch.full((300, 1), 9.0)  # sure of itself,
+        >>> logits = torch.full((300, 1), 9.0)  # confident,
         >>> labels = torch.arange(300).unsqueeze(1) % 3 > 0  # but right two times in three
         >>> calibration = TemperatureScaling(num_labels=1).fit(logits, labels)
         >>> calibration(logits[:1]).sigmoid()
@@ -86,7 +86,7 @@ class TemperatureScaling(Component):
     def fit(
         self, logits: Tensor, labels: Tensor, unknown: Tensor | None = None
     ) -> TemperatureScaling:
-        r"""Fits the temperature by maximum likelihood; an earlier fit is replaced.
+        r"""Fits the temperature by maximum likelihood.
 
         .. math::
             \operatorname*{arg\,min}_{1/100 \le T \le 100} \sum_i \operatorname{BCE}(\ell_i / T, y_i)

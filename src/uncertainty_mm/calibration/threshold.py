@@ -38,8 +38,8 @@ def best_threshold(
         labels: Tensor (B, Q) of 0 and 1, any real dtype.
         unknown: Bool tensor (B, Q), True where a label is not known. Values there are ignored.
         per_label: One threshold for each label instead of one for all.
-        validate_args: Check values on the CPU only (None), never (False), or always (True). Where they are not checked,
-            a label above 0.5 counts as present, and probabilities of NaN are left out.
+        validate_args: Check values on the CPU only (None), never (False), or always (True). If unchecked, a label above
+            0.5 counts as present, and probabilities of NaN are left out.
 
     Returns:
         Tensor (1,), or (Q,) with `per_label`, on the device of `probs`; `probs > threshold` decides.
@@ -111,8 +111,8 @@ def expected_threshold(
         probs: Tensor (B, Q) of calibrated probabilities in [0, 1] (:class:`PlattScaling`), of a validation split.
         unknown: Bool tensor (B, Q), True to leave the entry out. Values there are ignored.
         per_label: One threshold for each label instead of one for all.
-        validate_args: Check values on the CPU only (None), never (False), or always (True). Where they are not checked,
-            probabilities of NaN are left out.
+        validate_args: Check values on the CPU only (None), never (False), or always (True). If unchecked, probabilities
+            of NaN are left out.
 
     Returns:
         Tensor (1,), or (Q,) with `per_label`, in float32 on the device of `probs`; `probs > threshold` decides.

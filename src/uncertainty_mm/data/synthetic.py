@@ -71,7 +71,7 @@ class Posterior(NamedTuple):
 
 
 class SyntheticMMER:
-    r"""Generates multimodal multi-label data with an exact posterior, to compare a predicted uncertainty with.
+    r"""Generates multimodal multi-label data with an exact posterior, to test a predicted uncertainty.
 
     A sample has a set of labels :math:`y` from a correlated prior, given as a table over all :math:`2^Q` sets. Each
     modality shows it as a sequence of frames, which are independently

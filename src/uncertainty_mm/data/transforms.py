@@ -40,7 +40,7 @@ def drop_modalities(
         batch: The batch, which is not changed.
         share: Probability in [0, 1] that a sample is chosen. A chosen sample loses each of its modalities with a
             probability of 1/2, and so may lose all of them.
-        generator: A generator on the device of the batch; None for torch's default one.
+        generator: Generator on the device of the batch; None for the default.
 
     Returns:
         The batch, where removed modalities are masked and set to 0.
@@ -84,7 +84,7 @@ def noise(
         spread: Standard deviation (D_m,) of the features by modality, such as that of
             :meth:`~uncertainty_mm.data.MultimodalDataset.statistics`, or a number. Other modalities are not changed.
         size: The standard deviation of the noise, in units of `spread`, is uniform between 0 and `size`.
-        generator: A generator on the device of the batch; None for torch's default one.
+        generator: Generator on the device of the batch; None for the default.
 
     Returns:
         The batch with noise at valid steps.
@@ -282,7 +282,7 @@ def corrupt(
         size: See above; at least 0.
         statistics: Mean and standard deviation of the features of this modality, from
             :meth:`~uncertainty_mm.data.MultimodalDataset.statistics`; None for those of the batch.
-        generator: A generator on the device of the batch; None for torch's default one.
+        generator: Generator on the device of the batch; None for the default.
 
     Returns:
         The batch with other features in one modality; masks and padding are the same.

@@ -123,7 +123,7 @@ class OfScores(Accumulated):
         """Adds a batch.
 
         Args:
-            uncertainty: Tensor (N,) of finite numbers; larger means less certain.
+            uncertainty: Tensor (N,) of finite numbers; larger is less certain.
             errors: Tensor (N,) of finite errors: 0 and 1 (or bool), or graded ones.
 
         Raises:

@@ -86,7 +86,7 @@ class MultilabelCalibrationError(_Binned):
         norm: `"l1"`, `"l2"` or `"max"`.
         average: `"macro"`, the mean over labels, or `"none"`.
         validate_args: Check values on the CPU only (None), never (False), or always (True).
-        settings: Passed on to `torchmetrics.Metric`.
+        settings: For `torchmetrics.Metric`.
 
     Raises:
         ValueError: If an argument is out of range or unknown.
@@ -135,7 +135,7 @@ class MultilabelSmoothCalibrationError(OfPredictions):
         bandwidth: The width of the kernel, above 0; None for the choice of the paper.
         average: `"macro"`, the mean over labels, or `"none"`.
         validate_args: Check values on the CPU only (None), never (False), or always (True).
-        settings: Passed on to `torchmetrics.Metric`.
+        settings: For `torchmetrics.Metric`.
 
     Raises:
         ValueError: If an argument is out of range or unknown.
@@ -211,7 +211,7 @@ class MultilabelBrierDecomposition(_Binned):
         binning: `"width"` or `"mass"`.
         average: `"macro"`, the mean over labels, or `"none"`.
         validate_args: Check values on the CPU only (None), never (False), or always (True).
-        settings: Passed on to `torchmetrics.Metric`.
+        settings: For `torchmetrics.Metric`.
 
     Raises:
         ValueError: If an argument is out of range or unknown.

@@ -24,7 +24,7 @@ class SampleJaccard(OfPredictions):
     Args:
         threshold: A label is predicted where its probability is above this, in [0, 1].
         validate_args: Check values on the CPU only (None), never (False), or always (True).
-        settings: Passed on to `torchmetrics.Metric`.
+        settings: For `torchmetrics.Metric`.
 
     Raises:
         ValueError: If `threshold` is out of range.

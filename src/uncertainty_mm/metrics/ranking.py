@@ -50,7 +50,7 @@ class DetectionAUROC(_Detection):
 
     Args:
         validate_args: Check values on the CPU only (None), never (False), or always (True).
-        settings: Passed on to `torchmetrics.Metric`.
+        settings: For `torchmetrics.Metric`.
 
     Example:
         >>> metric = DetectionAUROC()
@@ -77,7 +77,7 @@ class FPRAtTPR(_Detection):
     Args:
         tpr: The least share of errors to detect, in [0, 1].
         validate_args: Check values on the CPU only (None), never (False), or always (True).
-        settings: Passed on to `torchmetrics.Metric`.
+        settings: For `torchmetrics.Metric`.
 
     Raises:
         ValueError: If `tpr` is out of range.
@@ -113,7 +113,7 @@ class SpearmanCorrelation(OfScores):
 
     Args:
         validate_args: Check values on the CPU only (None), never (False), or always (True).
-        settings: Passed on to `torchmetrics.Metric`.
+        settings: For `torchmetrics.Metric`.
 
     Example:
         >>> metric = SpearmanCorrelation()

@@ -36,7 +36,7 @@ class AURC(OfScores):
     Args:
         excess: Return E-AURC, the excess over the area of the best order, instead of AURC.
         validate_args: Check values on the CPU only (None), never (False), or always (True).
-        settings: Passed on to `torchmetrics.Metric`.
+        settings: For `torchmetrics.Metric`.
 
     Raises:
         TypeError: If `excess` is not a bool.
@@ -72,7 +72,7 @@ class AUGRC(OfScores):
 
     Args:
         validate_args: Check values on the CPU only (None), never (False), or always (True).
-        settings: Passed on to `torchmetrics.Metric`.
+        settings: For `torchmetrics.Metric`.
 
     Example:
         >>> metric = AUGRC()
@@ -100,7 +100,7 @@ class RiskAtCoverage(OfScores):
     Args:
         coverage: The share of samples to answer, above 0 and at most 1.
         validate_args: Check values on the CPU only (None), never (False), or always (True).
-        settings: Passed on to `torchmetrics.Metric`.
+        settings: For `torchmetrics.Metric`.
 
     Raises:
         ValueError: If `coverage` is out of range.
@@ -137,7 +137,7 @@ class CoverageAtRisk(OfScores):
     Args:
         risk: The largest acceptable mean error.
         validate_args: Check values on the CPU only (None), never (False), or always (True).
-        settings: Passed on to `torchmetrics.Metric`.
+        settings: For `torchmetrics.Metric`.
 
     Raises:
         ValueError: If `risk` is not finite.
@@ -175,7 +175,7 @@ class SelectiveF1(Accumulated):
         coverage: The share of samples to answer, above 0 and at most 1.
         threshold: A label is predicted where its probability is above this, in [0, 1].
         validate_args: Check values on the CPU only (None), never (False), or always (True).
-        settings: Passed on to `torchmetrics.Metric`.
+        settings: For `torchmetrics.Metric`.
 
     Raises:
         ValueError: If `coverage` or `threshold` is out of range.
@@ -227,7 +227,7 @@ class SelectiveF1(Accumulated):
         """Adds a batch.
 
         Args:
-            uncertainty: Tensor (N,) of finite numbers; larger means less certain.
+            uncertainty: Tensor (N,) of finite numbers; larger is less certain.
             probs: Tensor (N, Q) of probabilities in [0, 1].
             labels: Tensor (N, Q) of 0 and 1, any real dtype.
             unknown: Bool tensor (N, Q), True where a label is not known.

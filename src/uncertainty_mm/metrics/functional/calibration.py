@@ -60,7 +60,7 @@ def calibration_error(
     Args:
         probs: Tensor (N, Q) of probabilities in [0, 1].
         labels: Tensor (N, Q) of 0 and 1, any real dtype.
-        unknown: Bool tensor (N, Q), True where a label is not known and the sample is left out for this label.
+        unknown: Bool tensor (N, Q), True where a label is not known and left out.
         n_bins: Number of bins.
         binning: `"width"`: bins of equal width that include their lower edge, the last one also its upper edge.
             `"mass"`: bins with equally many samples, chosen for each label; equal probabilities share a bin, so the
@@ -118,7 +118,7 @@ def smooth_calibration_error(
     Args:
         probs: Tensor (N, Q) of probabilities in [0, 1].
         labels: Tensor (N, Q) of 0 and 1, any real dtype.
-        unknown: Bool tensor (N, Q), True where a label is not known and the sample is left out for this label.
+        unknown: Bool tensor (N, Q), True where a label is not known and left out.
         bandwidth: The width :math:`\sigma` of the kernel, above 0; None for the choice of the paper.
         average: `"macro"`, the mean over labels that have samples, or `"none"`.
         validate_args: Check values on the CPU only (None), never (False), or always (True).
@@ -192,7 +192,7 @@ def brier_decomposition(
     Args:
         probs: Tensor (N, Q) of probabilities in [0, 1].
         labels: Tensor (N, Q) of 0 and 1, any real dtype.
-        unknown: Bool tensor (N, Q), True where a label is not known and the sample is left out for this label.
+        unknown: Bool tensor (N, Q), True where a label is not known and left out.
         n_bins: Number of bins.
         binning: `"width"` or `"mass"`, as in :func:`calibration_error`.
         average: `"macro"`, the mean over labels that have samples, or `"none"`.

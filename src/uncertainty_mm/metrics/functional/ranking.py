@@ -35,7 +35,7 @@ def auroc(uncertainty: Tensor, errors: Tensor, *, validate_args: bool | None = N
     equal).
 
     Args:
-        uncertainty: Tensor (N,) of finite numbers; larger means less certain.
+        uncertainty: Tensor (N,) of finite numbers; larger is less certain.
         errors: Tensor (N,) of 0 and 1 or bool, whether the prediction was wrong.
         validate_args: Check values on the CPU only (None), never (False), or always (True).
 
@@ -80,7 +80,7 @@ def fpr_at_tpr(
     as :func:`joint_energy`.
 
     Args:
-        uncertainty: Tensor (N,) of finite numbers; larger means less certain.
+        uncertainty: Tensor (N,) of finite numbers; larger is less certain.
         errors: Tensor (N,) of 0 and 1 or bool, whether the prediction was wrong.
         tpr: The least share of errors to detect, in [0, 1].
         validate_args: Check values on the CPU only (None), never (False), or always (True).
@@ -149,9 +149,9 @@ def by_label(
     Args:
         measure: Function of `(uncertainty, errors)`, both (n,), that returns a scalar: :func:`auroc`, :func:`augrc`, or
             `lambda u, e: risk_coverage(u, e).aurc`.
-        uncertainty: Tensor (N, Q) of finite numbers; larger means less certain.
+        uncertainty: Tensor (N, Q) of finite numbers; larger is less certain.
         errors: Tensor (N, Q) of finite errors.
-        unknown: Bool tensor (N, Q), True where a label is not known and the sample is left out for this label.
+        unknown: Bool tensor (N, Q), True where a label is not known and left out.
         average: `"macro"`, the mean over the labels for which the measure is defined, or `"none"`.
         validate_args: Check values on the CPU only (None), never (False), or always (True).
 

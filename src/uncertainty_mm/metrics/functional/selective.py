@@ -64,7 +64,7 @@ def risk_coverage(
     Source: Geifman et al. 2019, arXiv 1805.08206.
 
     Args:
-        uncertainty: Tensor (N,) of finite numbers; larger means less certain.
+        uncertainty: Tensor (N,) of finite numbers; larger is less certain.
         errors: Tensor (N,) of finite errors: 0 and 1 (or bool), or graded ones, such as 1 minus
             :func:`sample_jaccard`.
         validate_args: Check values on the CPU only (None), never (False), or always (True).
@@ -108,7 +108,7 @@ def augrc(uncertainty: Tensor, errors: Tensor, *, validate_args: bool | None = N
     Source: Traub et al. 2024, arXiv 2407.01032.
 
     Args:
-        uncertainty: Tensor (N,) of finite numbers; larger means less certain.
+        uncertainty: Tensor (N,) of finite numbers; larger is less certain.
         errors: Tensor (N,) of finite errors, as for :func:`risk_coverage`.
         validate_args: Check values on the CPU only (None), never (False), or always (True).
 
@@ -139,7 +139,7 @@ def risk_at_coverage(
     the coverage.
 
     Args:
-        uncertainty: Tensor (N,) of finite numbers; larger means less certain.
+        uncertainty: Tensor (N,) of finite numbers; larger is less certain.
         errors: Tensor (N,) of finite errors, as for :func:`risk_coverage`.
         coverage: The share of samples to answer, above 0 and at most 1.
         validate_args: Check values on the CPU only (None), never (False), or always (True).
@@ -174,7 +174,7 @@ def coverage_at_risk(
     :class:`~uncertainty_mm.ConformalRiskControl`.
 
     Args:
-        uncertainty: Tensor (N,) of finite numbers; larger means less certain.
+        uncertainty: Tensor (N,) of finite numbers; larger is less certain.
         errors: Tensor (N,) of finite errors, as for :func:`risk_coverage`.
         risk: The largest acceptable mean error.
         validate_args: Check values on the CPU only (None), never (False), or always (True).
@@ -218,7 +218,7 @@ def selective_f1(
     of equal uncertainty each count with the means of their terms, so the order of rows does not matter.
 
     Args:
-        uncertainty: Tensor (N,) of finite numbers; larger means less certain.
+        uncertainty: Tensor (N,) of finite numbers; larger is less certain.
         probs: Tensor (N, Q) of probabilities in [0, 1].
         labels: Tensor (N, Q) of 0 and 1, any real dtype.
         unknown: Bool tensor (N, Q), True where a label is not known. A sample without known labels does not count.
