@@ -786,7 +786,25 @@ def test_a_second_training_chooses_anew(data):
     assert model._selection._best.sum() > 0
 
 
-def test_predictions_of_several_processes_are_refused(data, tmp_path):
+@pytest.mark.parametrize("chosen", [range(30), [7, 3, 20]])
+def test_predictions_are_of_the_samples_that_they_stand_beside(data, tmp_path, chosen):
+    """Whatever the order in which a loader gives them."""
+    part = data.part("test")
+    model = Pooled(data.modality_dims, data.label_names)
+    rows = torch.tensor(chosen).sort().values
+    wanted = model.predict(part.select(rows))["probs"]
+    loader = DataLoader(Subset(part, chosen), 4, shuffle=True, collate_fn=part.collate)
+    trainer_with(rooms.PredictionWriter(tmp_path / "p.npz")).predict(model, [loader])
+    with np.load(tmp_path / "p.npz") as file:
+        np.testing.assert_allclose(file["probs"], wanted, rtol=1e-5)
+        assert file["ids"].tolist() == [part.ids[row] for row in rows.tolist()]
+        np.testing.assert_array_equal(file["labels"], part.labels[rows])
+
+
+def test_predictions_of_several_processes_or_loaders_are_refused(data, tmp_path):
     writer = rooms.PredictionWriter(tmp_path / "p.csv")
     with pytest.raises(rooms.UsageError, match="devices must be 1"):
         writer.write_on_epoch_end(SimpleNamespace(world_size=2), None, [], [])
+    two = SimpleNamespace(world_size=1, predict_dataloaders=[data.part("test").loader()] * 2)
+    with pytest.raises(rooms.UsageError, match="of one loader, but there are 2"):
+        writer.write_on_epoch_end(two, None, [], [])

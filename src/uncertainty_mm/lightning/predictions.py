@@ -14,7 +14,9 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
+from torch.utils.data import Subset
 
 from uncertainty_mm._files import replacing
 from uncertainty_mm.data import MultimodalDataset
@@ -66,6 +68,8 @@ def reasons(
 class PredictionWriter(BasePredictionWriter):
     """Writes the results of `predict_step` as .csv, one row per sample, or as .npz, one array per output.
 
+    Samples come in the order of the data set, also where a loader shuffles them or takes only some.
+
     If the outputs include typicality, a last column explains in words why the model is less certain (:func:`reasons`).
 
     Args:
@@ -91,10 +95,31 @@ class PredictionWriter(BasePredictionWriter):
     ) -> None:
         if trainer.world_size > 1:
             raise UsageError("predictions are written by one process: devices must be 1")
-        loader: Any = trainer.predict_dataloaders
+        loaders: Any = CombinedLoader(trainer.predict_dataloaders, "sequential").flattened
+        if len(loaders) != 1:
+            raise UsageError(f"predictions are written of one loader, but there are {len(loaders)}")
         module: Any = pl_module
         outputs = {key: torch.cat([each[key] for each in predictions]) for key in predictions[0]}
-        self.write(outputs, loader.dataset, module.threshold)
+        # what was predicted, in the order of the loader, which may shuffle; unknown where Lightning could not follow it
+        rows = torch.tensor(
+            [row for batch in batch_indices[0] for row in batch], device="cpu"
+        ).long()
+        data = loaders[0].dataset
+        if not len(rows):
+            rows = torch.arange(len(next(iter(outputs.values()))), device="cpu")
+        while isinstance(data, Subset):
+            rows, data = torch.as_tensor(data.indices, device="cpu")[rows], data.dataset
+        if not isinstance(data, MultimodalDataset):  # as its `loader` gives it
+            data = getattr(data, "data", None)
+        if not isinstance(data, MultimodalDataset):
+            raise UsageError("predictions are written of a MultimodalDataset, or a subset of one")
+        rows, order = rows.sort(stable=True)
+        outputs = {key: x[order.to(x.device)] for key, x in outputs.items()}
+        if rows.tolist() != list(range(len(data))):
+            ids = data.ids or [*map(str, range(len(data)))]
+            data = data.select(rows)
+            data.ids = [ids[row] for row in rows.tolist()]
+        self.write(outputs, data, module.threshold)
 
     def write(
         self, outputs: Mapping[str, Tensor], data: MultimodalDataset, threshold: Tensor
