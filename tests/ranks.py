@@ -271,6 +271,20 @@ def gathered_supcon(rank, source, shares, embeddings, classes):
     return loss.detach(), own.grad
 
 
+def exchanged(rank, strategy, targets):
+    """What the formula says that this rank sends in a step of LDDU, and what it sends, with the number of exchanges."""
+    from benchmarks import scale_out
+
+    sizes = {"dims": {"a": 6, "b": 4}, "steps": 5, "labels": 3, "scl_rows": 12, "targets": targets}
+    small = {"hidden_dim": 8, "num_heads": 2, "num_layers": 1}
+    step, by_formula = scale_out.training_step(
+        4, dist.group.WORLD, strategy, False, **sizes, encoder=small, places={"hidden_dim": 8}
+    )
+    for _ in range(2):  # DDP gathers its buckets anew after the first
+        step()
+    return by_formula, *scale_out.counted(step)
+
+
 def left_alone(rank, how, timeout):
     """What rank 0 meets in every exchange while the others have died or hang: {name: (error, seconds)}."""
     latent = umm.DiagonalGaussian(torch.randn(4, 2, 3, 4), torch.ones(4, 2, 3, 4))

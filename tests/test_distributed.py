@@ -16,6 +16,7 @@ from ranks import (
     contrast_in_group,
     contrast_within_ddp,
     evaluate,
+    exchanged,
     gathered_scores,
     gathered_supcon,
     left_alone,
@@ -420,6 +421,22 @@ def test_metrics_of_several_processes_are_those_of_one(ranks, division):
         assert answer.keys() == expected.keys()
         for name, value in expected.items():
             torch.testing.assert_close(answer[name], value)
+
+
+# ------------------------------------------------------------------------------- what a step exchanges
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("strategy", "targets", "exchanges"),
+    [("ddp", "both", 6), ("ddp", "sample", 6), ("fsdp2", "both", 17)],
+)
+def test_step_sends_what_the_formula_says(ranks, strategy, targets, exchanges):
+    if TORCH_2_6:
+        pytest.skip("torch 2.6 has no FSDP2 for the CPU, and does not tell what was sent")
+    for by_formula, number, counted in ranks.run(exchanged, strategy, targets):
+        assert number == exchanges
+        assert counted == pytest.approx(sum(by_formula.values()), rel=1e-6)
 
 
 # -------------------------------------------------------------------------------- a rank that is gone

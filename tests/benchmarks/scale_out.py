@@ -1,6 +1,7 @@
 """What several processes exchange in a training step of LDDU, and what that costs: over gloo, on one machine.
 
 python tests/benchmarks/scale_out.py --output scale_out.json
+python tests/benchmarks/scale_out.py --expect 8 64 --batch 128     # by the formula alone, nothing is run
 
 The model is of the size of the paper (3 modalities of 50 steps, 6 labels, queue 8192), only the batch is smaller.
 Every process takes steps in turn with two copies of it: one exchanges, the other does all but that, so that others on
@@ -30,7 +31,9 @@ from uncertainty_mm.examples.lddu_full import LDDU
 
 PAPER = {"dims": {"text": 768, "audio": 74, "vision": 35}, "steps": 50, "labels": 6}
 SAMPLES = 16_326  # of the training split of CMU-MOSEI
+LINKS = (300, 12.5)  # GB/s that are assumed of NVLink, and of Ethernet of 100 Gbit/s
 FLOAT, LONG = 4, 8  # bytes
+BYTES = {"unsigned char": 1, "float": FLOAT, "long int": LONG}
 
 
 # --- The formula -----------------------------------------------------------------------------------------------------
@@ -45,8 +48,8 @@ def bytes_sent(world_size, batch_size, model, strategy="ddp", backend="nccl"):
 
     Args:
         world_size: Number of processes W.
-        batch_size: Samples per process.
-        model: An LDDU, not wrapped.
+        batch_size: Samples per process, which is also the `max_batch_size` of the losses.
+        model: An LDDU, not yet wrapped.
         strategy: `"ddp"` or `"fsdp2"`, with the parts of `sharded_parts`.
         backend: `"nccl"` or `"gloo"`.
     """
@@ -97,19 +100,19 @@ def sharded_parts(model):
 
 def make_model(batch_size, group, dims, steps, labels, **options):
     options = {"contrastive": {}, "ordinality": {}} | options
+    name = None if group is None else group.group_name
+    gathers = {"gather": True, "process_group": name, "max_batch_size": batch_size}
     for loss in ("contrastive", "ordinality"):
-        options[loss] = {"gather": True, "process_group": group and group.group_name} | options[
-            loss
-        ]
-    options["contrastive"] |= {"max_batch_size": batch_size}
+        options[loss] = gathers | options[loss]
     torch.manual_seed(0)
     names = [str(label) for label in range(labels)]
     return LDDU(dims, dict.fromkeys(dims, steps), names, SAMPLES, **options)
 
 
 def training_step(batch_size, group, strategy, silent, dims, steps, labels, **options):
-    """A model, and a function that takes a step with it."""
+    """A function that takes a step, and what the formula says of it."""
     model = make_model(batch_size, group, dims, steps, labels, **options)
+    by_formula = bytes_sent(dist.get_world_size(), batch_size, model, strategy, "gloo")
     if strategy == "ddp":
         parallel = DistributedDataParallel(model, process_group=group)
         if silent:
@@ -135,7 +138,7 @@ def training_step(batch_size, group, strategy, silent, dims, steps, labels, **op
         optimizer.step()
         optimizer.zero_grad()
 
-    return model, step
+    return step, by_formula
 
 
 def _keep(_, bucket):
@@ -158,11 +161,12 @@ def counted(step):
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
         step()
         dist.barrier()
-    events = [
-        x for x in profiler.events() if x.name.startswith("gloo:") and "barrier" not in x.name
-    ]
-    numbers = [factor[x.name] * sum(map(math.prod, x.input_shapes)) for x in events]
-    return len(events), FLOAT * sum(numbers)
+    events = [x for x in profiler.events() if x.name in factor]
+    sent = 0.0
+    for event in events:
+        for shape, dtype in zip(event.input_shapes, event.input_dtypes, strict=True):
+            sent += factor[event.name] * math.prod(shape) * BYTES[dtype]
+    return len(events), sent
 
 
 def bytes_on_loopback():
@@ -174,15 +178,13 @@ def bytes_on_loopback():
 
 def measure(rank, batch_size, strategy, rounds, sizes=PAPER):
     """What a process of the default group measures; all of them call it."""
-    _, step = training_step(batch_size, dist.group.WORLD, strategy, False, **sizes)
-    world_size = dist.get_world_size()
-    plain = make_model(batch_size, None, **sizes)
-    by_formula = bytes_sent(world_size, batch_size, plain, strategy, "gloo")
+    step, by_formula = training_step(batch_size, dist.group.WORLD, strategy, False, **sizes)
     nobody = dist.new_group(backend="fake")
-    _, alone = training_step(batch_size, nobody, strategy, True, **sizes)
+    alone, _ = training_step(batch_size, nobody, strategy, True, **sizes)
     for _ in range(2):
         step()
         alone()
+    world_size = dist.get_world_size()
     exchanges, by_count = counted(step)
     dist.barrier()
     before = bytes_on_loopback()
@@ -230,6 +232,21 @@ def run(world_size, *arguments):
         return json.loads(Path(folder, "result.json").read_text())
 
 
+def print_expected(world_sizes, batch_size):
+    """What the formula says of more processes than there are."""
+    model = make_model(batch_size, None, **PAPER)
+    print("| | processes | MB sent | of it by the losses | ", end="")
+    print(" | ".join(f"ms at {speed} GB/s" for speed in LINKS), "|\n|---|---:|---:|---:|---:|---:|")
+    for strategy in ("ddp", "fsdp2"):
+        for world_size in world_sizes:
+            sent = bytes_sent(world_size, batch_size, model, strategy)
+            whole = sum(sent.values())
+            cells = [strategy, world_size, f"{whole / 1e6:.1f}"]
+            cells += [f"{sum(x for name, x in sent.items() if 'loss' in name) / 1e6:.1f}"]
+            cells += [f"{whole / speed / 1e6:.2f}" for speed in LINKS]
+            print("|", " | ".join(map(str, cells)), "|")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
@@ -237,7 +254,10 @@ def main():
     parser.add_argument("--batch", type=int, default=16, help="samples per process")
     parser.add_argument("--rounds", type=int, default=15, help="steps of which the median is taken")
     parser.add_argument("--output", type=Path, help="a JSON file")
+    parser.add_argument("--expect", type=int, nargs="+", help="numbers of processes to compute")
     given = parser.parse_args()
+    if given.expect:
+        return print_expected(given.expect, given.batch)
     rows = [
         run(world_size, given.batch, strategy, given.rounds)
         for strategy in given.strategies
