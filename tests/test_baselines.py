@@ -703,11 +703,45 @@ def test_what_a_comparison_writes(tmp_path, monkeypatch):
     assert f"| 1 | {ahead:+.4f}"[:-2] in lines[0]
 
 
-def test_methods_for_one_sequence_read_one_modality_alone():
-    found = comparison.of_one(["late", "sgm", "lddu"], ["text", "face"])
-    assert list(found) == ["sgm-of-text", "sgm-of-face"]
-    arm = comparison.ARMS["sgm"]
-    assert found["sgm-of-face"] == arm._replace(options=("--model.modality", "face"))
+def test_variants_read_one_modality_or_borrow_of_lddu():
+    arms = ["late", "sgm", "amp", "prior", "lddu"]
+    found = comparison.variants(arms, ["text", "face"], ["pooling", "typicality"])
+    late, amp = ["late-with-pooling", "late-with-typicality"], ["amp-with-typicality"]
+    assert list(found) == [*late, "sgm-of-text", "sgm-of-face", *amp]
+    for name, options in (
+        ("sgm-of-face", ("--model.modality", "face")),
+        (*amp, ("--model.borrows", "[typicality]")),
+    ):
+        assert found[name] == comparison.ARMS[name.split("-")[0]]._replace(options=options)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_what_is_borrowed_of_lddu(name):
+    can = comparison.NETWORKS[name].can_borrow
+    for part in {"pooling", "typicality"} - set(can):
+        with pytest.raises(ValueError, match="Expected `borrows` to hold some of"):
+            network(name, borrows=[part])
+    features, padding, *_ = inputs()
+    torch.manual_seed(0)
+    plain = network(name).eval()(features, padding).logits
+    if "pooling" in can:
+        torch.manual_seed(0)
+        model = network(name, borrows=["pooling"]).eval()
+        experts = model.experts(model(features, padding))
+        torch.testing.assert_close(experts[:, 0], plain)
+        assert experts.shape == (7, model.pool.num_experts, LABELS)
+        assert (experts[:-1, 0] != experts[:-1, 1]).any()
+    if "typicality" in can:
+        torch.manual_seed(0)
+        model = network(name, borrows=["typicality"]).eval()
+        torch.testing.assert_close(model(features, padding).logits, plain)  # nothing is untypical
+        model.typicality.forward = lambda x, mask: torch.tensor([1.0, 1e9, 1e9]).expand(7, 3)
+        found = model(features, padding).logits
+        only = padding | {m: torch.ones_like(padding[m]) for m in ("audio", "face")}
+        if name == "late":
+            expected = model(features, only).logits
+            torch.testing.assert_close(found[:1], expected[:1])
+        assert (found[0] != plain[0]).all()
 
 
 @pytest.mark.long

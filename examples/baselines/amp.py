@@ -42,16 +42,18 @@ def most_read(weights: Tensor, padding: Vectors, share: float = SHARE) -> list[T
 class Adversarial(Baseline):
     """Labels ask steps and weigh modalities, in spite of two adversaries."""
 
+    can_borrow = ("typicality",)
+
     def build(self, sizes: Sizes) -> None:
         self.queries = LabelQueries(sizes.modalities, sizes)
         self.modality = ModalityAttention(sizes.dim)
         self.hidden = mlp(sizes.dim, sizes.dim, sizes.dim, sizes.dropout)
         self.head = LabelHead(sizes)
 
-    def fuse(self, encoded: Vectors, padding: Vectors) -> Output:
+    def fuse(self, encoded: Vectors, padding: Vectors, factor: Tensor | None = None) -> Output:
         missing = torch.stack([mask.all(1) for mask in padding], dim=1)
         read, steps = self.queries(encoded, padding, need_weights=True)
-        weights = self.modality.weights(read, missing)
+        weights = self.modality.weights(read, missing, factor)
         logits = self.head(self.hidden((weights * read).sum(1)))
         each = zip(weights.unbind(1), steps.values(), strict=True)
         return Output(logits, {}, torch.cat([of * among for of, among in each], dim=2))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from uncertainty_mm import LogitPool, Typicality
 from uncertainty_mm.data import MultimodalBatch
 from uncertainty_mm.encoder import EncoderLayer, PackedSteps, SequenceEncoder
 from uncertainty_mm.lightning import MultilabelModule, masked_bce
@@ -21,6 +22,7 @@ class Output(NamedTuple):
     logits: Tensor  # (B, Q)
     auxiliary: Mapping[str, Tensor]  # weighted losses beside the cross-entropy
     hidden: Any = None  # what `Baseline.auxiliary` needs
+    others: Sequence[Tensor] = ()  # further predictions (B, Q), which can be pooled
 
 
 class Sizes(NamedTuple):
@@ -37,7 +39,9 @@ class Baseline(MultilabelModule):
     """A network that joins what the encoders say of the modalities.
 
     A subclass adds its layers in `build(sizes)`. Its `fuse(encoded, padding)` makes logits (B, Q), or an `Output`, of
-    the encoded steps (B, S_m, D) and their padding (B, S_m), each a list by modality.
+    the encoded steps (B, S_m, D) and their padding (B, S_m), each a list by modality. If it weighs the modalities, it
+    also takes the factor (B, M) of the variances that :class:`~uncertainty_mm.Typicality` gives in evaluation, None
+    without, and divides the weights by it.
 
     Args:
         modality_dims: Sizes of the features by modality.
@@ -45,10 +49,20 @@ class Baseline(MultilabelModule):
         label_names: Labels.
         encoder: Options of the encoders.
         dropout: Dropout of the layers behind the encoders.
+        borrows: What it takes over from LDDU, of `can_borrow`: a pool of its predictions, fitted on the validation data
+            (`"pooling"`), and that a modality unlike the training data counts less (`"typicality"`).
         training: Options of :class:`~uncertainty_mm.lightning.MultilabelModule`.
+
+    Attributes:
+        can_borrow: Class attribute: `"pooling"` where it makes several predictions, `"typicality"` where it weighs the
+            modalities.
+
+    Raises:
+        ValueError: If it cannot borrow what it is to borrow.
     """
 
     parts: ClassVar = {"encoder": SequenceEncoder}
+    can_borrow: ClassVar[Sequence[str]] = ()
 
     def __init__(
         self,
@@ -58,20 +72,45 @@ class Baseline(MultilabelModule):
         *,
         encoder: Mapping[str, Any] = {},
         dropout: float = 0.1,
+        borrows: Sequence[Literal["pooling", "typicality"]] = (),
         **training: Any,
     ) -> None:
         super().__init__(label_names, **training)
+        if not set(borrows) <= set(self.can_borrow):
+            raise ValueError(
+                f"Expected `borrows` to hold some of {[*self.can_borrow]}, but got {[*borrows]}"
+            )
+        self.pooled = "pooling" in borrows
+        self.typicality = None
+        if "typicality" in borrows:
+            self.typicality = Typicality(modality_dims, validate_args=False)
         self.encoder = nn.ModuleDict()
         for name, dim in modality_dims.items():
             self.encoder[name] = first = self.part("encoder", encoder, dim, max_steps[name])
         heads = first.layers[0].num_heads
-        self.build(Sizes(len(modality_dims), len(label_names), first.hidden_dim, heads, dropout))
+        sizes = Sizes(len(modality_dims), len(label_names), first.hidden_dim, heads, dropout)
+        self.build(sizes)
+        if self.pooled:
+            self.pool = LogitPool(1 + self.count_others(sizes), sizes.labels, validate_args=False)
+
+    def count_others(self, sizes: Sizes) -> int:
+        """How many further predictions it makes."""
+        return 1
 
     def forward(self, features: Mapping[str, Tensor], padding_mask: Mapping[str, Tensor]) -> Output:
         masks = [padding_mask[name] for name in self.encoder]
         each = zip(self.encoder.items(), masks, strict=True)
-        fused = self.fuse([encoder(features[name], mask) for (name, encoder), mask in each], masks)
+        encoded = [encoder(features[name], mask) for (name, encoder), mask in each]
+        typical = ()
+        if self.typicality is not None and not self.training:
+            typical = (self.typicality(features, padding_mask),)
+        fused = self.fuse(encoded, masks, *typical)
         return fused if isinstance(fused, Output) else Output(fused, {})
+
+    def experts(self, output: Output) -> Tensor:
+        """Logits of the predictions that are pooled, (B, E, Q)."""
+        others = output.others if self.pooled else ()
+        return torch.stack([output.logits, *others], dim=1)
 
     def losses(self, output: Output, batch: MultimodalBatch) -> dict[str, Tensor]:
         """The cross-entropy, the losses of the network itself, and their sum, `total`."""
@@ -84,11 +123,13 @@ class Baseline(MultilabelModule):
         return output.auxiliary
 
     def on_fit_start(self) -> None:
-        """Standardises the features as LDDU does."""
+        """Standardises the features as LDDU does, and learns what is typical."""
         super().on_fit_start()
         statistics = self.trainer.datamodule.statistics()
         for name, encoder in self.encoder.items():
             encoder.standardize(statistics[name].mean, statistics[name].std)
+        if self.typicality is not None:
+            self.typicality.fit(self.trainer.datamodule.part("train"))
 
     def training_step(self, batch: MultimodalBatch, batch_idx: int) -> Tensor:
         losses = self.losses(self(batch.features, batch.padding_mask), batch)

@@ -50,6 +50,7 @@ def shuffled(x: Tensor) -> tuple[Tensor, Tensor]:
 class Reconstruction(Baseline):
     """Label vectors of each modality, rebuilt from the others, shuffled and aggregated."""
 
+    can_borrow = ("pooling", "typicality")
     rows = 512  # at most so many vectors of a batch, those of its first samples, are in the contrastive loss
 
     def build(self, sizes: Sizes) -> None:
@@ -61,19 +62,19 @@ class Reconstruction(Baseline):
         self.telling = ModalityAttention(dim)
         self.head = mlp(sizes.labels * dim, dim, sizes.labels, sizes.dropout)
 
-    def aggregate(self, vectors: Tensor) -> Tensor:
+    def aggregate(self, vectors: Tensor, factor: Tensor | None = None) -> Tensor:
         """Logits (B, Q) of vectors (B, M, Q, D): what all labels say together, each by its most telling modality."""
         none = torch.zeros(vectors.shape[:2], dtype=torch.bool, device=vectors.device)
-        return self.head(self.telling(vectors, none).flatten(1))
+        return self.head(self.telling(vectors, none, factor).flatten(1))
 
-    def fuse(self, encoded: Vectors, padding: Vectors) -> Output:
+    def fuse(self, encoded: Vectors, padding: Vectors, factor: Tensor | None = None) -> Output:
         missing = torch.stack([mask.all(1) for mask in padding], dim=1)
         alone = (~missing).sum(1, keepdim=True) == (~missing).int()  # no other is there
         read = self.queries(encoded, padding)
         z = F.normalize(each(self.latent, read), dim=3)
         z = z.masked_fill(missing[:, :, None, None], 0)
         rebuilt = each(self.rebuild, mean_of_others(z, missing))
-        again = F.normalize(each(self.latent, rebuilt), dim=3)
+        z_again = F.normalize(each(self.latent, rebuilt), dim=3)
         where = [mask[:, :, None, None] for mask in (missing, alone)]
         views = torch.where(where[0], rebuilt, read), torch.where(where[1], read, rebuilt)
 
@@ -85,15 +86,16 @@ class Reconstruction(Baseline):
             "own": distance(each(self.rebuild, z), missing),
             "rebuilt": distance(rebuilt, left_out),
         }
-        hidden = views, torch.stack([z, again]), torch.stack([missing, left_out])
-        return Output(self.aggregate(views[0]), losses, hidden)
+        hidden = views, torch.stack([z, z_again]), torch.stack([missing, left_out])
+        again = self.aggregate(views[1])
+        return Output(self.aggregate(views[0], factor), losses, hidden, (again,))
 
     def auxiliary(self, output: Output, batch: MultimodalBatch) -> Mapping[str, Tensor]:
         views, latent, left_out = output.hidden
         target = self.targets(batch)
         unknown = torch.zeros_like(target) if batch.unknown is None else batch.unknown
         unknown = unknown.bool()
-        again = masked_bce(self.aggregate(views[1]), target, unknown)
+        again = masked_bce(output.others[0], target, unknown)
         mixed, sample = shuffled(torch.cat(views, dim=1))
         mixed = masked_bce(
             self.head(mixed.flatten(2)).mean(1), target.gather(0, sample), unknown.gather(0, sample)

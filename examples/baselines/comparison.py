@@ -3,6 +3,7 @@
     python examples/baselines --data FILE FILE                         # all methods, five seeds
     python examples/baselines --data FILE --arms lddu late --seeds 0 1 2 -- --config small
     python examples/baselines --data FILE --modality text -- --config small  # text alone, too
+    python examples/baselines --data FILE --borrow pooling typicality -- --config small  # with parts of LDDU, too
 
 A sweep (`sweep.py`) over methods. All networks share the encoders, the training, the choice of the checkpoint, the
 calibration and the thresholds of `lddu_full.py`; what follows `--` holds for all of them. The classical methods
@@ -117,14 +118,23 @@ def report(rows: Sequence[sweep.Row], output: Path) -> str:
     return sweep.by_data(rows, tables)
 
 
-def of_one(arms: Sequence[str], modalities: Sequence[str]) -> dict[str, sweep.Arm]:
-    """The methods for one sequence among these arms, each reading one modality alone."""
-    return {
-        f"{arm}-of-{modality}": ARMS[arm]._replace(options=("--model.modality", modality))
-        for arm in arms
-        if issubclass(ARMS[arm].model, OneSequence)
-        for modality in modalities
-    }
+def variants(
+    arms: Sequence[str], modalities: Sequence[str], borrowed: Sequence[str]
+) -> dict[str, sweep.Arm]:
+    """Of these arms, those for one sequence reading one modality alone, and those that can borrow a part of LDDU."""
+    found = {}
+    for arm in arms:
+        model = ARMS[arm].model
+        read = modalities if issubclass(model, OneSequence) else ()
+        can = getattr(model, "can_borrow", ())
+        options = {f"{arm}-of-{each}": ("--model.modality", each) for each in read}
+        options |= {
+            f"{arm}-with-{each}": ("--model.borrows", f"[{each}]")
+            for each in borrowed
+            if each in can
+        }
+        found |= {name: ARMS[arm]._replace(options=each) for name, each in options.items()}
+    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -133,8 +143,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser = sweep.parser("LDDU beside simpler methods.", "runs/baselines", list(ARMS))
         alone = "methods for one sequence read each of these alone, too: sgm-of-text"
         parser.add_argument("--modality", nargs="*", default=[], metavar="NAME", help=alone)
+        borrow = "methods that can also take these over from LDDU: late-with-pooling"
+        parts = ("pooling", "typicality")
+        parser.add_argument("--borrow", nargs="*", default=[], choices=parts, help=borrow)
         args = parser.parse_args(arguments)
-        more = of_one(args.arms, args.modality)
+        more = variants(args.arms, args.modality, args.borrow)
         args.arms += more
         rows, failed = sweep.run_all(work, ARMS | more, args, BASE)
         sweep.publish(args.output / "baselines.md", report(rows, args.output), failed)

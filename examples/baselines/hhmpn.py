@@ -32,13 +32,15 @@ class MessagePassing(Baseline):
         self.label_to_label = Transformer(*options)
         self.head = LabelHead(sizes)
 
-    def fuse(self, encoded: Vectors, padding: Vectors) -> Tensor:
+    can_borrow = ("typicality",)
+
+    def fuse(self, encoded: Vectors, padding: Vectors, factor: Tensor | None = None) -> Tensor:
         lengths = [mask.shape[1] for mask in padding]
         steps = self.feature_to_feature(torch.cat([*encoded], dim=1), torch.cat([*padding], dim=1))
         labels = self.labels.expand(len(steps), -1, -1)
         edges = zip(self.feature_to_label, steps.split(lengths, dim=1), padding, strict=True)
         sent = torch.stack([layer(labels, x, mask) for layer, x, mask in edges], dim=1)
         missing = torch.stack([mask.all(1) for mask in padding], dim=1)
-        labels = labels + self.modality_to_label(sent, missing)
+        labels = labels + self.modality_to_label(sent, missing, factor)
         nobody = torch.zeros(labels.shape[:2], dtype=torch.bool, device=labels.device)
         return self.head(self.label_to_label(labels, nobody))

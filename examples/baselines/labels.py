@@ -32,15 +32,21 @@ class ModalityAttention(nn.Module):
         super().__init__()
         self.score = nn.Linear(dim, 1, bias=False)
 
-    def weights(self, x: Tensor, missing: Tensor) -> Tensor:
-        """Weights (B, M, Q, 1), which sum to 1 over the modalities that are there."""
+    def weights(self, x: Tensor, missing: Tensor, factor: Tensor | None = None) -> Tensor:
+        """Weights (B, M, Q, 1), which sum to 1 over the modalities that are there; they count like precisions.
+
+        A factor (B, M) of the variances divides them.
+        """
         missing = missing[:, :, None, None]
         left_out = missing & ~missing.all(1, keepdim=True)  # a softmax needs one
-        weights = self.score(x).masked_fill(left_out, -float("inf")).softmax(1)
+        score = self.score(x)
+        if factor is not None:
+            score = score - factor.log()[:, :, None, None].to(score)
+        weights = score.masked_fill(left_out, -float("inf")).softmax(1)
         return weights.masked_fill(missing, 0)
 
-    def forward(self, x: Tensor, missing: Tensor) -> Tensor:
-        return (self.weights(x, missing) * x).sum(1)
+    def forward(self, x: Tensor, missing: Tensor, factor: Tensor | None = None) -> Tensor:
+        return (self.weights(x, missing, factor) * x).sum(1)
 
 
 class LabelHead(nn.Linear):

@@ -76,6 +76,8 @@ class LabelSets(nn.Module):
 class SequenceToSet(Baseline):
     """Labels are said one after the other until the end is said, none twice."""
 
+    can_borrow = ("typicality",)
+
     def build(self, sizes: Sizes) -> None:
         dim, options = sizes.dim, (sizes.dim, sizes.heads, sizes.dropout)
         self.sets = LabelSets(sizes.labels)
@@ -85,7 +87,7 @@ class SequenceToSet(Baseline):
         self.modality = ModalityAttention(dim)
         self.speaker = mlp(dim, dim, sizes.labels + 1, sizes.dropout)
 
-    def decode(self, encoded: Vectors, padding: Vectors) -> Tensor:
+    def decode(self, encoded: Vectors, padding: Vectors, factor: Tensor | None = None) -> Tensor:
         """Log-probabilities (B, 2^Q, Q + 1) of what is said when a set of labels has been said."""
         members = self.sets.members
         forgotten = torch.cat([torch.zeros_like(members[:, :1]), ~members], dim=1)
@@ -94,12 +96,12 @@ class SequenceToSet(Baseline):
         each = zip(self.readers, encoded, padding, strict=True)
         answers = torch.stack([read(state, x, mask) for read, x, mask in each], dim=1)
         missing = torch.stack([mask.all(1) for mask in padding], dim=1)
-        logits = self.speaker(state + self.modality(answers, missing)).float()
+        logits = self.speaker(state + self.modality(answers, missing, factor)).float()
         twice = torch.cat([members, torch.zeros_like(members[:, :1])], dim=1)
         return logits.masked_fill(twice, -torch.inf).log_softmax(2)
 
-    def fuse(self, encoded: Vectors, padding: Vectors) -> Output:
-        sets = self.sets(self.decode(encoded, padding))
+    def fuse(self, encoded: Vectors, padding: Vectors, factor: Tensor | None = None) -> Output:
+        sets = self.sets(self.decode(encoded, padding, factor))
         return Output(self.sets.logits(sets), {}, sets)
 
     def auxiliary(self, output: Output, batch: MultimodalBatch) -> Mapping[str, Tensor]:

@@ -9,6 +9,7 @@ from uncertainty_mm._component import Component
 from uncertainty_mm.data import MultimodalDataset
 from uncertainty_mm.examples.baselines.base import (
     Baseline,
+    Output,
     Sizes,
     Vectors,
     mean_over_steps,
@@ -31,16 +32,24 @@ class EarlyFusion(OneSequence):
 class LateFusion(Baseline):
     """A classifier for each modality; the mean of the logits of those that are there."""
 
+    can_borrow = ("pooling", "typicality")
+
     def build(self, sizes: Sizes) -> None:
         self.heads = nn.ModuleList(
             mlp(sizes.dim, sizes.dim, sizes.labels, sizes.dropout) for _ in range(sizes.modalities)
         )
 
-    def fuse(self, encoded: Vectors, padding: Vectors) -> Tensor:
+    def count_others(self, sizes: Sizes) -> int:
+        return sizes.modalities
+
+    def fuse(self, encoded: Vectors, padding: Vectors, factor: Tensor | None = None) -> Output:
         each = zip(self.heads, encoded, padding, strict=True)
-        logits = [head(mean_over_steps(x, mask)) for head, x, mask in each]
-        missing = torch.stack([mask.all(1) for mask in padding], dim=1)
-        return mean_over_steps(torch.stack(logits, dim=1), missing)
+        logits = torch.stack([head(mean_over_steps(x, mask)) for head, x, mask in each], dim=1)
+        there = torch.stack([~mask.all(1) for mask in padding], dim=1).to(logits)
+        weights = (there if factor is None else there / factor).unsqueeze(2).to(logits)
+        mean = (weights * logits).sum(1) / weights.sum(1).clamp_min(1e-6)
+        alone = torch.where(there.unsqueeze(2) > 0, logits, mean.unsqueeze(1))
+        return Output(mean, {}, others=alone.unbind(1))
 
 
 class Pooling(Component):

@@ -83,6 +83,8 @@ class Refinement(nn.Module):
 class CommonPrivate(Baseline):
     """Common parts that show no modality, private parts that show it, and labels that ask both."""
 
+    can_borrow = ("pooling",)
+
     def build(self, sizes: Sizes) -> None:
         self.refinement = Refinement(sizes)
         self.common_head = mlp(sizes.dim, sizes.dim, sizes.labels, sizes.dropout)
@@ -102,10 +104,10 @@ class CommonPrivate(Baseline):
         return Output(
             self.head(self.tailor(tailored)),
             {name: 0.1 * loss for name, loss in losses.items()},
-            told,
+            others=(told,),
         )
 
     def auxiliary(self, output: Output, batch: MultimodalBatch) -> Mapping[str, Tensor]:
         """The common parts tell the labels too."""
-        told = masked_bce(output.hidden, self.targets(batch), batch.unknown)
+        told = masked_bce(output.others[0], self.targets(batch), batch.unknown)
         return {**output.auxiliary, "common_labels": 0.5 * told}
