@@ -303,7 +303,7 @@ def draw(args: argparse.Namespace) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
         with replacing(folder / f"{name}.png") as partial:
-            figure.savefig(partial, dpi=110)
+            figure.savefig(partial, dpi=110, bbox_inches="tight")  # titles of many panels, too
     names = ", ".join(f"{name}.png" for name in figures)
     print(f"{folder}/: {names}; case: test sample {position}")
 
