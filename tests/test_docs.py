@@ -167,7 +167,7 @@ def test_options_that_the_pages_name_exist(capsys):
         x for text in TEXTS for x in re.findall(rf"--((?:{'|'.join(groups)})(?:\.\w+)+)", text)
     }
     assert len(named) > 20
-    elsewhere = {"trainer.strategy.timeout", "model.modality"}  # of another strategy, of a baseline
+    elsewhere = {"trainer.strategy.timeout"}  # of another strategy
     for option in named - elsewhere:
         inner = config
         for part in option.split("."):
