@@ -74,7 +74,7 @@ class Output(NamedTuple):
     missing: Tensor  # (B, M)
     typicality: Tensor  # (B, M) factor of the variance, 1 for what is like the training data
     conflict: Tensor  # (B, Q) how far the modalities contradict each other
-    summaries: dict[str, Tensor]  # (B, P_m) by modality, what typicality was told by; none in training
+    summaries: dict[str, Tensor]  # (B, P_m) by modality, that typicality rests on; not in training
 
     @property
     def logits(self) -> Tensor:

@@ -248,7 +248,11 @@ def test_predictions_are_named_each_once(build, wrong):
 def factors(monkeypatch, model, *columns):
     """From now on the factor of the modalities is that."""
     factor = torch.tensor(columns).expand(6, 2)
-    monkeypatch.setattr(model.typicality, "forward", lambda *_: factor)
+
+    def forward(*given, need_summaries):
+        return factor, model.typicality.summaries(*given)
+
+    monkeypatch.setattr(model.typicality, "forward", forward)
 
 
 def predictions(output):
@@ -491,6 +495,18 @@ def test_foreign_modality_is_told_by_predict_step_alone(build, monkeypatch):
     monkeypatch.setattr(model.conflict, "forward", None)
     read(model, batch)
     read(model.train(), batch)
+
+
+def test_sequences_are_summarised_once_a_prediction(build, monkeypatch):
+    model, batch = build().eval(), small_batch()
+    summarised = []
+    for name, part in model.typicality.modality.items():
+        plain = part.summary
+        monkeypatch.setattr(
+            part, "summary", lambda *x, name=name, plain=plain: summarised.append(name) or plain(*x)
+        )
+    model.predict_step(batch, 0)
+    assert summarised == ["a", "b"]
 
 
 def test_example_is_a_page_to_read(example):

@@ -319,7 +319,7 @@ class MultilabelModule(Component, L.LightningModule):
             check_finite(f"features[{name!r}]", x)
             batch[name] = x.unsqueeze(0)
             padding[name] = torch.full((1, len(x)), not there, device=self.threshold.device)
-        training = [part for part in self.modules() if part.training]
+        training = _in_training(self)
         for part in training:
             part.training = False
         empty = MultimodalBatch(batch, padding, torch.zeros(1, 0), torch.zeros(1).long())
@@ -361,6 +361,17 @@ class MultilabelModule(Component, L.LightningModule):
             reason = " ".join(str(error).split())
             raise UsageError(f"{path}: of another model or version ({reason})") from error
         return module.eval()
+
+
+def _in_training(module: nn.Module) -> list[nn.Module]:
+    """The parts, the module included, in training mode; `modules()` takes as long as a layer of the model."""
+    found, parts = [], [module]
+    while parts:
+        part = parts.pop()
+        parts += [each for each in part._modules.values() if each is not None]
+        if part.training:
+            found.append(part)
+    return found
 
 
 def masked_bce(logits: Tensor, target: Tensor, unknown: Tensor | None = None) -> Tensor:
