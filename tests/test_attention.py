@@ -146,6 +146,16 @@ def test_equal_steps_give_the_value_of_one():
     close(module(features), naive_attention(module, one_step)[0])
 
 
+def test_single_step_is_the_answer_with_and_without_gradients():
+    """Without them nothing is asked."""
+    features = {m: x[:, :1] for m, x in random_features().items()}
+    masks = {"face": torch.tensor([[False], [True], [False]])}
+    module = build()
+    with torch.no_grad():
+        close(module(features, masks), module(features, masks, need_weights=True)[0])
+    close(module(features, masks).detach(), module(features, masks, need_weights=True)[0].detach())
+
+
 def test_passes_gradcheck():
     module, mask = build(), padding()
     features = [x.requires_grad_() for x in random_features().values()]

@@ -134,6 +134,16 @@ def test_steps_added_as_padding_change_nothing():
     torch.testing.assert_close(encoder(longer, mask)[:, :7], encoded, rtol=1e-4, atol=1e-5)
 
 
+def test_single_step_is_read_as_beside_padding():
+    """Alone, no attention is computed for it."""
+    encoder, (x, _) = standardized(), draw()
+    alone = torch.zeros(6, 1, dtype=torch.bool)
+    beside = torch.cat([alone, ~alone], 1)
+    encoded, *gradients = value_and_gradients(encoder, x[:, :2], beside)
+    found = value_and_gradients(encoder, x[:, :1], alone)
+    all_near(found, [encoded[:, :1], *gradients], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.usefixtures("_steps")
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
 def test_missing_sequences_give_zeros_and_finite_gradients(dtype):

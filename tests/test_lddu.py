@@ -518,6 +518,18 @@ def test_foreign_modality_is_told_by_predict_step_alone(build, monkeypatch):
     read(model.train(), batch)
 
 
+def test_sequences_are_summarised_once_a_prediction(build, monkeypatch):
+    model, batch = build().eval(), small_batch()
+    summarised = []
+    for name, part in model.typicality.modality.items():
+        plain = part.summary
+        monkeypatch.setattr(
+            part, "summary", lambda *x, name=name, plain=plain: summarised.append(name) or plain(*x)
+        )
+    model.predict_step(batch, 0)
+    assert summarised == ["a", "b"]
+
+
 def test_example_is_a_page_to_read(example):
     assert len(getsource(example).splitlines()) <= 420
 

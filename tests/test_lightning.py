@@ -793,7 +793,9 @@ def test_predictions_are_of_the_samples_that_they_stand_beside(data, tmp_path, c
     model = Pooled(data.modality_dims, data.label_names)
     rows = torch.tensor(chosen).sort().values
     wanted = model.predict(part.select(rows))["probs"]
-    loader = DataLoader(Subset(part, chosen), 4, shuffle=True, collate_fn=part.collate)
+    loader = DataLoader(
+        Subset(part, chosen), batch_size=4, shuffle=True, collate_fn=part.collate
+    )
     trainer_with(rooms.PredictionWriter(tmp_path / "p.npz")).predict(model, [loader])
     with np.load(tmp_path / "p.npz") as file:
         np.testing.assert_allclose(file["probs"], wanted, rtol=1e-5)

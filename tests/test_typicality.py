@@ -86,6 +86,18 @@ def test_padding_is_never_read():
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("steps", [1, 2, 9])
+def test_whole_sequences_are_summarised_as_beside_padding(steps):
+    module, (x, padding) = fitted(*draw(60)), draw(5, steps)
+    padding = torch.zeros_like(padding)
+    longer = torch.cat([x, x], 1), torch.cat([padding, ~padding], 1)
+    beside = module({NAME: longer[0]}, {NAME: longer[1]}, need_summaries=True)
+    factor, summaries = module({NAME: x}, {NAME: padding}, need_summaries=True)
+    torch.testing.assert_close(factor, beside[0])
+    torch.testing.assert_close(summaries, beside[1])
+    torch.testing.assert_close(module.summaries({NAME: x}), summaries, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("level", [0.8, 0.95])
 @pytest.mark.parametrize("samples", [60, 3000])  # 21 dimensions: the first are few
 def test_as_many_clean_rows_grow_as_the_level_says(samples, level):

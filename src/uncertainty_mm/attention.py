@@ -51,6 +51,11 @@ class _ModalityAttention(nn.Module):
             # A softmax over no step is 0/0, so wholly padded rows attend to zeros and are zeroed below.
             mask = mask & ~missing.unsqueeze(-1)
         key = self.key(sequence)
+        alone = sequence.shape[1] == 1 and not torch.compiler.is_compiling()
+        if alone and not (need_weights or dropout or torch.is_grad_enabled()):
+            # Whatever is asked, a single step is the answer; with gradients the query has one, of 0.
+            answer = self.out(key).expand(-1, len(labels), -1)
+            return answer.masked_fill(missing[:, None, None], 0), key.new_empty(0)
         query = self.query(labels).expand(sequence.shape[0], -1, -1)
         weights = key.new_empty(0)
         # the fused CPU kernel of torch 2.6 overflows in float16
@@ -233,6 +238,8 @@ class EmotionQueryAttention(Component):
             if checks_values(sequence, self.validate_args):
                 left_out = None if mask is None else mask.unsqueeze(-1)
                 check_finite(f"features[{name!r}]", sequence, left_out)
+            if mask is not None and checks_values(mask) and not mask.any():
+                mask = None
             output, weights[name] = self.attention[name](
                 labels,
                 sequence,

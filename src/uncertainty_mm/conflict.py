@@ -225,7 +225,9 @@ class Conflict(FittedComponent):
         absent = torch.stack(
             [some.new_full((), n not in rows, dtype=torch.bool) for n in self.modality_dims]
         )
-        return torch.cat(columns, 1), absent if missing is None else missing | absent
+        if missing is None or (checks_values(missing) and not missing.any()):
+            return torch.cat(columns, 1), absent  # one covariance, of all
+        return torch.cat(columns, 1), missing | absent
 
     @torch.no_grad()
     def fit(self, rows: Mapping[str, Tensor], missing: Tensor | None = None) -> Conflict:

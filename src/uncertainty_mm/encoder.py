@@ -125,8 +125,11 @@ class EncoderLayer(nn.Module):
         Returns:
             Tensor (N, dim).
         """
-        attended = self._attended(steps.unpack(self.qkv(self.norm(x))), mask)
-        attended = steps.pack(attended).to(x.dtype)
+        qkv = self.qkv(self.norm(x))
+        if steps.shape[1] == 1 and not torch.compiler.is_compiling():
+            attended = qkv.chunk(3, 1)[2]  # a single step attends to itself: its value
+        else:
+            attended = steps.pack(self._attended(steps.unpack(qkv), mask)).to(x.dtype)
         x = x + self.dropout(self.out(attended))
         output: Tensor = x + self.feed_forward(x)
         return output

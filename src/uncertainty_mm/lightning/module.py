@@ -397,7 +397,12 @@ class _Kept(Metric):
 @contextmanager
 def _evaluating(module: nn.Module) -> Iterator[None]:
     """Within it all parts are in evaluation mode; afterwards, whatever happens, each is in the mode that it was in."""
-    training = [part for part in module.modules() if part.training]
+    training, parts = [], [module]  # `modules()` takes as long as a layer of the model
+    while parts:
+        part = parts.pop()
+        parts += [each for each in part._modules.values() if each is not None]
+        if part.training:
+            training.append(part)
     for part in training:
         part.training = False
     try:
