@@ -47,6 +47,7 @@ from uncertainty_mm.lightning import (
 from uncertainty_mm.lightning.cli import Parser, one_line_errors, write_text
 
 CONFIGS = Path(__file__).with_name("configs")
+NOTED = ("data", "arm", "seed", "options", "quick")  # of a row, besides its measures
 COLUMNS = ("Acc", "P", "R", "miF1", "mAP", "Brier", "ECE", "rho")
 QUICK = ("--data.max_train_samples", "2000", "--trainer.max_epochs", "3")
 QUICK_TITLE = "quick form: at most 2,000 training samples, 3 epochs, one seed"

@@ -162,7 +162,7 @@ def work(run: sweep.Run) -> dict[str, Any]:
 
 def tables(name: str, rows: list[sweep.Row]) -> list[str]:
     """Three tables of a data set: of predictions, of uncertainties, and of corrupted modalities."""
-    rest = [key for key in rows[0] if key not in ("data", "arm", "seed", "quick", *PREDICTION)]
+    rest = [key for key in rows[0] if key not in (*sweep.NOTED, *PREDICTION)]
     by_modality = [key for key in rest if key.startswith(BY_MODALITY)]
     others = [key for key in rest if key not in by_modality]
     parts = [sweep.table(rows, columns) for columns in (PREDICTION, others, by_modality)]

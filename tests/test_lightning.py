@@ -287,9 +287,9 @@ def test_calibration_and_thresholds_travel_with_the_checkpoint(lddu, trained):
     with torch.no_grad():
         output = model(part.features, part.padding_mask)
         experts, logits = model.experts(output), model.final_logits(output)
-    weight = LogitPool(3, 3).fit(experts, part.labels).weight
+    weight = LogitPool(4, 3).fit(experts, part.labels).weight
     torch.testing.assert_close(model.pool.weight, weight, rtol=1e-3, atol=1e-4)
-    assert not torch.allclose(weight, torch.full((3,), 1 / 3), atol=1e-2)
+    assert not torch.allclose(weight, torch.full((4,), 1 / 4), atol=1e-2)
     fitted = PlattScaling(3).fit(logits, part.labels)
     for name in ("scale", "shift"):
         found, wanted = getattr(model.calibration, name), getattr(fitted, name)
@@ -793,9 +793,7 @@ def test_predictions_are_of_the_samples_that_they_stand_beside(data, tmp_path, c
     model = Pooled(data.modality_dims, data.label_names)
     rows = torch.tensor(chosen).sort().values
     wanted = model.predict(part.select(rows))["probs"]
-    loader = DataLoader(
-        Subset(part, chosen), batch_size=4, shuffle=True, collate_fn=part.collate
-    )
+    loader = DataLoader(Subset(part, chosen), batch_size=4, shuffle=True, collate_fn=part.collate)
     trainer_with(rooms.PredictionWriter(tmp_path / "p.npz")).predict(model, [loader])
     with np.load(tmp_path / "p.npz") as file:
         np.testing.assert_allclose(file["probs"], wanted, rtol=1e-5)

@@ -40,7 +40,7 @@ def studied(tmp_path_factory):
 
 def test_study_measures_and_draws(studied):
     synthetic, other = json.loads((studied / "runs.json").read_text())
-    names = {"data", "arm", "seed"}
+    names = {"data", "arm", "seed", "options"}
     assert set(synthetic) == MEASURES | OF_SYNTHETIC | names
     of_other = {"corruption AUROC, a", "corruption AUROC, b", "entropy ~ raters", "std ~ raters"}
     assert set(other) == MEASURES | of_other | names
