@@ -4,6 +4,7 @@ import os
 import pickle
 import time
 import traceback
+import warnings
 from datetime import timedelta
 
 import torch
@@ -214,8 +215,12 @@ def contrast_within_ddp(rank, shares, batches, settings):
 def gathered_scores(rank, shares, scores, max_rows):
     """What every rank gathers, and the gradient of its own scores under a loss of all that depends on the rank."""
     own = scores[slice(*shares[rank])].clone().requires_grad_()
-    gathered, kept = distributed.gather_rows(own, torch.zeros(len(own)).long(), max_rows=max_rows)
-    ((rank + 1) * gathered.square().sum()).backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)  # torch renames what it exchanges with
+        gathered, kept = distributed.gather_rows(
+            own, torch.zeros(len(own)).long(), max_rows=max_rows
+        )
+        ((rank + 1) * gathered.square().sum()).backward()
     return gathered.detach(), kept, own.grad
 
 

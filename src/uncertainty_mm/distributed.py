@@ -68,6 +68,11 @@ def _group(name: str) -> dist.ProcessGroup | None:
     return torch._C._distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
 
 
+def _function(name: str, older: str) -> Any:
+    """Under its newest name: torch 2.13 renamed some, and warns of the older ones."""
+    return getattr(dist, name, None) or getattr(dist, older)
+
+
 def largest_of_ranks(
     number: int, device: torch.device, process_group: dist.ProcessGroup | str | None = None
 ) -> int:
@@ -158,7 +163,8 @@ def _(tensor: Tensor, group: str) -> Tensor:
 def _own_sum(tensor: Tensor, group: str) -> Tensor:
     """This rank's rows of the sum over ranks: half of what the whole sum would exchange."""
     own = tensor.new_empty(tensor.shape[0] // world_size(group), *tensor.shape[1:])
-    dist.reduce_scatter_tensor(own, tensor.contiguous(), group=_group(group))
+    reduce_scatter = _function("reduce_scatter_single", "reduce_scatter_tensor")
+    reduce_scatter(own, tensor.contiguous(), group=_group(group))
     return own
 
 
@@ -174,7 +180,8 @@ def _gather_rows(rows: Tensor, classes: Tensor, group: str) -> tuple[Tensor, Ten
     parts = [part.contiguous().view(torch.uint8) for part in parts]
     sent = torch.cat(parts, 1)
     received = sent.new_empty(world_size(group) * sent.shape[0], sent.shape[1])
-    dist.all_gather_into_tensor(received, sent, group=_group(group))
+    all_gather = _function("all_gather_single", "all_gather_into_tensor")
+    all_gather(received, sent, group=_group(group))
     every, of_every = (
         x.clone(memory_format=torch.contiguous_format)
         for x in received.split([x.shape[1] for x in parts], 1)
