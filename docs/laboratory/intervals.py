@@ -24,6 +24,13 @@ NAMES = {
     "late": "late fusion",
     "mult": "cross-modal attention",
     "misa": "MISA",
+    "dfg": "DFG",
+    "raven": "RAVEN",
+    "mms2s": "MMS2S",
+    "hhmpn": "HHMPN",
+    "tailor": "TAILOR",
+    "amp": "AMP",
+    "carat": "CARAT",
     "lddu, no typicality": "LDDU, no typicality",
 }
 
@@ -48,7 +55,9 @@ def against_others(kind, title):
     pages = {name: STUDY / f"{kind}_{name}.md" for name in SETS}
     pages = {name: tables(path)[-1] for name, path in pages.items() if path.exists()}
     arms = [arm for arm in NAMES if any(arm == row["arm"] for row in next(iter(pages.values())))]
-    figure, axes = plt.subplots(1, len(pages), figsize=(9, 3), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(
+        1, len(pages), figsize=(9, 1 + 0.2 * len(arms)), sharey=True, layout="constrained"
+    )
     for ax, (name, rows) in zip(axes, pages.items(), strict=True):
         of_arm = {row["arm"]: row["Brier"] for row in rows}
         for y, arm in enumerate(arms):
