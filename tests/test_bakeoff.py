@@ -159,7 +159,7 @@ def test_bakeoff_measures_and_reports(tmp_path, monkeypatch):
     assert [(row["arm"], row["seed"]) for row in rows] == [(a, s) for s in (0, 1) for a in arms]
     expected = {*measures.PREDICTION, *measures.UNCERTAINTY, *measures.PRICE} - {"std ~ noise"}
     for row in rows:
-        assert {*row} == expected | {"data", "arm", "seed"}
+        assert {*row} == expected | {"data", "arm", "seed", "options"}
         assert 0 < row["Brier"] < 1
         assert 0 <= row["corruption"] <= 1
     text = (out / "bakeoff.md").read_text()

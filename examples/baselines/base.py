@@ -80,7 +80,7 @@ class Baseline(MultilabelModule):
             raise ValueError(
                 f"Expected `borrows` to hold some of {[*self.can_borrow]}, but got {[*borrows]}"
             )
-        self.pooled = "pooling" in borrows
+        self.pools = "pooling" in borrows
         self.typicality = None
         if "typicality" in borrows:
             self.typicality = Typicality(modality_dims, validate_args=False)
@@ -90,7 +90,7 @@ class Baseline(MultilabelModule):
         heads = first.layers[0].num_heads
         sizes = Sizes(len(modality_dims), len(label_names), first.hidden_dim, heads, dropout)
         self.build(sizes)
-        if self.pooled:
+        if self.pools:
             self.pool = LogitPool(1 + self.count_others(sizes), sizes.labels, validate_args=False)
 
     def count_others(self, sizes: Sizes) -> int:
@@ -109,7 +109,7 @@ class Baseline(MultilabelModule):
 
     def experts(self, output: Output) -> Tensor:
         """Logits of the predictions that are pooled, (B, E, Q)."""
-        others = output.others if self.pooled else ()
+        others = output.others if self.pools else ()
         return torch.stack([output.logits, *others], dim=1)
 
     def losses(self, output: Output, batch: MultimodalBatch) -> dict[str, Tensor]:
