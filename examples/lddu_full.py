@@ -285,9 +285,9 @@ class LDDU(MultilabelModule):
 
     def experts(self, output: Output) -> Tensor:
         """Logits of the predictions that are pooled, (B, E, Q)."""
-        each = output.modality_logits
-        std = output.typicality.sqrt().unsqueeze(2).expand_as(each)
-        mean = self.decisions(each, std=std, missing=output.missing).logits
+        std = output.typicality.sqrt().unsqueeze(2).expand_as(output.modality_logits)
+        missing = output.missing & ~output.missing.all(1, keepdim=True)  # of nothing: the biases
+        mean = self.decisions(output.modality_logits, std=std, missing=missing).logits
         first, places = output.dir_logits, output.place_logits
         logits = dict(fused=output.logits, first=first, places=places, modalities=mean)
         return torch.stack([logits[name].float() for name in self.predictions], dim=1)

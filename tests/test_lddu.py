@@ -321,7 +321,13 @@ def test_fourth_prediction_is_the_mean_of_the_modalities_by_their_typicality(bui
     alone = output.modality_logits[:, 1] / (1 + torch.pi * 3 / 8) ** 0.5  # its expected probability
     there = ~output.missing[:, 1]
     torch.testing.assert_close(model.experts(output)[there, 3], alone[there])
-    assert not model.experts(output)[~there, 3].any()
+    torch.nn.init.normal_(model.modality_bias)
+    nothing, bias = (
+        read(model, without(batch, "a", "b")),
+        (3 * model.modality_bias[0] + model.modality_bias[1]) / 4,
+    )
+    expected = (bias / (1 + torch.pi * 1.2 / 8) ** 0.5).expand(6, 4)
+    torch.testing.assert_close(model.experts(nothing)[:, 3], expected)
     both = read(model, batch)
     mean = (3 * both.modality_logits[:, 0] + both.modality_logits[:, 1]) / 4
     there = ~both.missing.any(1)
