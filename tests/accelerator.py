@@ -9,6 +9,7 @@ its own, to which they send jobs, the functions at the end of this file.
 import copy
 import importlib
 import inspect
+import itertools
 import math
 import warnings
 from contextlib import contextmanager, nullcontext
@@ -24,6 +25,7 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 
 from cases import CASES, flattened
 from support import all_close, close
+from uncertainty_mm import _supcon
 from uncertainty_mm.data import MultimodalBatch
 
 aten = torch.ops.aten
@@ -266,6 +268,30 @@ def check_values(device):
     ):
         with pytest.raises(ValueError, match=f"`{wrong}`"):
             module.to(device)(*arguments)
+
+
+def supcon_in_tiles(device, keys, size):
+    """The loss by tiles of few keys and scores: the bank ends inside one, next to the batch, or is empty."""
+    generator = torch.Generator().manual_seed(0)
+    for slots, filled, has_offset in itertools.product((0, 3, 37), (True, False), (False, True)):
+        rows, bank = (torch.randn(count, 6, generator=generator) for count in (24, slots))
+        classes = torch.arange(24) % 9  # two or three of a class, so that one has a single positive
+        classes[5] = -1
+        bank_classes = torch.randint(-1, 3, (slots,), generator=generator) if filled else -1
+        bank_classes = torch.as_tensor(bank_classes).expand(slots)
+        inputs = [rows, classes, torch.arange(24) % 4 > 0, bank, bank_classes]
+        results = []
+        with (
+            mock.patch.object(_supcon, "_ACCELERATOR_KEYS", keys),
+            mock.patch.object(_supcon, "_ACCELERATOR_TILE", size),
+        ):
+            for where in ("cpu", device):
+                rows, *rest = (x.to(where) for x in inputs)
+                rows = rows.detach().requires_grad_()
+                losses = _supcon.supcon(rows, *rest, 0.3, "none", has_offset=has_offset)
+                (losses * torch.arange(24, device=where)).sum().backward()
+                results.append((losses.detach().cpu(), rows.grad.cpu()))
+        all_close(*results, torch.float32)
 
 
 def fit_there(device):

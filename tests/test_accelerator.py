@@ -120,6 +120,11 @@ MORE_MODELS = {
 }
 
 
+@pytest.mark.parametrize(("keys", "size"), [(4, 32), (3, 7), (100, 50), (16, 4096)])
+def test_contrastive_loss_in_tiles_is_that_of_the_cpu(on, keys, size):
+    on(accelerator.supcon_in_tiles, keys, size)
+
+
 @pytest.fixture(
     params=[*MODELS, *(pytest.param(name, marks=pytest.mark.long) for name in MORE_MODELS)]
 )

@@ -10,7 +10,8 @@ is arranged around them:
   gradient from the same tile.
 - Similarity is a dot product, so the positives need no mask: their mean score is the product of the anchor and the mean
   of its class without itself. (A single positive is picked from its tile.)
-- Logarithms are to base 2, because exp2 is several times faster than exp on a CPU; the factor goes into the anchors.
+- On a CPU logarithms are to base 2, because exp2 is several times faster than exp; the factor goes into the anchors. On
+  an accelerator, where every pass over a tile is as long as its product, a softmax does the work of four passes.
 - A squared distance is a dot product as well: in the softmax over the keys the square of the anchor cancels, and minus
   half the square of the key is added to its scores (`has_offset`). This offset is the last feature of the rows, where
   an anchor has a 1. It is kept out of the products, which are fastest with the sizes that users choose, and where it
@@ -312,23 +313,26 @@ def _segments(classes: Tensor, bank_classes: Tensor) -> tuple[Tensor, Tensor]:
     segment = torch.searchsorted(ordered, classes.contiguous())
     place = torch.searchsorted(ordered, bank_classes.to(classes.dtype).contiguous())
     place.clamp_max_(num_rows - 1)
-    return segment, torch.where(ordered[place] == bank_classes, place, num_rows)
+    return segment, place.masked_fill(ordered.index_select(0, place) != bank_classes, num_rows)
 
 
 def _positives(segment: Tensor, bank_segment: Tensor) -> tuple[Tensor, Tensor]:
     """Number of positives of each row, and the index of a single positive among bank and batch, otherwise -1."""
     keys = torch.cat([bank_segment, segment])
     places = torch.arange(keys.shape[0], device=keys.device)
-    empty = places.new_zeros(segment.shape[0] + 1)
-    number = empty.index_add(0, keys, torch.ones_like(places))[segment] - 1
-    only = empty.index_add(0, keys, places)[segment] - places[bank_segment.shape[0] :]
-    return number, only.masked_fill(number != 1, -1)
+    number, sum_of_places = (
+        values.new_zeros(segment.shape[0] + 1).index_add_(0, keys, values).index_select(0, segment)
+        for values in (torch.ones_like(places), places)
+    )
+    only = sum_of_places - places[bank_segment.shape[0] :]
+    return number - 1, only.masked_fill(number != 2, -1)
 
 
 def _sums(bank: Tensor, bank_segment: Tensor, rows: Tensor) -> Tensor:
     """Sum of the keys of the bank in each class of the batch."""
     totals = rows.new_zeros(rows.shape[0] + 1, rows.shape[1])
-    for keys, places in zip(bank.split(_CPU_KEYS), bank_segment.split(_CPU_KEYS), strict=True):
+    size = _CPU_KEYS if bank.device.type == "cpu" else max(1, bank.shape[0])
+    for keys, places in zip(bank.split(size), bank_segment.split(size), strict=True):
         totals.index_add_(0, places, keys.to(rows.dtype))
     return totals
 
@@ -343,9 +347,9 @@ def _sum_of_others(rows: Tensor, segment: Tensor, totals: Tensor) -> Tensor:
     places = torch.arange(num_rows, device=rows.device)
     length = rows.abs().amax(1)
     longest = length.new_zeros(num_rows + 1).scatter_reduce(0, segment, length, "amax")
-    candidate = places.masked_fill(length != longest[segment], num_rows)
+    candidate = places.masked_fill(length != longest.index_select(0, segment), num_rows)
     chosen = segment.new_full((num_rows + 1,), num_rows - 1)
-    chosen = chosen.scatter_reduce(0, segment, candidate, "amin")[segment]
+    chosen = chosen.scatter_reduce(0, segment, candidate, "amin").index_select(0, segment)
     is_other = (chosen != places).unsqueeze(1).to(rows.dtype)
     # on a CPU products and index_select take a tenth of the time of masked_fill and indexing
     shorter = rows * is_other
@@ -373,9 +377,11 @@ def _against_all(
     The gradient is that of the weighted sum of the losses, times the temperature. With several positives the loss is
     the log-sum-exp over the keys minus the mean score `positive`, and at least the logarithm of their number. With a
     `single` positive it may be so small that a difference would lose all digits, so it is log(1 + exp(L - s)), where L
-    is the log-sum-exp of the other keys and s the score from the same tile.
+    is the log-sum-exp of the other keys and s the score of the positive.
     """
-    scale = math.log2(math.e) / temperature
+    on_cpu = rows.device.type == "cpu"
+    unit = math.log(2) if on_cpu else 1.0  # of the scores, see `_Tile`
+    scale = 1 / (temperature * unit)
     offset = bank_offset = None
     if has_offset:
         offset, bank_offset = (scale * x[:, -1].to(rows.dtype) for x in (rows, bank))
@@ -384,70 +390,115 @@ def _against_all(
     result, slope = torch.zeros_like(weights), torch.ones_like(weights)
     grad = rows.new_zeros(num_rows, dim) if needs_grad else rows.new_zeros(0)
     to_offset = rows.new_zeros(num_rows, 1)
-    on_cpu = rows.device.type == "cpu"
     places = torch.arange(anchors.shape[0], device=rows.device)
     if on_cpu:
         places = places[anchors]
     any_single = not on_cpu or bool((single >= 0).any())
     size, num_keys = (_CPU_TILE, _CPU_KEYS) if on_cpu else (_ACCELERATOR_TILE, _ACCELERATOR_KEYS)
-    if bf16_products:
-        size //= 2  # there are two tiles
-    product_dtype = torch.bfloat16 if bf16_products else rows.dtype
-    width = max(num_rows, min(num_keys, bank.shape[0]))
-    height = max(1, size // width)
-    tile = rows.new_empty(min(height, places.shape[0]), width)
-    product_tile = torch.empty_like(tile, dtype=product_dtype) if bf16_products else tile
+    # fewer and larger products are faster on an accelerator: what whole tiles of the bank leave joins the batch
+    alone = bank.shape[0] if on_cpu else bank.shape[0] - bank.shape[0] % num_keys
+    width = max(num_rows + bank.shape[0] - alone, min(num_keys, alone))
+    height = min(max(1, size // width), places.shape[0])
+    tile = _Tile(height * width, rows, bf16_products)
     for place in places.split(height):
-        anchor = queries[place]
-        scaled = (anchor * scale).to(product_dtype)
-        # The maximum of no scores is the lowest number, not -inf: the difference of two of them is 0.
-        highest = anchor.new_full((place.shape[0], 1), torch.finfo(anchor.dtype).min)
-        total = torch.zeros_like(highest)
-        gathered = torch.zeros_like(anchor)
-        spot, pair = single[place].unsqueeze(1), torch.zeros_like(highest)
-        factors = product_tile
-        for keys, bias, is_batch in _key_tiles(
-            rows, valid, offset, bank, bank_classes, bank_offset, num_keys
+        anchor, spot = queries.index_select(0, place), single.index_select(0, place).unsqueeze(1)
+        scaled = anchor * scale
+        highest = anchor.new_full((place.shape[0], 1), tile.lowest)  # of no scores
+        total, gathered = torch.zeros_like(highest), torch.zeros_like(anchor)
+        for first, keys, bias in _key_tiles(
+            rows, valid, offset, bank, bank_classes, bank_offset, alone, num_keys, tile.lowest
         ):
-            keys = keys.to(product_dtype)
-            probs, factors = (x[: place.shape[0], : keys.shape[0]] for x in (tile, product_tile))
-            torch.mm(scaled, keys.t(), out=factors)
-            if bf16_products:
-                probs.copy_(factors)
-            if bias is not None:
-                probs += bias
-            if is_batch:  # excludes the anchor itself, which would dominate the maximum
-                probs.scatter_(1, place.unsqueeze(1), -math.inf)
+            tile.fill(scaled, keys, bias)
+            batch = bank.shape[0] - first  # where the batch begins in this tile
+            if batch < keys.shape[0]:  # without the anchor itself, which would be the maximum
+                tile.scores.scatter_(1, place.unsqueeze(1) + batch, tile.lowest)
             if any_single:
-                inside = (spot >= 0) & (spot < keys.shape[0])
-                here = spot.clamp(0, keys.shape[0] - 1)
-                score = probs.gather(1, here)
-                probs.scatter_(1, here, score.masked_fill(inside, -math.inf))
-                pair = torch.where(inside, score, pair)
-                spot = spot - keys.shape[0]
-            previous, highest = highest, torch.maximum(highest, probs.amax(1, keepdim=True))
-            probs.sub_(highest).exp2_()
-            shrink = (previous - highest).exp2_()
-            total = torch.addcmul(probs.sum(1, keepdim=True), total, shrink)
+                here = spot - first
+                limit = highest.new_full(here.shape, math.inf)
+                limit.masked_fill_((here >= 0) & (here < keys.shape[0]), tile.lowest)
+                here.clamp_(0, keys.shape[0] - 1)
+                tile.scores.scatter_reduce_(1, here, limit, "amin")
+            level, part, factor = tile.exponentiate()
+            previous, highest = highest, torch.maximum(highest, level)
+            shrink = ((previous - highest) * unit).exp_()
+            grow = ((level - highest) * unit).exp_()
+            total = torch.addcmul(grow * part, total, shrink)
+            grow *= factor
             if needs_grad:
-                if bf16_products:
-                    factors.copy_(probs)
-                gathered.mul_(shrink).add_(factors @ keys)
+                factors = tile.factors()
+                gathered.mul_(shrink).addcmul_(factors @ keys.to(factors.dtype), grow)
         total.clamp_min_(torch.finfo(total.dtype).tiny)  # an anchor without any key
-        log_total = highest + total.log2()
-        lead = (log_total - pair) * math.log(2)
-        is_single = (single[place] >= 0).unsqueeze(1)
-        excess = log_total * math.log(2) - positive[place].unsqueeze(1)
-        result[place] = torch.where(is_single, F.softplus(lead), excess).squeeze(1)
-        slope[place] = torch.where(is_single, lead.sigmoid(), 1).squeeze(1)
+        log_total = highest * unit + total.log()
+        score = positive.index_select(0, place).unsqueeze(1)
+        lead = log_total - score
+        is_single = spot >= 0
+        losses = torch.where(is_single, F.softplus(lead), lead).squeeze(1)
+        result.index_copy_(0, place, losses)
+        slope.index_copy_(0, place, torch.where(is_single, lead.sigmoid(), 1).squeeze(1))
         if needs_grad:
-            share = (weights[place] * slope[place]).unsqueeze(1) / total
-            # the last tile held the keys of the batch
-            grad += factors.t() @ (anchor * share).to(product_dtype)
+            pushes = (weights * slope).index_select(0, place).unsqueeze(1) / total
+            grad.index_add_(0, place, gathered * pushes)
+            pushes *= grow  # the last tile held the keys of the batch
+            factors = factors[:, batch:]
+            grad += (factors.t() @ (anchor * pushes).to(factors.dtype)).to(grad.dtype)
             if has_offset:
-                to_offset += probs.t() @ share
-            grad.index_add_(0, place, gathered * share)
+                to_offset += tile.scores[:, batch:].t() @ pushes
     return result, slope, torch.cat([grad, to_offset], 1) if needs_grad and has_offset else grad
+
+
+class _Tile:
+    """The scores of some anchors with some keys, in memory that is taken once.
+
+    On a CPU they are to base 2, so in units of log(2), and exponentiated in place while they are in the cache.
+
+    Attributes:
+        scores: (anchors, keys), of :meth:`fill`; after :meth:`exponentiate` what is proportional to their exponentials.
+        lowest: Score of a key to leave out, finite because the softmax of nothing but -inf is NaN.
+    """
+
+    def __init__(self, size: int, rows: Tensor, bf16_products: bool) -> None:
+        self.on_cpu = rows.device.type == "cpu"
+        self.lowest = torch.finfo(rows.dtype).min / 2
+        self._memory = rows.new_empty(size)
+        self._more = self._memory if self.on_cpu else torch.empty_like(self._memory)
+        self._half = torch.empty_like(self._memory, dtype=torch.bfloat16) if bf16_products else None
+
+    def _view(self, memory: Tensor) -> Tensor:
+        return memory[: self.shape[0] * self.shape[1]].view(self.shape)
+
+    def fill(self, anchors: Tensor, keys: Tensor, bias: Tensor | None) -> None:
+        """Sets the scores to the products of (n, D) and (k, D), plus a bias (k,)."""
+        self.shape = anchors.shape[0], keys.shape[0]
+        self.scores = self._view(self._memory)
+        if self._half is not None:
+            anchors, keys = anchors.bfloat16(), keys.bfloat16()
+            half = torch.mm(anchors, keys.t(), out=self._view(self._half))
+            if bias is None:
+                self.scores.copy_(half)
+            else:
+                torch.add(half, bias, out=self.scores)
+        elif bias is None:
+            torch.mm(anchors, keys.t(), out=self.scores)
+        else:
+            torch.addmm(bias, anchors, keys.t(), out=self.scores)
+
+    def exponentiate(self) -> tuple[Tensor, Tensor, Tensor | float]:
+        """Replaces the scores s by p with exp(s - level) = factor * p; level, sum of exp(s - level), and factor."""
+        if self.on_cpu:
+            level = self.scores.amax(1, keepdim=True)
+            total = self.scores.sub_(level).exp2_().sum(1, keepdim=True)
+            return level, total, 1.0
+        level, place = self.scores.max(1, keepdim=True)
+        probs = torch.softmax(self.scores, 1, out=self._view(self._more))
+        self.scores = probs
+        total = probs.gather(1, place).reciprocal_()
+        return level, total, total
+
+    def factors(self) -> Tensor:
+        """What :meth:`exponentiate` left, in the precision of products."""
+        if self._half is None:
+            return self.scores
+        return self._view(self._half).copy_(self.scores)
 
 
 def _key_tiles(
@@ -457,19 +508,29 @@ def _key_tiles(
     bank: Tensor,
     bank_classes: Tensor,
     bank_offset: Tensor | None,
+    alone: int,
     num_keys: int,
-) -> Iterator[tuple[Tensor, Tensor | None, bool]]:
-    """Keys, the bias of their scores (-inf for an empty slot), and whether they are the batch, which comes last."""
-    bias = _bias(bank_classes >= 0, bank_offset, rows)
-    for start in range(0, bank.shape[0], num_keys):
-        tile = slice(start, start + num_keys)
-        yield bank[tile].to(rows.dtype), None if bias is None else bias[tile], False
-    yield rows, _bias(valid, offset, rows), True
+    lowest: float,
+) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+    """Number of the first key of a tile, its keys, and the bias of their scores.
+
+    The last tile holds what the bank has after its `alone` first keys, and then the batch.
+    """
+    bias = _bias(bank_classes >= 0, bank_offset, rows, lowest)
+    own_bias = _bias(valid, offset, rows, lowest)
+    for first in range(0, alone, num_keys):
+        tile = slice(first, min(first + num_keys, alone))
+        yield first, bank[tile].to(rows.dtype), None if bias is None else bias[tile]
+    if alone < bank.shape[0]:
+        rows = torch.cat([bank[alone:].to(rows.dtype), rows])
+        if bias is not None and own_bias is not None:  # as on every accelerator
+            own_bias = torch.cat([bias[alone:], own_bias])
+    yield alone, rows, own_bias
 
 
-def _bias(valid: Tensor, offset: Tensor | None, rows: Tensor) -> Tensor | None:
+def _bias(valid: Tensor, offset: Tensor | None, rows: Tensor, lowest: float) -> Tensor | None:
     if valid.device.type == "cpu" and valid.all():
         return offset
     if offset is None:
         offset = torch.zeros_like(valid, dtype=rows.dtype)
-    return offset.masked_fill(~valid, -math.inf)
+    return offset.masked_fill(~valid, lowest)

@@ -25,7 +25,7 @@ from tempfile import TemporaryDirectory
 import contrastive
 import torch
 import training
-from measuring import in_turn, peak_mb, status
+from measuring import captured, in_turn, peak_mb, status
 
 TESTS = Path(__file__).parent.parent
 
@@ -69,8 +69,11 @@ def loss(device, quick):
                 names.remove("pytorch-metric-learning")
             if not cuda and queue > 8192:
                 names = names[:2]  # the others take gigabytes
-            steps = {name: contrastive.step(name, inputs) for name in names}
-            jobs = {"products": contrastive.floor(inputs), **steps}
+            jobs = {name: contrastive.step(name, inputs) for name in names}
+            if cuda:
+                for name in ("uncertainty_mm", "dense, compiled"):
+                    jobs[name + ", in a CUDA graph"] = captured(jobs[name])
+            jobs = {"products": contrastive.floor(inputs), **jobs}
             for threads in [1] if cuda else [1, 2]:
                 times = in_turn(jobs, device, threads, rounds=3 if quick else 9)
                 for name in jobs:
@@ -82,12 +85,10 @@ def loss(device, quick):
                         continue
                     row |= times[name]
                     row["/ products"] = times[name]["ms"] / times["products"]["ms"]
-                    if name != "products" and (cuda or (threads == 1 and batch == 128)):
-                        row["peak MB"] = (
-                            peak_mb(jobs[name], device)
-                            if cuda
-                            else contrastive.memory(name, anchors, queue)
-                        )
+                    if name in contrastive.IMPLEMENTATIONS and cuda:
+                        row["peak MB"] = peak_mb(jobs[name], device)
+                    elif name in contrastive.IMPLEMENTATIONS and threads == 1 and batch == 128:
+                        row["peak MB"] = contrastive.memory(name, anchors, queue)
                     yield row
 
 
@@ -103,14 +104,19 @@ def step(device, quick):
         batch = training.drawn(size, device=device)
         rows = int((~batch.padding_mask["text"]).sum())
         job = training.TrainingStep(batch, precision, compiled)
-        products = training.encoder_products(rows, device, precision)
-        times = in_turn({"step": job, "products": products}, device, rounds=3 if quick else 15)
-        row = {"batch": size, "precision": precision, "compiled": "yes" if compiled else "no"}
-        row |= {**times["step"], "samples/s": 1e3 * size / times["step"]["ms"]}
-        row["/ products"] = times["step"]["ms"] / times["products"]["ms"]
+        jobs = {"compiled" if compiled else "plain": job}
+        on_device = {}
         if cuda:
-            row |= training.on_device(job) | {"peak MB": peak_mb(job, device)}
-        yield row
+            on_device = training.on_device(job) | {"peak MB": peak_mb(job, device)}
+            jobs[" ".join([*jobs, "in a CUDA graph"])] = captured(job)
+        jobs["products"] = training.encoder_products(rows, device, precision)
+        times = in_turn(jobs, device, rounds=3 if quick else 15)
+        products = times.pop("products")["ms"]
+        for form, spent in times.items():
+            row = {"batch": size, "precision": precision, "form": form, **spent}
+            row |= {"samples/s": 1e3 * size / spent["ms"], "/ products": spent["ms"] / products}
+            yield row | on_device
+            on_device = {}
 
 
 def parts(device, quick):
@@ -211,15 +217,15 @@ def main():
     result = {"machine": machine(device), "quick": options.quick, "seconds": {}}
     page = [", ".join(f"{name} {value}" for name, value in result["machine"].items())]
     for name in options.only:
-        start, rows = time.perf_counter(), []
+        start, rows = time.perf_counter(), result.setdefault(name, [])
         try:
-            rows.extend(SECTIONS[name](device, options.quick))
+            for row in SECTIONS[name](device, options.quick):
+                rows.append(row)
+                result["seconds"][name] = time.perf_counter() - start
+                (options.out / "benchmarks.json").write_text(json.dumps(result, indent=1) + "\n")
         finally:  # what there is, also when it is stopped
-            result[name] = rows
-            result["seconds"][name] = time.perf_counter() - start
             page += [f"## {name.capitalize()}", SECTIONS[name].__doc__, table(rows)]
-            print(*page[-3:], f"({result['seconds'][name]:.0f} s)", "", sep="\n\n", flush=True)
-            (options.out / "benchmarks.json").write_text(json.dumps(result, indent=1) + "\n")
+            print(*page[-3:], f"({time.perf_counter() - start:.0f} s)", "", sep="\n\n", flush=True)
             (options.out / "benchmarks.md").write_text("\n\n".join(page) + "\n")
     sys.exit(any(row["failed"] for row in result.get("tests", [])))
 

@@ -21,6 +21,20 @@ def wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
+def captured(job: Job) -> Job:
+    """The kernels of a job as one CUDA graph, which starts them together."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            job()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        job()
+    return graph.replay
+
+
 def in_turn(
     jobs: Mapping[str, Job], device: str, threads: int = 1, rounds: int = 9, seconds: float = 0.02
 ) -> dict[str, dict[str, float]]:
