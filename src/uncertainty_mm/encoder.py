@@ -44,34 +44,33 @@ class PackedSteps:
         self.padding, self.shape = padding, padding.shape
         counted = checks_values(padding)
         self.left_out = None if counted else padding.flatten().unsqueeze(1)
-        self.whole = counted and not padding.any()  # nothing to move
-        if self.whole:
-            return
-        rows = torch.arange(padding.numel(), device=padding.device)
-        self.rows = rows[~padding.flatten()] if counted else rows
-        self.sample = self.rows // padding.shape[1]
-        # not %, which ONNX lacks for sizes that vary
-        self.step = self.rows - self.sample * padding.shape[1]
+        self.whole = counted and not padding.any()
+        self.moves = counted and not self.whole
+        if self.moves:
+            self.rows = (~padding.flatten()).nonzero().squeeze(1)
+            self.sample = self.rows // padding.shape[1]
+            self.step = self.rows % padding.shape[1]
 
     def pack(self, x: Tensor) -> Tensor:
         """Packs (B, S, D) into (N, D), with 0 for padding if it is included."""
         x = x.flatten(0, 1)
-        if self.whole:
-            return x
-        x = x.index_select(0, self.rows)
+        if self.moves:
+            return x.index_select(0, self.rows)
         return x if self.left_out is None else x.masked_fill(self.left_out, 0)
 
     def of_samples(self, x: Tensor) -> Tensor:
         """(B, D) -> (N, D), the row of its sample for every step."""
-        if self.whole:
-            return x.unsqueeze(1).expand(*self.shape, -1).flatten(0, 1)
-        return x[self.sample]
+        if self.moves:
+            return x[self.sample]
+        return x.unsqueeze(1).expand(*self.shape, -1).flatten(0, 1)
 
     def of_places(self, x: Tensor) -> Tensor:
         """(S or more, D) -> (N, D), the row of its place in the sequence for every step."""
-        if self.whole:
-            return x[: self.shape[1]].expand(self.shape[0], -1, -1).flatten(0, 1)
-        return F.embedding(self.step, x)
+        if self.moves:
+            return F.embedding(self.step, x)
+        # a slice would be exported for a single number of steps
+        x = x.index_select(0, torch.arange(self.shape[1], device=x.device))
+        return x.expand(self.shape[0], -1, -1).flatten(0, 1)
 
     def mean(self, x: Tensor) -> Tensor:
         """(N, D) -> (B, D), over the steps of every sample that are not padding; 0 without any."""
@@ -83,11 +82,9 @@ class PackedSteps:
 
     def unpack(self, x: Tensor) -> Tensor:
         """Unpacks (N, D) into (B, S, D), with 0 for steps that were not packed."""
-        if self.whole:
-            return x.view(*self.shape, x.shape[1])
-        padded = x.new_zeros(math.prod(self.shape), x.shape[1])
-        padded = padded.index_copy_(0, self.rows, x)
-        return padded.view(*self.shape, x.shape[1])
+        if self.moves:
+            x = x.new_zeros(math.prod(self.shape), x.shape[1]).index_copy_(0, self.rows, x)
+        return x.view(*self.shape, x.shape[1])
 
 
 class EncoderLayer(nn.Module):
@@ -140,8 +137,9 @@ class EncoderLayer(nn.Module):
             # the backward pass of attention in half precision takes five times as long there
             with torch.autocast("cpu", enabled=False):
                 return self._attended(qkv.float(), mask)
-        parts = qkv.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        query, key, value = parts  # (B, num_heads, S, dim / num_heads)
+        # each (B, num_heads, S, dim / num_heads)
+        parts = (x.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for x in qkv.chunk(3, 2))
+        query, key, value = parts
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         return attended.transpose(1, 2).flatten(2)
 
@@ -290,7 +288,10 @@ class SequenceEncoder(Component):
         if not steps.whole:
             # A missing sequence attends to itself, which is harmless: nobody reads it.
             mask = (~padding | padding.all(dim=1, keepdim=True)).unsqueeze(1).unsqueeze(1)
-        features = steps.pack(self.standardized(x))
+        if steps.moves:
+            features = self.standardized(steps.pack(x))  # of fewer steps
+        else:
+            features = steps.pack(self.standardized(x))  # padding is 0
         embedded = steps.of_places(self.positions)
         if self.size is not None:
             features = features.to(torch.promote_types(features.dtype, torch.float32))
@@ -394,4 +395,5 @@ class PlaceReads(Component):
         x = x.masked_fill(padding.unsqueeze(2), 0)  # 0 times NaN is NaN
         steps = torch.arange(x.shape[1], device=x.device)
         # a slice would be exported for a single number of steps
-        return (self.weight.index_select(1, steps) @ x).flatten(1)
+        weight = self.weight.index_select(1, steps)
+        return (weight.expand(x.shape[0], -1, -1) @ x).flatten(1)  # `weight @ x` copies x
