@@ -143,8 +143,7 @@ def serving(steps, device):
     model = model_for(batch).eval()
     train = drawn(64, steps)
     data = MultimodalDataset(*train[:3], [str(label) for label in range(6)])
-    model.typicality.fit(data)
-    model.conflict.fit(*model.typicality.summaries_of(data))
+    model.conflict.fit(*model.typicality.fit_and_summarize(data))
     # `.cpu()`: the answer is there when the job is done
     jobs = {
         "model(features, padding_mask)": lambda: model(*batch[:2]).logits.cpu(),
