@@ -396,8 +396,7 @@ class LDDU(MultilabelModule):
         data = self.trainer.datamodule
         for name, each in data.statistics().items():
             self.encoder[name].standardize(each.mean, each.std)
-        self.typicality.fit(data.part("train"))
-        self.conflict.fit(*self.typicality.summaries_of(data.part("train")))
+        self.conflict.fit(*self.typicality.fit_and_summarize(data.part("train")))
 
     def training_step(self, batch: MultimodalBatch, batch_idx: int) -> Tensor:
         """Eq. 16 of a batch."""

@@ -19,7 +19,7 @@ from support import (
     record_validate_args,
     refused,
 )
-from uncertainty_mm import Conflict, Typicality
+from uncertainty_mm import Conflict, Typicality, conflict
 from uncertainty_mm.metrics.functional import auroc
 
 NAMES = ["voice", "face", "text"]
@@ -199,6 +199,21 @@ def test_missing_rows_do_not_count_in_the_fit():
     there = ~missing[:, 0]
     close(module.shift[:2], rows["voice"][there].mean(0))
     close(module.weight[:2], 1 / rows["voice"][there].std(0, correction=0))
+
+
+@pytest.mark.parametrize("samples", [12, 13, 40])  # fewer, and more, than columns
+def test_directions_are_those_of_the_correlations(samples):
+    x, fold = torch.randn(samples, 12) @ torch.randn(12, 12) + 3, torch.arange(samples) % 5
+    x[:, 3] = 7  # never varied
+    rows = conflict._Rows(x, fold, 4)
+    for k in (0, 4, 5):
+        x_k = x[fold != k].double()
+        z = (x_k - x_k.mean(0)).nan_to_num() / x_k.std(0, correction=0).where(x_k.std(0) > 0, 1)
+        _, vectors = torch.linalg.eigh(z.T @ z)
+        shift, weight, directions = rows.directions(k)
+        close(shift, x_k.mean(0))
+        assert weight.count_nonzero() == 11
+        close(directions @ directions.T, vectors[:, -4:] @ vectors[:, -4:].T)
 
 
 def test_modality_that_was_never_there_says_nothing():

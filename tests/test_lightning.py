@@ -308,8 +308,9 @@ def test_what_agrees_travels_with_the_checkpoint(lddu, trained):
     model, part = lddu.load(trained.ckpt), trained.data.part("train")
     before = torch.get_rng_state()
     rows, missing = model.typicality.summaries_of(part)
-    fitted = Conflict(model.typicality.summary_dims).fit(rows, missing)
     assert torch.equal(torch.get_rng_state(), before)  # training goes on as without it
+    rows, missing = model.typicality.fit_and_summarize(part)
+    fitted = Conflict(model.typicality.summary_dims).fit(rows, missing)
     assert fitted.projection.any()
     same(model.conflict.state_dict(), fitted.state_dict())
     whole = model.predict(part)

@@ -116,6 +116,32 @@ def test_shrunk_covariance_is_that_of_scikit_learn(rows, dim):
     close(shrunk, OAS().fit(x.numpy()).covariance_)
 
 
+def test_triangles_by_halves_are_those_of_torch(monkeypatch):
+    monkeypatch.setattr(typicality, "_BLOCK", 3)
+    x = torch.randn(30, 13).double()
+    gram = typicality._gram(x)
+    close(gram, x.T @ x)
+    root = torch.linalg.cholesky(gram)
+    close(typicality._inverse(root), torch.linalg.inv(root).tril())
+
+
+@pytest.mark.parametrize("spread", [1.0, 1e-2, 1e-4, 1e-6, 0.0])  # 1e-4: eigenvalues of 1e-8
+@pytest.mark.parametrize("covariance", ["oas", "empirical"])
+@pytest.mark.parametrize("rows", [5, 40])
+def test_distances_are_those_by_eigenvectors(rows, covariance, spread):
+    """Those of next to no variance are left out, however the root is computed."""
+    x = torch.randn(rows, 8).double()
+    x[:, 4:] = x[:, :4] + spread * x[:, 4:]
+    given = x.T @ x / rows
+    given = typicality._shrunk(given, rows) if covariance == "oas" else given
+    values, vectors = torch.linalg.eigh(given)
+    expected = x @ vectors[:, kept := values > 1e-9 * values[-1]] / values[kept].sqrt()
+    root = typicality._inverse_root(given)
+    torch.testing.assert_close(
+        (x @ root.T).square().sum(1), expected.square().sum(1), rtol=1e-6, atol=0
+    )
+
+
 def test_shrunk_identity_is_the_identity():
     close(typicality._shrunk(torch.eye(3).double(), 10), np.eye(3))
 
@@ -334,6 +360,27 @@ def test_fit_starts_anew():
     with pytest.warns(UserWarning, match="not fitted"):
         module.fit(dataset(x[:1], padding[:1]))
     assert torch.equal(ask(module, 9 * x, padding)[0], torch.ones(100))
+
+
+def test_fit_gives_the_summaries_it_read():
+    (x, padding), dims = draw(40), {NAME: 3, "face": 3}
+    masks = {NAME: padding, "face": padding | (torch.arange(40) % 3 == 0).unsqueeze(1)}
+    data = MultimodalDataset({NAME: x, "face": x}, masks, torch.ones(40, 1), ["joy"])
+    module, expected = Typicality(dims), Typicality(dims).fit(data)
+    rows, missing = module.fit_and_summarize(data)
+    for name, state in module.state_dict().items():
+        assert torch.equal(state, expected.state_dict()[name])
+    wanted, gone = module.summaries_of(data)
+    assert torch.equal(missing, gone)
+    for m, name in enumerate(dims):
+        torch.testing.assert_close(rows[name][~gone[:, m]], wanted[name][~gone[:, m]])
+    batch = data.batch(range(40))
+    del batch.features["face"], batch.padding_mask["face"]
+    with pytest.warns(UserWarning, match="holds 0 sequences of 'face'") as caught:
+        rows, missing = module.fit_and_summarize([batch])
+    assert caught[0].filename == __file__
+    assert missing.sum(0).tolist() == [0, 40]
+    assert rows["face"].shape == (40, 9)
 
 
 class Changing:

@@ -23,7 +23,7 @@ from uncertainty_mm._checks import (
 )
 from uncertainty_mm._component import FittedComponent
 from uncertainty_mm.functional import at_least_float32
-from uncertainty_mm.typicality import _FOLDS, _shrunk, _Whitening
+from uncertainty_mm.typicality import _FOLDS, _Moments, _shrunk, _weight, _Whitening
 
 __all__ = ["Conflict"]
 
@@ -273,17 +273,23 @@ class Conflict(FittedComponent):
                 stacklevel=3,
             )
         fold = torch.arange(len(x), device="cpu") % _FOLDS
+        modalities = [
+            _Rows(part[~absent], fold[~absent], rank)
+            for part, absent, rank in zip(x.split(dims, 1), gone.T, ranks, strict=True)
+        ]
         tried: list[list[_Trials]] = [[] for _ in _LEAST_EIGENVALUES]
         for k in range(_FOLDS):
             inside, outside = fold == k, fold != k
             if inside.any() and company[outside].sum() >= 2:
-                gaussian = _Joint.of(x[outside], gone[outside], dims, ranks)
+                directions = [each.directions(k) for each in modalities]
+                gaussian = _Joint.of(x[outside], gone[outside], directions)
                 y = gaussian.projected(x[inside].double())
                 for least, trials in zip(_LEAST_EIGENVALUES, tried, strict=True):
                     trials.append(_Trials.of(gaussian.floored(least), y, gone[inside], ranks))
         slopes = [_slope(trials) for trials in tried]
         best = max(range(len(slopes)), key=lambda index: slopes[index][1])
-        gaussian = _Joint.of(x, gone, dims, ranks).floored(_LEAST_EIGENVALUES[best])
+        gaussian = _Joint.of(x, gone, [each.directions() for each in modalities])
+        gaussian = gaussian.floored(_LEAST_EIGENVALUES[best])
         for name, value in zip(self._states, (*gaussian, slopes[best][0]), strict=True):
             state = getattr(self, name)
             state.copy_(value.to(state.dtype))
@@ -299,12 +305,10 @@ class _Joint(NamedTuple):
     covariance: Tensor  # (K, K)
 
     @staticmethod
-    def of(x: Tensor, missing: Tensor, dims: list[int], ranks: list[int]) -> _Joint:
+    def of(x: Tensor, missing: Tensor, directions: list[tuple[Tensor, Tensor, Tensor]]) -> _Joint:
         """The Gaussian of rows (N, P) in float64, with shrunk covariance; True in `missing` (N, M) leaves out."""
-        columns = zip(x.split(dims, 1), missing.T, ranks, strict=True)
-        shift, weight, projection = zip(
-            *(_directions(rows[~gone].double(), rank) for rows, gone, rank in columns), strict=True
-        )
+        shift, weight, projection = zip(*directions, strict=True)
+        ranks = [part.shape[1] for part in projection]
         joint = _Joint(
             torch.cat(shift),
             torch.cat(weight),
@@ -394,20 +398,38 @@ def _with_company(missing: Tensor) -> Tensor:
 # --------------------------------------------------------------------------------------------- fit
 
 
-def _directions(rows: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Shift and weight (P,) of rows (N, P) of one modality, and its `rank` principal directions (P, K)."""
-    count = max(len(rows), 1)
-    shift = rows.sum(0) / count
-    centred = rows - shift
-    std = (centred.square().sum(0) / count).sqrt()
-    # a spread that float32 cannot distinguish from rounding does not count
-    largest = rows.abs().amax(0) if len(rows) else std
-    limits = torch.finfo(torch.float32)
-    weight = torch.where(std > limits.eps * largest, 1 / std, 0).clamp_max(limits.max)
-    z = centred * weight
-    values, vectors = torch.linalg.eigh(z.T @ z / count)
-    values, vectors = values[-rank:], vectors[:, -rank:]
-    return shift, weight, vectors * (values > _LEAST_VARIANCE * values[-1])
+class _Rows:
+    """The rows of one modality, whose principal directions are asked for with and without each fold."""
+
+    def __init__(self, rows: Tensor, fold: Tensor, rank: int) -> None:
+        self.rows, self.fold, self.rank = rows, fold, rank
+        many = len(rows) > rows.shape[1]  # then the moments of the folds are all that is needed
+        self.parts = [_Moments.of(rows[fold == k]) for k in range(_FOLDS)] if many else []
+
+    def directions(self, left_out: int = _FOLDS) -> tuple[Tensor, Tensor, Tensor]:
+        """Shift and weight (P,), and the `rank` principal directions (P, K), of the rows of the other folds."""
+        columns: Tensor | slice = slice(None)
+        if self.parts:
+            moments = _Moments.all(self.parts[:left_out] + self.parts[left_out + 1 :])
+            shift = moments.mean
+            weight, columns, correlation = moments.correlation()
+            values, vectors = torch.linalg.eigh(correlation)
+        else:
+            rows = self.rows[self.fold != left_out].double()
+            count = max(len(rows), 1)
+            shift = rows.sum(0) / count
+            z = rows - shift
+            std = (z.square().sum(0) / count).sqrt()
+            weight = _weight(std, rows.abs().amax(0) if len(rows) else std)
+            z = z * weight
+            # the products of rows have the eigenvalues of those of columns, and are fewer
+            values, vectors = torch.linalg.eigh(z @ z.T / count)
+            vectors = z.T @ vectors / (count * values).sqrt()
+        values, vectors = values[-self.rank :], vectors[:, -self.rank :]
+        kept = values > _LEAST_VARIANCE * values[-1:]
+        projection = shift.new_zeros(len(shift), self.rank)
+        projection[columns, self.rank - len(values) :] = torch.where(kept, vectors, 0)
+        return shift, weight.clamp_max(torch.finfo(torch.float32).max), projection
 
 
 class _Trials(NamedTuple):

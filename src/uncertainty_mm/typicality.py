@@ -35,6 +35,7 @@ __all__ = ["Typicality"]
 
 _FOLDS = 5
 _CHUNK = 2**22  # numbers in a batch of a data set
+_BLOCK = 256  # columns of a product that is not split further
 # Standardised values are clamped to this magnitude, so that no square overflows.
 _LIMIT = 1e6
 # Least standard deviation at which a column of a summary, which has no unit, counts: far above rounding.
@@ -308,6 +309,33 @@ class Typicality(Component):
                 or names disagree; an earlier fit is then unchanged.
             TypeError: If `data` can be read only once, or does not hold batches.
         """
+        self._fit(data)
+        return self
+
+    @torch.no_grad()
+    def fit_and_summarize(
+        self, data: MultimodalDataset | Iterable[MultimodalBatch]
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Fits, and returns the summaries on which the fit is based, for ``Conflict.fit``.
+
+        It replaces :meth:`fit` and then :meth:`summaries_of`, which reads and summarises the data once more.
+
+        Args:
+            data: As for :meth:`fit`.
+
+        Returns:
+            As :meth:`summaries_of`, on the CPU.
+
+        Raises:
+            ValueError: As :meth:`fit`.
+            TypeError: As :meth:`fit`.
+        """
+        return self._fit(data)
+
+    def _fit(
+        self, data: MultimodalDataset | Iterable[MultimodalBatch]
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Fits, and returns the summaries (N, 2D + 3) of all sequences and a mask (N, M) of those that are missing."""
         read = _reader(data)
         moments = {name: _Moments.none(dim) for name, dim in self.modality_dims.items()}
         count = 0
@@ -318,39 +346,40 @@ class Typicality(Component):
         if not count:
             raise ValueError("Expected `data` to hold at least one sample, but got none")
         steps = {name: _whitening(each, self.covariance, 0) for name, each in moments.items()}
-        held: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in self.modality_dims}
-        folds = {
-            name: [_Moments.none(size) for _ in range(_FOLDS)]
-            for name, size in self.summary_dims.items()
-        }
-        again = 0
+        rows: dict[str, list[Tensor]] = {name: [] for name in self.modality_dims}
+        missing, folds, again = [], [], 0
         for batch in read():
-            again += self._check_batch(batch)
+            size = self._check_batch(batch)
+            again += size
+            gone = {name: torch.ones(size, dtype=torch.bool, device="cpu") for name in rows}
+            of_batch = {n: torch.zeros(size, k, device="cpu") for n, k in self.summary_dims.items()}
             for name, x, valid in _sequences(batch):
-                there = valid.any(1)
-                rows = _summary(x[there], valid[there], steps[name])
-                fold = batch.indices.cpu()[there] % _FOLDS
-                held[name].append((rows, fold))
-                for k in fold.unique().tolist():
-                    folds[name][k] += _Moments.of(rows[fold == k])
+                of_batch[name], gone[name] = _summary(x, valid, steps[name]), ~valid.any(1)
+            for name, each in of_batch.items():
+                rows[name].append(each)
+            missing.append(torch.stack([*gone.values()], 1))
+            folds.append(batch.indices.cpu() % _FOLDS)
         if again != count:
             raise ValueError(
                 f"Expected `data` to give the same samples twice, but got {count}, then {again}"
             )
-        for name, part in zip(self.modality_dims, self._parts(), strict=True):
+        joined = {name: torch.cat(rows.pop(name)) for name in self.modality_dims}
+        absent, fold = torch.cat(missing), torch.cat(folds)
+        for name, part, gone_here in zip(self.modality_dims, self._parts(), absent.T, strict=True):
             part.reset_parameters()
-            whole = _Moments.all(folds[name])
+            own_fold = fold.masked_fill(gone_here, _FOLDS)
+            parts = [_Moments.of(joined[name][own_fold == k]) for k in range(_FOLDS)]
+            whole = _Moments.all(parts)
             if whole.count < 2:
                 warnings.warn(
                     f"`data` holds {whole.count} sequences of {name!r}, of at least 2 that are needed: "
                     "it is not fitted, and its factor stays 1",
-                    stacklevel=3,  # beyond the decorator
+                    stacklevel=4,  # beyond the public method and its decorator
                 )
                 continue
             sequence = _whitening(whole, self.covariance, _LEAST_SPREAD)
-            quantile = self._quantile(held[name], folds[name], sequence)
-            part.set(steps[name], sequence, quantile)
-        return self
+            part.set(steps[name], sequence, self._quantile(joined[name], own_fold, parts, sequence))
+        return joined, absent
 
     def _check_batch(self, batch: object) -> int:
         """Checks a batch, and returns its number of samples."""
@@ -367,20 +396,17 @@ class Typicality(Component):
         return sizes["B"]
 
     def _quantile(
-        self,
-        held: list[tuple[Tensor, Tensor]],
-        folds: list[_Moments],
-        sequence: _Whitening,
+        self, rows: Tensor, fold: Tensor, parts: list[_Moments], sequence: _Whitening
     ) -> Tensor:
         """Quantile of the distances of the folds; of all rows if a fold leaves too few others."""
         distances = []
         for k in range(_FOLDS):
-            others = _Moments.all(folds[:k] + folds[k + 1 :])
+            others = _Moments.all(parts[:k] + parts[k + 1 :])
             if others.count >= 2:
                 without = _whitening(others, self.covariance, _LEAST_SPREAD)
-                distances += [without.distance(rows[fold == k]) for rows, fold in held]
+                distances.append(without.distance(rows[fold == k]))
         if not sum(map(len, distances)):
-            distances = [sequence.distance(rows) for rows, _ in held]
+            distances = [sequence.distance(rows[fold < _FOLDS])]
         quantile = torch.cat(distances).double().quantile(self.level)
         # with a quantile of 0 nothing can be compared, and the factor stays 1
         return torch.where(quantile > 0, quantile, torch.inf)
@@ -526,8 +552,7 @@ class _Moments:
             return _Moments.none(rows.shape[1])
         rows = rows.double()
         mean = rows.mean(0)
-        centred = rows - mean
-        return _Moments(len(rows), mean, centred.T @ centred, rows.abs().amax(0))
+        return _Moments(len(rows), mean, _gram(rows - mean), rows.abs().amax(0))
 
     @staticmethod
     def all(parts: list[_Moments]) -> _Moments:
@@ -541,30 +566,77 @@ class _Moments:
         return _Moments(
             count,
             self.mean + share * gap,
-            self.scatter + other.scatter + self.count * share * gap.outer(gap),
+            (self.scatter + other.scatter).addr_(gap, gap, alpha=self.count * share),
             torch.maximum(self.largest, other.largest),
         )
+
+    def correlation(self, least_spread: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+        """One over the standard deviations, (P,), the columns that vary, (K,), and their correlations (K, K)."""
+        products = self.scatter / max(self.count, 1)
+        std = products.diagonal().sqrt()
+        weight = _weight(std, self.largest, least_spread)
+        columns = weight.nonzero().squeeze(1)
+        if len(columns) < len(std):
+            products = products[columns][:, columns]
+        scale = weight[columns]
+        return weight, columns, products.mul_(scale).mul_(scale.unsqueeze(1))
+
+
+def _weight(std: Tensor, largest: Tensor, least_spread: float = 0.0) -> Tensor:
+    """One over the standard deviation of columns (P,), 0 where rounding of the largest value in float32 might be it."""
+    rounding = torch.finfo(torch.float32).eps * largest
+    return torch.where(std > rounding.clamp_min(least_spread), 1 / std, 0)
+
+
+def _gram(x: Tensor) -> Tensor:
+    """`x.T @ x`, of which each product of two different halves of the columns is computed only once."""
+    if x.shape[1] < _BLOCK:
+        return x.T @ x
+    left, right = x.chunk(2, 1)
+    both = left.T @ right
+    rows = torch.cat([_gram(left), both], 1), torch.cat([both.T, _gram(right)], 1)
+    return torch.cat(rows)
+
+
+def _inverse(root: Tensor) -> Tensor:
+    """The inverse of a lower triangular matrix, by halves, without what is known to be 0."""
+    half = len(root) // 2
+    if half < _BLOCK:
+        identity = torch.eye(len(root), dtype=root.dtype, device=root.device)
+        inverse: Tensor = torch.linalg.solve_triangular(root, identity, upper=False)
+        return inverse
+    upper, lower = _inverse(root[:half, :half]), _inverse(root[half:, half:])
+    inverse = torch.zeros_like(root)
+    inverse[:half, :half], inverse[half:, half:] = upper, lower
+    inverse[half:, :half] = -(lower @ root[half:, :half]) @ upper
+    return inverse
 
 
 def _whitening(moments: _Moments, covariance: str, least_spread: float) -> _Whitening:
     """The whitening for these moments, in float32, without columns and directions that do not vary."""
-    limits = torch.finfo(torch.float32)
-    products = moments.scatter / max(moments.count, 1)
-    std = products.diagonal().sqrt()
-    # a spread that float32 cannot distinguish from rounding does not count
-    varies = std > (limits.eps * moments.largest).clamp_min(least_spread)
-    weight = torch.where(varies, 1 / std, 0)
-    columns = varies.nonzero().squeeze(1)
-    root = torch.zeros_like(products)
+    weight, columns, correlation = moments.correlation(least_spread)
+    root = torch.zeros_like(moments.scatter)
     if len(columns):
-        correlation = (products * weight * weight.unsqueeze(1))[columns][:, columns]
         if covariance == "oas":
             correlation = _shrunk(correlation, moments.count)
-        values, vectors = torch.linalg.eigh(correlation)
-        inverse = values.clamp_min(limits.tiny).rsqrt()
-        inverse = inverse.masked_fill(values <= _LEAST_VARIANCE * values[-1], 0)
-        root[: len(columns), columns] = inverse.unsqueeze(1) * vectors.T
-    return _Whitening(moments.mean.float(), weight.clamp_max(limits.max).float(), root.float())
+        root[: len(columns), columns] = _inverse_root(correlation)
+    weight = weight.clamp_max(torch.finfo(torch.float32).max)
+    return _Whitening(moments.mean.float(), weight.float(), root.float())
+
+
+def _inverse_root(covariance: Tensor) -> Tensor:
+    """A root (K, K) of the inverse of a covariance, without directions of next to no variance."""
+    factor, failed = torch.linalg.cholesky_ex(covariance)
+    if not failed:
+        root: Tensor = _inverse(factor)
+        # The traces of the inverse and of the covariance are above their largest eigenvalues: no share is too small.
+        if root.square().sum() * covariance.trace() < 1 / _LEAST_VARIANCE:
+            return root
+    values, vectors = torch.linalg.eigh(covariance)
+    inverse = values.clamp_min(torch.finfo(torch.float32).tiny).rsqrt()
+    inverse = inverse.masked_fill(values <= _LEAST_VARIANCE * values[-1], 0)
+    root = inverse.unsqueeze(1) * vectors.T
+    return root
 
 
 def _shrunk(covariance: Tensor, count: int) -> Tensor:
@@ -585,7 +657,7 @@ def _sequences(batch: MultimodalBatch) -> Iterator[tuple[str, Tensor, Tensor]]:
         x = at_least_float32(x.detach().cpu())
         mask = batch.padding_mask.get(name)
         padding = x.new_zeros(x.shape[:2], dtype=torch.bool) if mask is None else mask.cpu()
-        yield name, x, _valid(x, padding)
+        yield name, x, ~padding if sum_is_finite(x) else _valid(x, padding)
 
 
 def _reader(

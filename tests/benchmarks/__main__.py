@@ -105,9 +105,7 @@ def step(device, quick):
         rows = int((~batch.padding_mask["text"]).sum())
         job = training.TrainingStep(batch, precision, compiled)
         jobs = {"compiled" if compiled else "plain": job}
-        on_device = {}
         if cuda:
-            on_device = training.on_device(job) | {"peak MB": peak_mb(job, device)}
             jobs[" ".join([*jobs, "in a CUDA graph"])] = captured(job)
         jobs["products"] = training.encoder_products(rows, device, precision)
         times = in_turn(jobs, device, rounds=3 if quick else 15)
@@ -115,8 +113,9 @@ def step(device, quick):
         for form, spent in times.items():
             row = {"batch": size, "precision": precision, "form": form, **spent}
             row |= {"samples/s": 1e3 * size / spent["ms"], "/ products": spent["ms"] / products}
-            yield row | on_device
-            on_device = {}
+            if cuda and "graph" not in form:
+                row |= training.on_device(job) | {"peak MB": peak_mb(job, device)}
+            yield row
 
 
 def parts(device, quick):

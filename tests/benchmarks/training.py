@@ -146,8 +146,7 @@ def serving(steps, device):
     model = model_for(batch).eval()
     train = drawn(64, steps)
     data = MultimodalDataset(*train[:3], [str(label) for label in range(6)])
-    model.typicality.fit(data)
-    model.conflict.fit(*model.typicality.summaries_of(data))
+    model.conflict.fit(*model.typicality.fit_and_summarize(data))
     no_grad = torch.inference_mode()
     ask = no_grad(lambda: model(*batch[:2]).logits)
     jobs = {  # `.cpu()`: the answer is there when the job is done
