@@ -477,6 +477,20 @@ def test_cast_to_half_precision_changes_nothing(dtype):
     close(factors, expected[0], dtype)
 
 
+def test_state_of_other_settings_does_not_load():
+    state = fitted(*draw(60)).state_dict()
+    for settings, told in (({"level": 0.5}, "0.5"), ({"covariance": "empirical"}, ".*'empirical'")):
+        other = Typicality({NAME: 3}, **settings)
+        words = (
+            rf"`modality.voice.meaning` to be of `level` {told}.*, but got of `level` 0.95 .*'oas'"
+        )
+        for options in ({}, {"strict": False}, {"assign": True}):
+            with pytest.raises(RuntimeError, match=words):
+                other.load_state_dict(state, **options)
+            assert other.modality[NAME].quantile.isinf()
+    Typicality({NAME: 3}, power=1).half().load_state_dict(state)  # which is not of the power
+
+
 def test_made_on_the_meta_device_it_works_as_new():
     x, padding = draw(30)
     with torch.device("meta"):
