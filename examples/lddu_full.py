@@ -50,7 +50,6 @@ from uncertainty_mm import (
     UncertaintyGatedFusion,
 )
 from uncertainty_mm.data import MultimodalBatch
-from uncertainty_mm.distributed import group_name
 from uncertainty_mm.encoder import SequenceEncoder
 from uncertainty_mm.functional import expected_distance, prediction_distance, reduced_chi2
 from uncertainty_mm.lightning import (
@@ -183,10 +182,6 @@ class LDDU(MultilabelModule):
         use_typicality: bool = True,
         **training: Any,
     ) -> None:
-        if (
-            "process_group" in contrastive
-        ):  # by its name, since a group cannot be saved with the options
-            contrastive = {**contrastive, "process_group": group_name(contrastive["process_group"])}
         super().__init__(label_names, **training)
         modalities, labels = len(modality_dims), len(label_names)
         if not predictions or len({*predictions} & {*get_args(Prediction)}) < len(predictions):
@@ -290,16 +285,12 @@ class LDDU(MultilabelModule):
 
     def experts(self, output: Output) -> Tensor:
         """Logits of the predictions that are pooled, (B, E, Q)."""
-        first, places = output.dir_logits, output.place_logits
-        logits = dict(fused=output.logits, first=first, places=places)
+        logits = dict(fused=output.logits, first=output.dir_logits, places=output.place_logits)
         if "modalities" in self.predictions:
-            std = output.typicality.sqrt().unsqueeze(2).expand_as(output.modality_logits)
-            missing = output.missing & ~output.missing.all(
-                1, keepdim=True
-            )  # of nothing: the biases
-            logits["modalities"] = self.decisions(
-                output.modality_logits, std=std, missing=missing
-            ).logits
+            each, missing = output.modality_logits, output.missing
+            std = output.typicality.sqrt().unsqueeze(2).expand_as(each)
+            missing = missing & ~missing.all(1, keepdim=True)  # of nothing: the biases
+            logits["modalities"] = self.decisions(each, std=std, missing=missing).logits
         return torch.stack([logits[name].float() for name in self.predictions], dim=1)
 
     def uncertainty(self, probs: Tensor, labels: Tensor | None, unknown: Tensor | None) -> Tensor:

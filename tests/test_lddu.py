@@ -344,14 +344,18 @@ def test_prediction_that_is_not_pooled_is_not_computed(build, monkeypatch):
     assert torch.equal(model.experts(output), expected)
 
 
-def test_process_group_is_kept_by_its_name(build):
+def test_process_group_is_given_by_its_name(build, example):
+    """A group can be neither copied nor saved with the arguments."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         group = dist.new_group([0])
-        for given in (group, group.group_name):
-            model = build(contrastive__process_group=given)
-            assert model.contrastive.process_group == group.group_name
-            assert model.hparams["contrastive"]["process_group"] == group.group_name
+        model = build(contrastive__process_group=group.group_name)
+        assert model.contrastive.process_group == group.group_name
+        message = (
+            "^Expected the arguments of LDDU .* the name of a process group .*'.*ProcessGroup'"
+        )
+        with pytest.raises(TypeError, match=message):
+            example.LDDU({"a": 3}, {"a": 5}, ["x"], 9, contrastive={"process_group": group})
     finally:
         dist.destroy_process_group()
 
