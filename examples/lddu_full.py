@@ -285,11 +285,12 @@ class LDDU(MultilabelModule):
 
     def experts(self, output: Output) -> Tensor:
         """Logits of the predictions that are pooled, (B, E, Q)."""
-        std = output.typicality.sqrt().unsqueeze(2).expand_as(output.modality_logits)
-        missing = output.missing & ~output.missing.all(1, keepdim=True)  # of nothing: the biases
-        mean = self.decisions(output.modality_logits, std=std, missing=missing).logits
-        first, places = output.dir_logits, output.place_logits
-        logits = dict(fused=output.logits, first=first, places=places, modalities=mean)
+        logits = dict(fused=output.logits, first=output.dir_logits, places=output.place_logits)
+        if "modalities" in self.predictions:
+            each, missing = output.modality_logits, output.missing
+            std = output.typicality.sqrt().unsqueeze(2).expand_as(each)
+            missing = missing & ~missing.all(1, keepdim=True)  # of nothing: the biases
+            logits["modalities"] = self.decisions(each, std=std, missing=missing).logits
         return torch.stack([logits[name].float() for name in self.predictions], dim=1)
 
     def uncertainty(self, probs: Tensor, labels: Tensor | None, unknown: Tensor | None) -> Tensor:

@@ -339,7 +339,7 @@ def parser(description: str, output: str, arms: Sequence[str] = ()) -> Parser:
     add("--jobs", type=int, default=cores(), help="runs at a time, each with one thread")
     add("--quick", action="store_true", help=f"{QUICK_TITLE}; choose an --output of its own")
     add("--output", type=Path, default=Path(output))
-    add("options", nargs="*", help="after --: options of lddu_full.py for all runs")
+    add("options", nargs="*", default=[], help="after --: options of lddu_full.py for all runs")
     return result
 
 

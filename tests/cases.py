@@ -553,7 +553,8 @@ def plain_accuracy_uncertainty(module, probs, uncertainty, labels, unknown):
         weight = weight * (1 - u.tanh() if certain else u.tanh())
         total[right[at] == certain] = total[right[at] == certain] + weight
     if total[True] == 0:
-        return torch.log1p(total[False] / torch.finfo(torch.float32).eps)
+        least = torch.finfo(torch.float32).eps * total[False].detach()
+        return torch.log1p(total[False] / least.clamp_min(1e-30))
     return -(total[True] / (total[True] + total[False])).log()
 
 

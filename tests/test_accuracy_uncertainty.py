@@ -84,6 +84,26 @@ def test_all_that_is_wrong_still_has_a_gradient():
     assert grad[0, 0] > 0 > grad[0, 1]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_errors_of_full_confidence_cost_what_those_of_nearly_full_do(dtype):
+    loss = AccuracyUncertaintyLoss(threshold=0.3)
+    u = torch.tensor([[0.1, 0.6, 0.2, 5.0]], dtype=dtype, requires_grad=True)
+    labels, unknown = torch.tensor([[1, 0, 1, 1]]), torch.tensor([[False, False, False, True]])
+
+    def of(sure):
+        probs = torch.tensor([[1 - sure, sure, 1 - sure, 0.5]], dtype=dtype, requires_grad=True)
+        found = loss(probs=probs, uncertainty=u, labels=labels, unknown=unknown)
+        return found, *gradient(found, probs, u)
+
+    (exact, grad, grad_u), (nearly, _, expected) = of(1.0), of(1 - 1e-4)
+    assert nearly > 0.3
+    torch.testing.assert_close(exact, nearly, rtol=1e-3, atol=0)
+    torch.testing.assert_close(grad_u, expected, rtol=1e-3, atol=1e-6)
+    assert grad.isfinite().all()
+    certain = {"uncertainty": torch.zeros(1, 2), "labels": torch.tensor([[0, 1]])}
+    assert loss(probs=torch.tensor([[1.0, 0.0]]), **certain) == pytest.approx(15.9, abs=0.1)
+
+
 def test_nothing_known_costs_nothing():
     batch = draw()
     found = AccuracyUncertaintyLoss()(**batch, unknown=torch.ones(6, 4, dtype=torch.bool))

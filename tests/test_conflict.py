@@ -292,6 +292,23 @@ def test_nothing_in_common_is_not_fitted(names):
     )
 
 
+def test_state_of_another_order_of_modalities_does_not_load():
+    """Which would say, without an error, that the wrong modality is foreign."""
+    module = fitted(draw(60))
+    for names, told in (
+        (NAMES[::-1], r"\['text', 'face', 'voice'\], but got .* \['voice', 'face', 'text'\]"),
+        (["voice", "face", "odour"], r".*'odour'\], but got .*'face', 'another'\]"),
+    ):
+        other = Conflict(dict.fromkeys(names, 2))
+        for options in ({}, {"strict": False}, {"assign": True}):
+            with pytest.raises(RuntimeError, match=f"`meaning` to be of the modalities {told}"):
+                other.load_state_dict(module.state_dict(), **options)
+            assert not other.projection.any()
+    same = Conflict(dict.fromkeys(NAMES, 2), prior=0.1)
+    same.half().load_state_dict(module.half().state_dict())
+    assert torch.equal(same.covariance, module.covariance)
+
+
 def test_fewer_samples_than_directions_are_said_to_be_few():
     with pytest.warns(UserWarning, match="5 samples with two modalities, fewer than the 6 direct"):
         Conflict(dict.fromkeys(NAMES, 2)).fit(draw(5))

@@ -128,3 +128,19 @@ BAD = [
 @pytest.mark.parametrize("case", BAD, ids=lambda case: case.name)
 def test_refuses_and_stays_as_it_was(case):
     refused(case, ConformalRiskControl().fit(*simulate(20)), ConformalRiskControl.state_dict)
+
+
+def test_threshold_of_another_risk_does_not_load():
+    """Which would give its guarantee for the wrong risk."""
+    source = ConformalRiskControl(0.3).fit(torch.rand(50, 3), torch.ones(50, 3))
+    assert source.threshold > 0
+    other = ConformalRiskControl(0.05)
+    for options in ({}, {"strict": False}, {"assign": True}):
+        with pytest.raises(
+            RuntimeError, match=r"`meaning` to be `risk` 0\.05, but got `risk` 0\.3"
+        ):
+            other.load_state_dict(source.state_dict(), **options)
+        assert other.threshold == 0
+    same = ConformalRiskControl(0.3).half()
+    same.load_state_dict(source.half().state_dict())
+    assert same.threshold == source.threshold

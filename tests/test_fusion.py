@@ -556,3 +556,15 @@ def test_validate_args_is_passed_on(monkeypatch, validate_args):
     passed = record_validate_args(monkeypatch)
     build(validate_args=validate_args)(*random_batch())
     assert passed == [validate_args] * 2  # of latent and uncertainty
+
+
+@pytest.mark.parametrize("mean_weight", ["certainty", "uncertainty"])
+def test_unchecked_uncertainty_beyond_its_range_counts_as_its_end(mean_weight):
+    fusion = UncertaintyGatedFusion(2, 3, 4, mean_weight=mean_weight, validate_args=False).eval()
+    latent = random_latent(5, 2, 3, 4, dtype=torch.float32)
+    for beyond, end in ((1.0001, 1.0), (torch.inf, 1.0), (-0.5, 0.0)):
+        gate = torch.full((5, 3), beyond, requires_grad=True)
+        found, expected = fusion(latent, gate), fusion(latent, torch.full((5, 3), end))
+        for one, other in zip(found, expected, strict=True):
+            assert torch.equal(one, other)
+        assert gradient(found.logits, gate)[0].isfinite().all()

@@ -10,6 +10,7 @@ from typing import Literal, get_args, get_origin
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -333,6 +334,30 @@ def test_fourth_prediction_is_the_mean_of_the_modalities_by_their_typicality(bui
     there = ~both.missing.any(1)
     found = model.experts(both)[there, 3]
     torch.testing.assert_close(found, mean[there] / (1 + torch.pi * 1.2 / 8) ** 0.5)
+
+
+def test_prediction_that_is_not_pooled_is_not_computed(build, monkeypatch):
+    model, batch = build(predictions=["fused", "first"]).eval(), small_batch()
+    monkeypatch.setattr(model.decisions, "forward", None)
+    output = read(model, batch)
+    expected = torch.stack([output.logits, output.dir_logits], 1)
+    assert torch.equal(model.experts(output), expected)
+
+
+def test_process_group_is_given_by_its_name(build, example):
+    """A group can be neither copied nor saved with the arguments."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        group = dist.new_group([0])
+        model = build(contrastive__process_group=group.group_name)
+        assert model.contrastive.process_group == group.group_name
+        message = (
+            "^Expected the arguments of LDDU .* the name of a process group .*'.*ProcessGroup'"
+        )
+        with pytest.raises(TypeError, match=message):
+            example.LDDU({"a": 3}, {"a": 5}, ["x"], 9, contrastive={"process_group": group})
+    finally:
+        dist.destroy_process_group()
 
 
 def test_conflict_needs_two_modalities(build):

@@ -168,6 +168,12 @@ def test_as_many_runs_at_a_time_as_there_are_cores(monkeypatch):
     assert sweep.parser("", "runs").parse_args([]).jobs == 3
 
 
+def test_help_asks_for_nothing(capsys):
+    parser = sweep.parser("", "runs")
+    assert parser.parse_args([]).options == []
+    assert "required" not in parser.format_help()
+
+
 def test_tables_have_mean_and_standard_deviation_over_seeds():
     rows = [
         {"data": "one", "arm": arm, "seed": seed, "miF1": score}

@@ -308,7 +308,7 @@ def test_missing_sequences_do_not_count_in_the_fit():
     module, other = fitted(x, gone), Typicality({NAME: 3})
     other.fit([dataset(x, padding).batch(there.nonzero().squeeze(1))])
     for name, state in module.state_dict().items():
-        close(state, other.state_dict()[name])
+        torch.testing.assert_close(state, other.state_dict()[name], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -475,6 +475,20 @@ def test_cast_to_half_precision_changes_nothing(dtype):
     factors, _ = ask(module, (2 * x).to(dtype), padding)
     assert factors.dtype == torch.float32
     close(factors, expected[0], dtype)
+
+
+def test_state_of_other_settings_does_not_load():
+    state = fitted(*draw(60)).state_dict()
+    for settings, told in (({"level": 0.5}, "0.5"), ({"covariance": "empirical"}, ".*'empirical'")):
+        other = Typicality({NAME: 3}, **settings)
+        words = (
+            rf"`modality.voice.meaning` to be of `level` {told}.*, but got of `level` 0.95 .*'oas'"
+        )
+        for options in ({}, {"strict": False}, {"assign": True}):
+            with pytest.raises(RuntimeError, match=words):
+                other.load_state_dict(state, **options)
+            assert other.modality[NAME].quantile.isinf()
+    Typicality({NAME: 3}, power=1).half().load_state_dict(state)  # which is not of the power
 
 
 def test_made_on_the_meta_device_it_works_as_new():

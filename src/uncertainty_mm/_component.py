@@ -38,6 +38,8 @@ class Component(FixedSettings, nn.Module):
     """
 
     _states: tuple[str, ...] = ()
+    _meaning: tuple[int, ...] = ()
+    meaning: Tensor
     _is_replica = False  # True in the copies that `DataParallel` makes for one forward pass
 
     def _keep(self, **states: Tensor) -> None:
@@ -45,6 +47,19 @@ class Component(FixedSettings, nn.Module):
         for name, value in states.items():
             object.__setattr__(self, name, value)
         object.__setattr__(self, "_states", (*self._states, *states))
+
+    def _keep_meaning(self, *numbers: int) -> None:
+        """Registers `meaning`: settings on which the other state depends; state of other settings is not loaded."""
+        self._set(_meaning=numbers)
+        self._keep(meaning=torch.empty(len(numbers), dtype=torch.int64))
+
+    def _reset_meaning(self) -> None:
+        for index, number in enumerate(self._meaning):
+            self.meaning[index].fill_(number)
+
+    def _in_words(self, meaning: tuple[int, ...]) -> str:
+        """What `meaning` says, in words."""
+        raise NotImplementedError
 
     def extra_repr(self) -> str:
         """The settings that were given a value, for `repr`."""
@@ -77,8 +92,14 @@ class Component(FixedSettings, nn.Module):
                 reset()
 
     def _refusal(self, prefix: str, given: Mapping[str, Tensor]) -> str | None:
-        """Why a state of the right shapes cannot be loaded; asked where settings decide what the numbers mean."""
-        return None
+        """Why a state of the right shapes cannot be loaded: it is of other settings."""
+        key = f"{prefix}meaning"
+        if not self._meaning or key not in given or given[key].is_meta:
+            return None
+        theirs = tuple(given[key].tolist())
+        if theirs == self._meaning:
+            return None
+        return f"Expected `{key}` to be {self._in_words(self._meaning)}, but got {self._in_words(theirs)}"
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool

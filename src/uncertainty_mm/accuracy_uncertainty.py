@@ -35,7 +35,8 @@ class AccuracyUncertaintyLoss(Component):
         \ell = -\log \frac{n_{AC} + n_{IU}}{n_{AC} + n_{IU} + n_{AU} + n_{IC}}
 
     The sums run over all labels of the batch. If no prediction is accurate and certain, or inaccurate and uncertain,
-    the loss is about 16 in float32 instead of infinite, and still has a gradient.
+    the loss is about 16 in float32 instead of infinite, and still has a gradient. If all predictions are inaccurate and
+    of confidence 1, all sums are 0; the loss is then the limit for equal confidences.
 
     Source: Krishnan and Tickoo 2020, "Improving model calibration with accuracy versus uncertainty optimization",
     arXiv 2012.07923, for two classes.
@@ -115,12 +116,17 @@ class AccuracyUncertaintyLoss(Component):
             p, u = p.masked_fill(unknown, 0), u.masked_fill(unknown, 0)
         accurate = (p > 0.5) == (labels > 0.5)
         certain = u <= (_halfway(u, accurate, known) if self.threshold is None else self.threshold)
-        weight = torch.where(accurate, torch.maximum(p, 1 - p), torch.minimum(p, 1 - p))
-        weight = known * weight * torch.where(certain, 1 - u.tanh(), u.tanh())
+        limits = torch.finfo(p.dtype)
+        weight = known * torch.where(accurate, torch.maximum(p, 1 - p), torch.minimum(p, 1 - p))
+        weight = torch.where(
+            weight.sum() > limits.eps, weight, known
+        )  # else all are wrong, and equally sure
+        weight = weight * torch.where(certain, 1 - u.tanh(), u.tanh())
         as_it_should = accurate == certain
         good = weight.masked_fill(~as_it_should, 0).sum()
         bad = weight.masked_fill(as_it_should, 0).sum()
-        return torch.log1p(bad / good.clamp_min(torch.finfo(good.dtype).eps))
+        least = limits.eps * (good + bad).detach().clamp_min(limits.tiny / limits.eps**2)
+        return torch.log1p(bad / torch.maximum(good, least))
 
 
 def _halfway(u: Tensor, accurate: Tensor, known: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Mapping
 from numbers import Real
 from typing import NamedTuple
+from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -79,7 +80,7 @@ class Conflict(FittedComponent):
         projection: Directions of all modalities as a block-diagonal matrix, (P, K).
         covariance: Shrunk covariance (K, K) of the projected rows.
         slope: :math:`a`. All five are saved with the model and stay float32; optimizers and weight averaging do not
-            change them.
+            change them. They are not loaded where the modalities have other names or another order.
 
     Raises:
         ValueError: If an argument is out of range, or a name cannot name a submodule.
@@ -132,6 +133,7 @@ class Conflict(FittedComponent):
             covariance=torch.empty(rank, rank),
             slope=torch.empty(()),
         )
+        self._keep_meaning(*(crc32(name.encode()) for name in modality_dims))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -139,6 +141,11 @@ class Conflict(FittedComponent):
         for name in self._states:
             getattr(self, name).zero_()
         self.covariance.fill_diagonal_(1)
+        self._reset_meaning()
+
+    def _in_words(self, meaning: tuple[int, ...]) -> str:
+        names = dict(zip(self._meaning, self.modality_dims, strict=True))
+        return f"of the modalities {[names.get(number, 'another') for number in meaning]}"
 
     def _ranks(self) -> list[int]:
         """Number of directions of each modality."""
@@ -192,7 +199,7 @@ class Conflict(FittedComponent):
             )
         kind = x.device.type
         with torch.autocast(kind if kind != "meta" else "cpu", enabled=False):
-            gaussian = _Joint(*(getattr(self, name).to(x) for name in self._states[:-1]))
+            gaussian = _Joint(*(getattr(self, name).to(x) for name in _Joint._fields))
             ratios = gaussian.log_ratios(gaussian.projected(x), missing, self._ranks())
             return self.slope.to(x) * ratios, _with_company(missing).expand(ratios.shape)
 
@@ -290,7 +297,7 @@ class Conflict(FittedComponent):
         best = max(range(len(slopes)), key=lambda index: slopes[index][1])
         gaussian = _Joint.of(x, gone, [each.directions() for each in modalities])
         gaussian = gaussian.floored(_LEAST_EIGENVALUES[best])
-        for name, value in zip(self._states, (*gaussian, slopes[best][0]), strict=True):
+        for name, value in zip(self._states[:5], (*gaussian, slopes[best][0]), strict=True):
             state = getattr(self, name)
             state.copy_(value.to(state.dtype))
         return self

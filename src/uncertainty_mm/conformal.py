@@ -12,6 +12,8 @@ from uncertainty_mm._checks import (
 from uncertainty_mm._component import Component
 from uncertainty_mm.calibration._data import checked_input, fitting_data
 
+_UNIT = 10**12  # in parts of which the risk is saved, because integers are not rounded by casts
+
 
 class ConformalRiskControl(Component):
     r"""Predicts sets of labels that miss, on average, no more than a given share of the true labels.
@@ -34,7 +36,8 @@ class ConformalRiskControl(Component):
             probabilities that are not finite are left out.
 
     Attributes:
-        threshold: Tensor (), :math:`\lambda` in [0, 1]; 0 before :meth:`fit`.
+        threshold: Tensor (), :math:`\lambda` in [0, 1]; 0 before :meth:`fit`. It is saved with the `risk` that it is
+            for (`meaning`), and not loaded where another is asked for.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -61,11 +64,16 @@ class ConformalRiskControl(Component):
         check_validate_args(validate_args)
         self._set(risk=risk, validate_args=validate_args)
         self._keep(threshold=torch.empty(()))
+        self._keep_meaning(round(risk * _UNIT))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Removes the fit, so that all labels are predicted."""
         self.threshold.zero_()
+        self._reset_meaning()
+
+    def _in_words(self, meaning: tuple[int, ...]) -> str:
+        return f"`risk` {meaning[0] / _UNIT:g}"
 
     def forward(self, probs: Tensor) -> Tensor:
         """Predicts sets.

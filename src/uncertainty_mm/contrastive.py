@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
@@ -49,39 +48,24 @@ _FARTHEST = 1e16
 class _Queue(EmbeddingQueue):
     """A queue that says in its state what its rows are and how their classes are numbered, and loads no other."""
 
-    meaning: Tensor
-    _meaning: tuple[int, int, int]
-
     def __init__(
         self, size: int, dim: int, meaning: tuple[str, int, int], validate_args: bool | None
     ) -> None:
         super().__init__(size, dim, validate_args=validate_args)
-        self._set(_meaning=(list(_ROWS).index(meaning[0]), *meaning[1:]))
-        self._keep(meaning=torch.empty(3, dtype=torch.int64))
+        self._keep_meaning(list(_ROWS).index(meaning[0]), *meaning[1:])
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
-        for index, number in enumerate(getattr(self, "_meaning", ())):
-            self.meaning[index].fill_(number)
+        self._reset_meaning()
 
     def _get_name(self) -> str:
         return EmbeddingQueue.__name__
 
-    def _refusal(self, prefix: str, given: Mapping[str, Tensor]) -> str | None:
-        key = f"{prefix}meaning"
-        if key not in given or given[key].is_meta:
-            return None
-        theirs = tuple(given[key].tolist())
-        if theirs == self._meaning:
-            return None
-        return f"Expected `{key}` to be {_told(*self._meaning)}, but got {_told(*theirs)}"
-
-
-def _told(rows: int, num_modalities: int, num_labels: int) -> str:
-    """What the meaning of a queue says."""
-    kind = dict(enumerate(_ROWS.values())).get(rows, "unknown rows")
-    return f"{kind}, `num_modalities` {num_modalities}, `num_labels` {num_labels}"
+    def _in_words(self, meaning: tuple[int, ...]) -> str:
+        rows, num_modalities, num_labels = meaning
+        kind = dict(enumerate(_ROWS.values())).get(rows, "unknown rows")
+        return f"{kind}, `num_modalities` {num_modalities}, `num_labels` {num_labels}"
 
 
 class DistributionSupConLoss(Component):

@@ -87,7 +87,7 @@ class UncertaintyGatedFusion(Component):
         combine: How the modalities are combined: `"product"` or `"concat"` (the paper).
         detach_std: Stop the gradient from the second classifier to the standard deviations.
         validate_args: Check values (NaN, uncertainty out of [0, 1]) on the CPU only (None), never (False), or always
-            (True), which stalls an accelerator.
+            (True), which stalls an accelerator. If unchecked, an uncertainty is clamped to [0, 1].
 
     Attributes:
         mean_head: The classifier of the means.
@@ -206,7 +206,7 @@ class UncertaintyGatedFusion(Component):
         mean_logits = self._classify(self.mean_head, latent.mean, missing)
         std = latent.std.detach() if self.detach_std else latent.std
         std_logits = self._classify(self.std_head, std, missing)
-        uncertainty = uncertainty.to(mean_logits.dtype)
+        uncertainty = uncertainty.to(mean_logits.dtype).clamp(0, 1)  # where values are not checked
         uncertainty = (uncertainty.unsqueeze(1) if per_sample else uncertainty).expand_as(
             mean_logits
         )

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 __all__ = ["Typicality"]
 
 _FOLDS = 5
+_COVARIANCES = ("oas", "empirical")
+_UNIT = 10**12  # in parts of which the level is saved, because integers are not rounded by casts
 _CHUNK = 2**22  # numbers in a batch of a data set
 _BLOCK = 256  # columns of a product that is not split further
 # Standardised values are clamped to this magnitude, so that no square overflows.
@@ -82,7 +84,7 @@ class Typicality(Component):
 
     Attributes:
         modality: `nn.ModuleDict` with the fitted state of every modality. It is saved with the model and stays float32;
-            optimizers and weight averaging do not change it.
+            optimizers and weight averaging do not change it. State of another `level` or `covariance` is not loaded.
 
     Raises:
         ValueError: If an argument is out of range or unknown, or a name cannot name a submodule.
@@ -122,11 +124,13 @@ class Typicality(Component):
         check_number("level", level, "in (0, 1)", isinstance(level, Real) and 0 < level < 1)
         finite = isinstance(power, Real) and 0 <= power < float("inf")
         check_number("power", power, "at least 0 and finite", finite)
-        check_choice("covariance", covariance, ("oas", "empirical"))
+        check_choice("covariance", covariance, _COVARIANCES)
         check_validate_args(validate_args)
         self._set(modality_dims=dict(modality_dims), level=level, power=power)
         self._set(covariance=covariance, validate_args=validate_args)
-        self.modality = nn.ModuleDict({name: _Modality(dim) for name, dim in modality_dims.items()})
+        meaning = round(level * _UNIT), _COVARIANCES.index(covariance)
+        parts = {name: _Modality(dim, meaning) for name, dim in modality_dims.items()}
+        self.modality = nn.ModuleDict(parts)
 
     def forward(
         self,
@@ -445,7 +449,7 @@ class _Modality(FittedComponent):
     root: Tensor
     quantile: Tensor
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, meaning: tuple[int, int]) -> None:
         super().__init__()
         size = 2 * dim + 3
         self._keep(
@@ -457,6 +461,7 @@ class _Modality(FittedComponent):
             root=torch.empty(size, size),
             quantile=torch.empty(()),
         )
+        self._keep_meaning(*meaning)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -464,17 +469,23 @@ class _Modality(FittedComponent):
         for name in self._states:
             getattr(self, name).zero_()
         self.quantile.fill_(torch.inf)
+        self._reset_meaning()
+
+    def _in_words(self, meaning: tuple[int, ...]) -> str:
+        level, covariance = meaning
+        kind = dict(enumerate(_COVARIANCES)).get(covariance, "unknown")
+        return f"of `level` {level / _UNIT:g} and `covariance` {kind!r}"
 
     def set(self, step: _Whitening, sequence: _Whitening, quantile: Tensor) -> None:
         """Stores a fit."""
-        for name, value in zip(self._states, (*step, *sequence, quantile), strict=True):
+        for name, value in zip(self._states[:7], (*step, *sequence, quantile), strict=True):
             state = getattr(self, name)
             state.copy_(value.to(state.dtype))  # cast first, since not every device has float64
 
     def forward(self, name: str, x: Tensor, padding: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Distances (B,), a mask of the sequences without valid steps, and summaries."""
         summary, missing = self.summary(name, x, padding)
-        sequence = _Whitening(*self._there(x, self._states[3:-1]))
+        sequence = _Whitening(*self._there(x, self._states[3:6]))
         return sequence.distance(summary).masked_fill(missing, 0), missing, summary
 
     def summary(self, name: str, x: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:

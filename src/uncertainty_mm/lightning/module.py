@@ -85,7 +85,13 @@ class MultilabelModule(Component, L.LightningModule):
     ) -> None:
         super().__init__()
         self._largest = 1.0
-        self.save_hyperparameters()
+        try:
+            self.save_hyperparameters()
+        except TypeError as error:  # from a copy
+            raise TypeError(
+                f"Expected the arguments of {type(self).__name__} to be values that are saved with it, such as the "
+                f"name of a process group instead of the group, but got one that cannot be copied: {error}"
+            ) from None
         for name, value, ok, rule in (
             ("lr", lr, lr > 0, "above 0"),
             ("warmup", warmup, 0 <= warmup < 1, "in [0, 1)"),
