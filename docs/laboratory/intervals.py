@@ -52,7 +52,7 @@ def tables(path):
 
 
 def differences(tables, column, arms, title):
-    """Differences with 95 % intervals: a panel for every data set, a line for every arm; hollow where they contain 0."""
+    """Differences with 95 % intervals: a panel a data set, a line an arm; hollow where the interval contains 0."""
     figure, axes = plt.subplots(
         1, len(tables), figsize=(9, 1 + 0.2 * len(arms)), sharey=True, layout="constrained"
     )
@@ -88,7 +88,7 @@ def against_product():
     pages = {name: STUDY / f"bakeoff_{name}.md" for name in SETS}
     found = {name: tables(path)[0][1:] for name, path in pages.items() if path.exists()}
     arms = {row["arm"]: row["arm"] for row in next(iter(found.values()))}
-    title = "Brier score minus that of the product (left of 0: better); hollow: the interval contains 0"
+    title = "Brier score minus the product's (left of 0: better); hollow: the interval contains 0"
     differences(found, "Brier - product", arms, title)
 
 

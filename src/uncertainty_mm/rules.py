@@ -136,7 +136,7 @@ class GaussianFusion(Component):
             self._check_modalities("num_modalities", num_modalities)
         elif rule == "generalized_product" and (num_labels, latent_dim) != (None, None):
             raise ValueError(
-                "Expected `num_modalities` beside `num_labels` or `latent_dim`, since weights are learned "
+                "Expected `num_modalities` along with `num_labels` or `latent_dim`, since weights are learned "
                 "for each modality, but got None"
             )
         if rule == "generalized_product" and num_modalities is not None:
