@@ -3,7 +3,10 @@
 import os
 import re
 
+from torch import nn
+
 import uncertainty_mm
+from uncertainty_mm._component import Component
 
 project = "uncertainty-mm"
 author = "The uncertainty-mm developers"
@@ -110,6 +113,11 @@ def skip_tuple_fields(app, what, name, obj, skip, options):
     return skip or str(getattr(obj, "__doc__", "")).startswith("Alias for field number")
 
 
+def public_bases(app, name, obj, options, bases):
+    """Names `nn.Module` where a class derives from the private base of all components."""
+    bases[:] = [nn.Module if base is Component else base for base in bases]
+
+
 def plain_aliases(app, what, name, obj, options, signature, returns):
     """Writes a type alias by its name also within a union, where Sphinx writes the class that stands for it."""
     alias = re.compile(r"TypeAliasForwardRef\('(\w+)'\)")
@@ -134,4 +142,5 @@ def setup(app):
     """Registers the hooks with Sphinx."""
     app.add_html_math_renderer("mathml", mathml("inline"), mathml("block"))
     app.connect("autodoc-skip-member", skip_tuple_fields)
+    app.connect("autodoc-process-bases", public_bases)
     app.connect("autodoc-process-signature", plain_aliases)

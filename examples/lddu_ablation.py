@@ -4,7 +4,7 @@
     python examples/lddu_ablation.py --data FILE --seeds 0 1 2 --model ours --output runs/ours  # with our defaults
     python examples/lddu_ablation.py --data FILE --arms 00-full 04-without-queue -- --config small  # some rows, small
 
-A sweep (`sweep.py`) over the files `configs/ablation`. It writes mean and standard deviation over seeds beside the
+A sweep (`sweep.py`) over the files `configs/ablation`. It writes mean and standard deviation over seeds next to the
 paper's figures (`ablation.md`).
 """
 

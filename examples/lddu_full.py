@@ -18,7 +18,7 @@ seen, its standard deviation how sure that is. Three ideas shape these Gaussians
    `SoftRankOrdinalityLoss` with `CorrectnessTracker`.
 
 The defaults are what was measured to work; `--config paper` has the paper's values and equations as far as they go, and
-names the rest. Ours, where the paper is silent: standardised features, the size of a sequence as an input of its own,
+names the rest. Added, where the paper is silent: standardised features, the size of a sequence as an input of its own,
 normalisation before the sublayers, labels that scale and shift their Z, dropout, clipped gradients, early stopping,
 calibration, a prediction from every modality alone, so that its own errors can be compared with its standard deviation,
 a prediction that reads the steps at their places, a pool of the predictions, variances that grow where a sequence is

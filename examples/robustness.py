@@ -121,7 +121,7 @@ def finished(folder: Path, arms: Sequence[str]) -> dict[tuple[str, str], list[Pa
 
 
 def test_split(task: Task) -> MultimodalDataset:
-    """The test split of a run; the classical methods read the data of the networks beside them."""
+    """The test split of a run; the classical methods read the data of the networks next to them."""
     configs = sorted(task.folder.parents[1].glob("*/*/config.yaml"))
     if not configs:
         raise UsageError(f"{task.folder.parents[1]}: needs the run of a network, which names data")
@@ -324,7 +324,7 @@ def curves(rows: Mapping[str, list[dict[str, Any]]]) -> Figure:
 
 
 def report(results: Sequence[Result], output: Path) -> str:
-    """Markdown with the tables of all data sets; their figures are written beside it."""
+    """Markdown with the tables of all data sets; their figures are written next to it."""
     lines = []
     for name in dict.fromkeys(result.data for result in results):
         here = [result for result in results if result.data == name]

@@ -4,7 +4,7 @@
 
 An arm is a file of options, bundled in `configs` or your own. What follows `--` holds for all runs, in the options of
 `lddu_full.py`; where an arm says otherwise, the arm holds. A run has a process and a folder of its own, as any run of
-`lddu_full.py` has; beside the folder it prints into a `.log`, and its measures appear in a `.json`. A run that is
+`lddu_full.py` has; next to the folder it prints into a `.log`, and its measures appear in a `.json`. A run that is
 finished is not repeated, one that was killed goes on from its last checkpoint, and one that fails costs only itself.
 With `--quick` all runs are cut to minutes, to steer by: fewer training samples, three epochs, the first seed.
 All measures are in `runs.json` and `runs.csv`, mean and standard deviation over the seeds in `table.md`.
@@ -74,7 +74,7 @@ class Run(NamedTuple):
     options: list[str]  # all but where it is written
 
     def beside(self, suffix: str) -> Path:
-        """A file of the sweep beside the folder of the run."""
+        """A file of the sweep next to the folder of the run."""
         return self.folder.with_suffix(suffix)
 
     def __str__(self) -> str:

@@ -26,7 +26,7 @@ class MeanFusion(nn.Module):
         )
 
     def forward(self, latent, uncertainty, missing):
-        """Logits (B, Q) from the Gaussians (B, M, Q, K) of the modalities that are there; no gate."""
+        """Logits (B, Q) from the Gaussians (B, M, Q, K) that are there; no gate."""
         left_out = missing[:, :, None, None]
         count = (~left_out).sum(1).clamp_min(1)
         mean = latent.mean.masked_fill(left_out, 0).sum(1) / count

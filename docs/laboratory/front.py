@@ -1,4 +1,4 @@
-"""Draws the figure of the front page.
+"""Draws the figure of the front page: panels side by side, and below each other for narrow windows.
 
 RUN of `python docs/laboratory/front.py RUN` is the folder of `python examples/lddu_full.py --output RUN`, with the
 built-in data and seed 0. The third panel is read from the tables in docs/study, which `examples/robustness.py` writes.
@@ -39,53 +39,56 @@ def detection(name):
     ]
 
 
+def draw(left, middle, right):
+    """The three panels."""
+    for (name, (noise, std)), marker in zip(by_noise.items(), "os^", strict=True):
+        left.plot(noise, std, marker=marker, label=name)
+    left.set(title="Noisy input", xlabel="true noise", ylabel="standard deviation")
+    left.legend(frameon=False)
+
+    for (name, values), marker in zip(factors.items(), "os^", strict=True):
+        middle.plot(SIZES, values, marker=marker, label=name)
+    middle.set(
+        title="Unlike the training data", xlabel="size of added noise", ylabel="variance times"
+    )
+
+    for y, name in enumerate(SETS):
+        for x, color, marker, label in zip(
+            detection(name),
+            ("tab:blue", "tab:red", "0.6"),
+            "oDs",
+            ("spoilt, by typicality", "of another sample", "spoilt, by learned std"),
+            strict=True,
+        ):
+            right.plot(x, -y, marker, color=color, label=label if y == 0 else None)
+    right.vlines(0.5, -3.4, 0.5, color="0.8", zorder=0)
+    right.set(title="Told from clean, real data", xlabel="AUROC (0.5: chance)", xlim=(0.35, 1.02))
+    right.set_ylim(-3.4, 2.5)
+    right.set_yticks([0, -1, -2, -3], SETS.values())
+    right.legend(frameon=False, loc="upper right", fontsize=8)
+
+
 model = LDDU.load(Path(sys.argv[1]) / "best.ckpt")
 samples = SyntheticMMER(missing_rate=0.05).sample(1000, seed=2)  # the test split of seed 0
-names = list(samples.features)
 data = MultimodalDataset(
     samples.features, samples.padding_mask, samples.labels, model.hparams["label_names"]
 )
-plt.rcParams |= {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
-figure, (left, middle, right) = plt.subplots(1, 3, figsize=(8, 2.6), layout="constrained")
-markers = dict(zip(names, "os^", strict=True))
-
 answer = model.predict(data)
-for m, name in enumerate(names):
+by_noise, factors = {}, {}
+for m, name in enumerate(samples.features):
     there = ~answer["missing"][:, m].bool()
     noise, std = samples.noise[there, m], answer["std_norm"][there, m].square().mean(1).sqrt()
     print(f"{name}: rank correlation of std and noise {float(spearman(std, noise)):.3f}")
     order = noise.argsort().chunk(8)
-    left.plot(
-        [noise[rows].median().item() for rows in order],
-        [std[rows].median().item() for rows in order],
-        marker=markers[name],
-        label=name,
-    )
-left.set(title="Noisy input", xlabel="true noise", ylabel="standard deviation")
-left.legend(frameon=False)
-
-for m, name in enumerate(names):
-    there = ~answer["missing"][:, m].bool()
-    factors = [
+    by_noise[name] = [[x[rows].median().item() for rows in order] for x in (noise, std)]
+    factors[name] = [
         model.predict(corrupted(data, name, "noise", size=size))["typicality"][there, m].median()
         for size in SIZES
     ]
-    middle.plot(SIZES, factors, marker=markers[name], label=name)
-    print(f"{name}: factor of the variance {[round(float(x), 2) for x in factors]}")
-middle.set(title="Unlike the training data", xlabel="size of added noise", ylabel="variance times")
+    print(f"{name}: factor of the variance {[round(float(x), 2) for x in factors[name]]}")
 
-for y, name in enumerate(SETS):
-    for x, color, marker, label in zip(
-        detection(name),
-        ("tab:blue", "tab:red", "0.6"),
-        "oDs",
-        ("spoilt, by typicality", "of another sample", "spoilt, by learned std"),
-        strict=True,
-    ):
-        right.plot(x, -y, marker, color=color, label=label if y == 0 else None)
-right.axvline(0.5, color="0.8", zorder=0)
-right.set(title="Told from clean, real data", xlabel="AUROC (0.5: chance)", xlim=(0.35, 1.02))
-right.set_ylim(-3.4, 2.1)
-right.set_yticks([0, -1, -2, -3], SETS.values())
-right.legend(frameon=False, loc="upper center", fontsize=8)
-figure.savefig(DOCS / "_static" / "front.png", dpi=170)
+plt.rcParams |= {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+for suffix, shape, size in (("", (1, 3), (8, 2.6)), ("_narrow", (3, 1), (4, 6.6))):
+    figure, axes = plt.subplots(*shape, figsize=size, layout="constrained")
+    draw(*axes)
+    figure.savefig(DOCS / "_static" / f"front{suffix}.png", dpi=170)

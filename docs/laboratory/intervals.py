@@ -8,6 +8,7 @@ from matplotlib.ticker import MaxNLocator
 
 STUDY = Path(__file__).resolve().parents[1] / "study"
 SETS = {
+    "synthetic": "synthetic",
     "emotify_gems9": "Emotify",
     "crema_d_votes": "CREMA-D",
     "ferplus_3view": "FER+",
@@ -50,16 +51,13 @@ def tables(path):
     return found
 
 
-def against_others(kind, title):
-    """Brier score of LDDU minus that of every other method, with 95 % intervals; below 0 LDDU is better."""
-    pages = {name: STUDY / f"{kind}_{name}.md" for name in SETS}
-    pages = {name: tables(path)[-1] for name, path in pages.items() if path.exists()}
-    arms = [arm for arm in NAMES if any(arm == row["arm"] for row in next(iter(pages.values())))]
+def differences(tables, column, arms, title):
+    """Differences with 95 % intervals: a panel a data set, a line an arm; hollow where the interval contains 0."""
     figure, axes = plt.subplots(
-        1, len(pages), figsize=(9, 1 + 0.2 * len(arms)), sharey=True, layout="constrained"
+        1, len(tables), figsize=(9, 1 + 0.2 * len(arms)), sharey=True, layout="constrained"
     )
-    for ax, (name, rows) in zip(axes, pages.items(), strict=True):
-        of_arm = {row["arm"]: row["Brier"] for row in rows}
+    for ax, (name, rows) in zip(axes, tables.items(), strict=True):
+        of_arm = {row["arm"]: row[column] for row in rows}
         for y, arm in enumerate(arms):
             if arm in of_arm:
                 x, low, high = map(float, re.findall(r"[+-]\d+\.\d+", of_arm[arm]))
@@ -71,9 +69,27 @@ def against_others(kind, title):
         ax.xaxis.set_major_locator(MaxNLocator(2))
         ax.xaxis.set_major_formatter("{x:g}")
         ax.spines[["top", "right"]].set_visible(False)
-    axes[0].set_yticks(range(len(arms)), [NAMES[arm] for arm in arms])
+    axes[0].set_yticks(range(len(arms)), arms.values())
     axes[0].invert_yaxis()
     figure.supxlabel(title, fontsize=10)
+
+
+def against_others(kind, title):
+    """Brier score of LDDU minus that of every other method; below 0 LDDU is better."""
+    pages = {name: STUDY / f"{kind}_{name}.md" for name in SETS}
+    found = {name: tables(path)[-1] for name, path in pages.items() if path.exists()}
+    first = {row["arm"] for row in next(iter(found.values()))}
+    arms = {arm: name for arm, name in NAMES.items() if arm in first}
+    differences(found, "Brier", arms, title)
+
+
+def against_product():
+    """Brier score of every rule and loss minus that of the product; below 0 the rule is better."""
+    pages = {name: STUDY / f"bakeoff_{name}.md" for name in SETS}
+    found = {name: tables(path)[0][1:] for name, path in pages.items() if path.exists()}
+    arms = {row["arm"]: row["arm"] for row in next(iter(found.values()))}
+    title = "Brier score minus the product's (left of 0: better); hollow: the interval contains 0"
+    differences(found, "Brier - product", arms, title)
 
 
 def arms_of_the_study(column="std ~ noise", title="rank correlation of std and true noise"):

@@ -53,7 +53,9 @@ class FirstModel(nn.Module):
             modality_dims, num_labels, label_dim=64, proj_dim=64, out_dim=32
         )
         self.first = nn.Linear(modalities * num_labels * 32, num_labels)
-        self.decoupler = umm.GaussianDecoupler(modalities, in_dim=32, latent_dim=16)
+        self.decoupler = umm.GaussianDecoupler(
+            modalities, in_dim=32, latent_dim=16
+        )
         self.fusion = umm.UncertaintyGatedFusion(
             modalities, num_labels, latent_dim=16
         )
@@ -84,11 +86,17 @@ history = []
 for _ in range(150):
     rows = torch.randint(len(train.labels), (64,))
     features = {name: frames[rows] for name, frames in train.features.items()}
-    padding_mask = {name: mask[rows] for name, mask in train.padding_mask.items()}
+    padding_mask = {
+        name: mask[rows] for name, mask in train.padding_mask.items()
+    }
     labels = train.labels[rows].float()
     first, latent, prediction = model(features, padding_mask)
-    classification = F.binary_cross_entropy_with_logits(prediction.logits, labels)
-    loss = classification + 0.1 * F.binary_cross_entropy_with_logits(first, labels)
+    classification = F.binary_cross_entropy_with_logits(
+        prediction.logits, labels
+    )
+    loss = classification + 0.1 * F.binary_cross_entropy_with_logits(
+        first, labels
+    )
     loss = loss + 0.1 * contrastive(latent, labels)
     optimizer.zero_grad()
     loss.backward()

@@ -125,15 +125,17 @@ for name, *shares in zip(names, before.tolist(), after.tolist(), strict=True):
     print(f"{name:9s} before {shares[0]:.2f}, after {shares[1]:.2f}")
 
 # %%
-# A trap
-# ------
+# When labels share their weights
+# -------------------------------
 #
 # Above, each label has weights of its own that turn its vector into a logit. What happens if all labels share them?
 
 torch.manual_seed(0)
 shared = Reader(own_weights=False)
 print(f"loss {fit(shared):.3f}")
-for name, share in zip(names, share_on_own_frames(shared).tolist(), strict=True):
+for name, share in zip(
+    names, share_on_own_frames(shared).tolist(), strict=True
+):
     print(f"{name:9s} {share:.2f}")
 # sphinx_gallery_start_ignore
 assert weights_before.max() < 0.1

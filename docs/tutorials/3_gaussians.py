@@ -36,7 +36,9 @@ def vectors(samples) -> torch.Tensor:
     )
     mean = (frames * there).sum(1) / there.sum(1)
     who = torch.eye(3).expand(len(mean), 3, 3)
-    return torch.cat([mean.unsqueeze(1).expand(-1, 3, -1), who], dim=2).unsqueeze(1)
+    return torch.cat(
+        [mean.unsqueeze(1).expand(-1, 3, -1), who], dim=2
+    ).unsqueeze(1)
 
 
 # %%
@@ -100,7 +102,9 @@ for ax, (title, latent) in zip(axes, both.items(), strict=True):
         ax.add_patch(ellipse)
     ax.plot(0, 0, "k+", markersize=10)
     ax.autoscale_view()
-    ax.set(title=title, xlabel="latent dimension 1", ylabel="latent dimension 2")
+    ax.set(
+        title=title, xlabel="latent dimension 1", ylabel="latent dimension 2"
+    )
 for color, name in zip(colors, names, strict=True):
     axes[1].plot([], [], color=color, label=name)
 axes[1].legend()
@@ -139,8 +143,8 @@ assert x - y > 1.5 * (a - b)
 # rows grows, but both rows rise. The name of the label is an input of the network and its presence is not. Only
 # directions count: a group may stretch along a ray from the origin, as the loss does not see how long a mean is.
 #
-# What the embedding forgets
-# --------------------------
+# The paper's embedding loses the size
+# ------------------------------------
 #
 # The embedding of the paper (Eq. 4) divides the mean by its length, and the standard deviation by its own. So it
 # forgets how large the standard deviation is. `"joint"` divides both by one length and keeps it.

@@ -45,7 +45,9 @@ p = torch.linspace(0, 1, 101)
 fig, ax = plt.subplots(figsize=(5, 3), layout="constrained")
 ax.plot(p, expected_distance(p), label="expected distance")
 ax.plot(first[0], doubt[0], "o", label="the three labels")
-ax.set(xlabel="first prediction", ylabel="distance from the label", ylim=(0, 0.6))
+ax.set(
+    xlabel="first prediction", ylabel="distance from the label", ylim=(0, 0.6)
+)
 ax.legend()
 
 # %%
@@ -56,8 +58,12 @@ ax.legend()
 # They are multiplied; one small network reads the mean of the product, another one its standard deviation. Neither is
 # trained; this page is about what is done with their answers.
 
-latent = DiagonalGaussian(3 * torch.randn(1, 2, 3, 4), 2 * torch.rand(1, 2, 3, 4))
-fusion = UncertaintyGatedFusion(num_modalities=2, num_labels=3, latent_dim=4).eval()
+latent = DiagonalGaussian(
+    3 * torch.randn(1, 2, 3, 4), 2 * torch.rand(1, 2, 3, 4)
+)
+fusion = UncertaintyGatedFusion(
+    num_modalities=2, num_labels=3, latent_dim=4
+).eval()
 with torch.no_grad():
     prediction = fusion(latent, doubt)
 from_means = prediction.mean_logits.sigmoid()
@@ -121,11 +127,13 @@ class Model(nn.Module):
 
 
 def loss_of(model, oracle: bool) -> torch.Tensor:
-    """Loss on 256 samples of pure chance; only the oracle gate sees the labels."""
+    """Loss on 256 samples of pure chance; only the oracle gate sees labels."""
     z, labels = torch.randn(256, 2, 3, 8), torch.randint(0, 2, (256, 3)).float()
     first = (2 * z[:, 0, :, 0]).sigmoid()  # read off the features
     gate = (
-        prediction_distance(first, labels) if oracle else expected_distance(first)
+        prediction_distance(first, labels)
+        if oracle
+        else expected_distance(first)
     )
     return F.binary_cross_entropy_with_logits(model(z, gate), labels)
 

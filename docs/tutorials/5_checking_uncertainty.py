@@ -25,13 +25,14 @@ torch.manual_seed(0)
 world = SyntheticMMER(num_labels=4)
 names = ["happy", "sad", "angry", "afraid"]
 train, validation, test = (
-    world.sample(count, seed=seed) for seed, count in enumerate((3000, 1000, 1500))
+    world.sample(count, seed=seed)
+    for seed, count in enumerate((3000, 1000, 1500))
 )
 modalities = list(train.features)
 
 
 def features_of(samples, rows=slice(None)):
-    """Frames divided by the size of their sequence, which is one more feature; masks."""
+    """Frames divided by the size of their sequence, one more feature; masks."""
     masks = {name: mask[rows] for name, mask in samples.padding_mask.items()}
     features = {}
     for name, mask in masks.items():
@@ -150,7 +151,9 @@ scores = {
 }
 fig, ax = plt.subplots(figsize=(6, 3.8), layout="constrained")
 plots.risk_coverage(scores, error, ax=ax)
-with_error = {name: float(spearman(score, error)) for name, score in scores.items()}
+with_error = {
+    name: float(spearman(score, error)) for name, score in scores.items()
+}
 for name, correlation in with_error.items():
     print(f"rank correlation with the error: {name} {correlation:.2f}")
 
@@ -167,7 +170,9 @@ fig, axes = plt.subplots(1, 3, figsize=(9, 3.2), layout="constrained")
 plots.uncertainty_against_noise(test.noise, std_norm, modalities, ax=axes)
 for ax in axes[1:]:
     ax.set_ylabel("")
-with_noise = [float(spearman(std_norm[:, m], test.noise[:, m])) for m in range(3)]
+with_noise = [
+    float(spearman(std_norm[:, m], test.noise[:, m])) for m in range(3)
+]
 print("rank correlation with the noise:")
 for name, correlation in zip(modalities, with_noise, strict=True):
     print(f"  {name:6s} {correlation:.2f}")
@@ -184,7 +189,8 @@ for name, correlation in zip(modalities, with_noise, strict=True):
 ceiling = predictive_entropy(exact.marginals.clamp(0, 1))
 scores["entropy of exact probabilities"] = ceiling
 with_truth = {
-    name: float(spearman(score, exact.entropy)) for name, score in scores.items()
+    name: float(spearman(score, exact.entropy))
+    for name, score in scores.items()
 }
 print("rank correlation with the entropy of the posterior:")
 for name, correlation in with_truth.items():
@@ -199,10 +205,10 @@ assert 1 > with_truth["entropy"] > with_truth["standard deviations"] > 0.3
 # %%
 # The model knows in part. The last row is what exact probabilities would reach.
 #
-# What this run is worth
-# ----------------------
+# Limitations
+# -----------
 #
-# It is one seed of a small model, trained for seconds on one made world. With `torch.manual_seed(1)` in the first
+# This is one seed of a small model, trained for seconds on one made world. With `torch.manual_seed(1)` in the first
 # block one of the modalities fell to 0.31 in the third question. :doc:`/uncertainty` is the study: five seeds,
 # variants with one part changed, real data, and what remains open. There the standard deviations follow the noise
 # only with the repairs used here, and with the paper's own equations they fall as noise rises.

@@ -44,7 +44,9 @@ def brier(model, inputs, labels) -> float:
 def draw(scores: dict[str, float]) -> None:
     """Bars of Brier scores."""
     _, ax = plt.subplots(figsize=(5, 1.6), layout="constrained")
-    ax.barh(list(scores), list(scores.values()), color=["0.6", "tab:blue", "0.8"])
+    ax.barh(
+        list(scores), list(scores.values()), color=["0.6", "tab:blue", "0.8"]
+    )
     ax.invert_yaxis()
     ax.set(xlabel="Brier score, smaller is better")
 
@@ -79,7 +81,9 @@ class MeanReader(nn.Module):
 class QueryReader(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.read = EmotionQueryAttention({"text": 32}, num_labels=5, out_dim=32)
+        self.read = EmotionQueryAttention(
+            {"text": 32}, num_labels=5, out_dim=32
+        )
         self.topics = nn.Linear(5 * 32, 5)
 
     def forward(self, tokens, padding):
@@ -88,7 +92,7 @@ class QueryReader(nn.Module):
 
 
 def texts(count: int, seed: int):
-    """Tokens (count, 60, 32), where they are padding (count, 60), topics (count, 5)."""
+    """Tokens (count, 60, 32), their padding (count, 60), topics (count, 5)."""
     samples = world.sample(count, seed=seed)
     return (
         samples.features["text"],
@@ -131,7 +135,7 @@ world = SyntheticMMER(6, sizes, noise=(0.3, 2.0), missing_rate=0.3)
 
 
 def tagged(count: int, seed: int):
-    """Vectors of pictures (count, 48) and captions (count, 32), what is missing, tags."""
+    """Pictures (count, 48), captions (count, 32), what is missing, tags."""
     samples = world.sample(count, seed=seed)
     vectors = []
     for name, frames in samples.features.items():
@@ -160,14 +164,18 @@ class Tagger(nn.Module):
 class GatedTagger(Tagger):
     def __init__(self) -> None:
         super().__init__()
-        self.parts = nn.ModuleList([nn.Linear(64, 6 * 32), nn.Linear(64, 6 * 32)])
+        self.parts = nn.ModuleList(
+            [nn.Linear(64, 6 * 32), nn.Linear(64, 6 * 32)]
+        )
         self.decoupler = GaussianDecoupler(2, 32, latent_dim=16)
         self.fusion = UncertaintyGatedFusion(2, 6, latent_dim=16)
 
     def forward(self, image, text, missing):
         first = super().forward(image, text, missing)
         vectors = self.image(image), self.text(text)
-        z = [part(x.relu()) for part, x in zip(self.parts, vectors, strict=True)]
+        z = [
+            part(x.relu()) for part, x in zip(self.parts, vectors, strict=True)
+        ]
         z = torch.stack(z, dim=1).unflatten(2, (6, 32))  # (B, M, Q, 32)
         latent = self.decoupler(z, missing)
         return self.fusion(

@@ -2,7 +2,7 @@
 Training loops: plain, Lightning, several processes
 ===================================================
 
-The components are modules and hold no opinion about training. This page trains one model twice, in a loop of our own
+The components are modules and leave the training to you. This page trains one model twice, in a plain loop
 and in Lightning, and shows that it is the same; then what to mind with half precision, several processes and
 `torch.compile`.
 """
@@ -99,7 +99,11 @@ class LitModel(L.LightningModule):
     def training_step(self, batch, batch_idx):
         loss = self.model(batch)
         self.log(
-            "loss", loss, on_epoch=True, on_step=False, batch_size=len(batch.labels)
+            "loss",
+            loss,
+            on_epoch=True,
+            on_step=False,
+            batch_size=len(batch.labels),
         )
         return loss
 

@@ -1,7 +1,7 @@
 """What is compared second: losses that say what a standard deviation or a confidence should be.
 
 A loss is a module made from (M, Q, K, number of training samples); its `forward(model, output, batch)` returns a
-scalar. `LOSSES` has them by name, each with the weight that it has beside the cross-entropy.
+scalar. `LOSSES` has them by name, each with the weight that it has next to the cross-entropy.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Contrastive(nn.Module):
 
 
 class Ordinality(nn.Module):
-    """Standard deviations in the order of the errors, each modality's held against its own: LDDU's `pooled` targets."""
+    """Standard deviations in the order of the errors, each modality's with its own: LDDU's `pooled` targets."""
 
     def __init__(
         self, modalities: int, labels: int, latent_dim: int, samples: int, **options: Any
@@ -143,7 +143,7 @@ class Bottleneck(nn.Module):
 
 
 class Loss(NamedTuple):
-    """A loss and its weight beside the cross-entropy: that of LDDU, else 1, less for a bottleneck; none was tuned."""
+    """A loss and its weight next to the cross-entropy: that of LDDU, else 1, less for a bottleneck; none was tuned."""
 
     make: Callable[[int, int, int, int], nn.Module]
     weight: float

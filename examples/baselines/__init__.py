@@ -1,1 +1,1 @@
-"""Other methods beside LDDU, on the same data, with the same measures; see `comparison.py`."""
+"""Other methods than LDDU, on the same data, with the same measures; see `comparison.py`."""

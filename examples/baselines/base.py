@@ -20,7 +20,7 @@ class Output(NamedTuple):
     """What a network says of a batch."""
 
     logits: Tensor  # (B, Q)
-    auxiliary: Mapping[str, Tensor]  # weighted losses beside the cross-entropy
+    auxiliary: Mapping[str, Tensor]  # weighted losses added to the cross-entropy
     hidden: Any = None  # what `Baseline.auxiliary` needs
     others: Sequence[Tensor] = ()  # further predictions (B, Q), which can be pooled
 

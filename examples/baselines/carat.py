@@ -8,7 +8,7 @@ telling modality, and one classifier aggregates what they took: of the vectors u
 It also sees them shuffled, each label's from any sample (its target comes along) and any modality, and so meets labels
 together that the data never show together. What differs: the rows of the queue stand for the paper's prototypes, and a
 softmax for its choice of the most telling modality; what is missing is rebuilt from the modalities that are there; the
-weights of the losses are ours. A prediction comes from the vectors u alone: those that are rebuilt know less.
+weights of the losses are chosen here. A prediction comes from the vectors u alone: those that are rebuilt know less.
 """
 
 from __future__ import annotations

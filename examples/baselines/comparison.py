@@ -140,7 +140,7 @@ def variants(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line."""
     with one_line_errors():
-        parser = sweep.parser("LDDU beside simpler methods.", "runs/baselines", list(ARMS))
+        parser = sweep.parser("LDDU and simpler methods.", "runs/baselines", list(ARMS))
         alone = "methods for one sequence read each of these alone, too: sgm-of-text"
         parser.add_argument("--modality", nargs="*", default=[], metavar="NAME", help=alone)
         borrow = "methods that can also take these over from LDDU: late-with-pooling"

@@ -6,7 +6,7 @@ A discriminator D is to tell the modality m of a vector. The common part C, one 
 cannot tell; the private parts P_m so that it can. Then each label asks what the parts say together. What differs: the
 two sides play at once, by reversed gradients (Ganin et al. 2016, arXiv 1505.07818), and each part has a discriminator
 of its own; a common part is one vector a modality, a private one has all steps, and one Transformer layer joins them
-where the paper has a ladder of them; orthogonal is the cosine of the two; the weights of the losses are ours.
+where the paper has a ladder of them; orthogonal is the cosine of the two; the weights of the losses are chosen here.
 """
 
 from __future__ import annotations

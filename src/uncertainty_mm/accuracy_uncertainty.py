@@ -54,7 +54,8 @@ class AccuracyUncertaintyLoss(Component):
 
     Example:
         >>> loss = AccuracyUncertaintyLoss()
-        >>> probs, labels = torch.tensor([[0.9, 0.9]]), torch.tensor([[1, 0]])  # right, wrong
+        >>> probs = torch.tensor([[0.9, 0.9]])  # right, wrong
+        >>> labels = torch.tensor([[1, 0]])
         >>> knows = loss(probs=probs, uncertainty=torch.tensor([[0.1, 0.6]]), labels=labels)
         >>> errs = loss(probs=probs, uncertainty=torch.tensor([[0.6, 0.1]]), labels=labels)
         >>> bool(knows < errs)

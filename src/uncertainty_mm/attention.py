@@ -119,12 +119,14 @@ class EmotionQueryAttention(Component):
         TypeError: If an argument has the wrong type.
 
     Example:
-        >>> attention = EmotionQueryAttention({"text": 8, "audio": 4}, num_labels=6, out_dim=16)
+        >>> dims = {"text": 8, "audio": 4}
+        >>> attention = EmotionQueryAttention(dims, num_labels=6, out_dim=16)
         >>> features = {"text": torch.randn(2, 10, 8), "audio": torch.randn(2, 50, 4)}
-        >>> padding_mask = {"audio": torch.arange(50) >= torch.tensor([[30], [0]])}  # True: leave out
+        >>> steps = torch.tensor([[30], [0]])  # the second sample has no audio at all
+        >>> padding_mask = {"audio": torch.arange(50) >= steps}  # True: leave out
         >>> attention(features, padding_mask).shape
         torch.Size([2, 2, 6, 16])
-        >>> attention.missing(features, padding_mask)  # the second sample has no audio at all
+        >>> attention.missing(features, padding_mask)
         tensor([[False, False],
                 [False,  True]])
     """

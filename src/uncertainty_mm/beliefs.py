@@ -78,8 +78,9 @@ class BeliefFusion(Component):
         TypeError: If `validate_args` is not True, False or None.
 
     Example:
-        >>> evidence = torch.tensor([[98.0, 0.0], [0.0, 98.0]]).view(1, 2, 1, 2)  # one for, one against
-        >>> BeliefFusion("dempster")(evidence).uncertainty  # despite the conflict below that of each, 0.02
+        >>> for_it, against = [98.0, 0.0], [0.0, 98.0]
+        >>> evidence = torch.tensor([for_it, against]).view(1, 2, 1, 2)
+        >>> BeliefFusion("dempster")(evidence).uncertainty  # below 0.02, that of each
         tensor([[0.0101]])
         >>> fused = BeliefFusion("discounted")(evidence)
         >>> fused.conflict, fused.uncertainty

@@ -46,8 +46,8 @@ class ConformalRiskControl(Component):
     Example:
         >>> probs = torch.tensor([[0.9, 0.1], [0.8, 0.3], [0.2, 0.7], [0.6, 0.4]])
         >>> labels = torch.tensor([[1, 0], [1, 0], [0, 1], [1, 1]])
-        >>> sets = ConformalRiskControl(risk=0.3).fit(probs, labels)  # (4 / 5) 1/8 + 1/5 = 0.3
-        >>> sets.threshold
+        >>> sets = ConformalRiskControl(risk=0.3).fit(probs, labels)
+        >>> sets.threshold  # (4 / 5) 1/8 + 1/5 = 0.3
         tensor(0.6000)
         >>> sets(torch.tensor([[0.65, 0.7], [0.2, 0.9]]))
         tensor([[ True,  True],

@@ -152,7 +152,9 @@ class DistributionSupConLoss(Component):
         TypeError: If an argument has the wrong type.
 
     Example:
-        >>> loss = DistributionSupConLoss(num_modalities=3, num_labels=6, latent_dim=8, queue_size=100)
+        >>> loss = DistributionSupConLoss(
+        ...     num_modalities=3, num_labels=6, latent_dim=8, queue_size=100
+        ... )
         >>> latent = DiagonalGaussian(torch.randn(4, 3, 6, 8), torch.rand(4, 3, 6, 8) + 0.1)
         >>> labels = torch.randint(0, 2, (4, 6))
         >>> loss(latent, labels).shape

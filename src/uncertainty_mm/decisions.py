@@ -106,11 +106,12 @@ class DecisionFusion(Component):
         TypeError: If `validate_args` is not True, False or None.
 
     Example:
-        >>> logits = torch.tensor([3.0, -2.0]).view(1, 2, 1)  # one label: a modality for it, one against
+        >>> logits = torch.tensor([3.0, -2.0]).view(1, 2, 1)  # one for it, one against
         >>> fused = DecisionFusion("mean")(logits)
         >>> fused.logits, fused.conflict
         (tensor([[0.5000]]), tensor([[0.5951]]))
-        >>> fused = DecisionFusion("precision")(logits, std=torch.tensor([0.5, 2.0]).view(1, 2, 1))
+        >>> std = torch.tensor([0.5, 2.0]).view(1, 2, 1)
+        >>> fused = DecisionFusion("precision")(logits, std=std)
         >>> fused.weights.flatten(), fused.logits
         (tensor([0.9412, 0.0588]), tensor([[2.5754]]))
     """

@@ -56,7 +56,8 @@ class BetaEvidenceLoss(Component):
 
     Example:
         >>> loss = BetaEvidenceLoss(annealing_steps=2)
-        >>> evidence, labels = torch.tensor([[[0.0, 8.0]]]), torch.tensor([[1]])  # all of it misleading
+        >>> evidence = torch.tensor([[[0.0, 8.0]]])  # all of it misleading
+        >>> labels = torch.tensor([[1]])
         >>> for epoch in range(4):
         ...     print(f"{loss(evidence, labels):.4f}")
         ...     loss.advance()

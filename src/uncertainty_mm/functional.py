@@ -101,7 +101,8 @@ def supcon_loss(
 
     Example:
         >>> embeddings = torch.eye(3)[[0, 0, 1, 1]]
-        >>> supcon_loss(embeddings, torch.tensor([0, 0, 1, 1]), temperature=1.0)  # log(e + 2) - 1
+        >>> classes = torch.tensor([0, 0, 1, 1])
+        >>> supcon_loss(embeddings, classes, temperature=1.0)  # log(e + 2) - 1
         tensor(0.5514)
         >>> supcon_loss(embeddings, torch.tensor([0, 1, 2, 3]))  # no anchor has a positive
         tensor(0.)

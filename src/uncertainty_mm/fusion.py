@@ -104,7 +104,8 @@ class UncertaintyGatedFusion(Component):
         >>> prediction = fusion(latent, uncertainty=torch.rand(4, 6))
         >>> prediction.probs.shape
         torch.Size([4, 6])
-        >>> loss = F.binary_cross_entropy_with_logits(prediction.logits, torch.ones(4, 6))  # Eq. 9
+        >>> labels = torch.ones(4, 6)
+        >>> loss = F.binary_cross_entropy_with_logits(prediction.logits, labels)  # Eq. 9
     """
 
     num_modalities: int

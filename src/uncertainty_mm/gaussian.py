@@ -148,7 +148,7 @@ class DiagonalGaussian(NamedTuple):
             TypeError: If `other` is not a DiagonalGaussian, or a dtype is wrong.
 
         Example:
-            >>> sure = DiagonalGaussian(torch.tensor([[0.0], [3.0]]), torch.tensor([[1.0], [1.0]]))
+            >>> sure = DiagonalGaussian(torch.tensor([[0.0], [3.0]]), torch.ones(2, 1))
             >>> unsure = DiagonalGaussian(torch.tensor([0.0]), torch.tensor([5.0]))
             >>> sure.squared_distance(unsure)  # 4 squared; 3 squared more
             tensor([16., 25.])

@@ -39,7 +39,8 @@ class MonotoneConfidenceLoss(Component):
 
     Example:
         >>> loss = MonotoneConfidenceLoss()
-        >>> full, subset = torch.tensor([0.9, 0.6]), torch.tensor([0.7, 0.8])  # the second rose
+        >>> full = torch.tensor([0.9, 0.6])
+        >>> subset = torch.tensor([0.7, 0.8])  # the second rose
         >>> loss(full=full, subset=subset)
         tensor(0.1000)
         >>> loss(full=full, subset=subset, mask=torch.tensor([False, True]))

@@ -83,7 +83,10 @@ class SoftRankOrdinalityLoss(Component):
 
     Example:
         >>> loss = SoftRankOrdinalityLoss()
-        >>> views = {"std_norm": torch.tensor([1.0, 2.0, 4.0]), "distance": torch.tensor([0.1, 0.3, 0.5])}
+        >>> views = {
+        ...     "std_norm": torch.tensor([1.0, 2.0, 4.0]),
+        ...     "distance": torch.tensor([0.1, 0.3, 0.5]),
+        ... }
         >>> agrees = loss(**views, correctness=torch.tensor([0.9, 0.6, 0.2]))
         >>> differs = loss(**views, correctness=torch.tensor([0.2, 0.6, 0.9]))
         >>> bool(agrees < differs)

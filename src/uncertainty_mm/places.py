@@ -46,7 +46,8 @@ class PlaceClassifier(Component):
         TypeError: If an argument has the wrong type.
 
     Example:
-        >>> classifier = PlaceClassifier({"upper": 12, "lower": 12}, {"upper": 9, "lower": 9}, num_labels=6)
+        >>> dims, steps = {"upper": 12, "lower": 12}, {"upper": 9, "lower": 9}
+        >>> classifier = PlaceClassifier(dims, steps, num_labels=6)
         >>> features = {"upper": torch.randn(2, 9, 12), "lower": torch.randn(2, 9, 12)}
         >>> padding_mask = {"upper": torch.zeros(2, 9).bool()}  # True: leave out
         >>> classifier(features, padding_mask).shape

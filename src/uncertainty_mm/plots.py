@@ -85,7 +85,8 @@ def reliability_diagram(
     Example:
         >>> from uncertainty_mm import plots
         >>> probs = torch.tensor([[0.2, 0.9], [0.4, 0.6]])
-        >>> axes = plots.reliability_diagram(probs, torch.tensor([[0, 1], [1, 1]]), ["sad", "happy"])
+        >>> labels = torch.tensor([[0, 1], [1, 1]])
+        >>> axes = plots.reliability_diagram(probs, labels, ["sad", "happy"])
         >>> axes[1].get_title()
         'happy (ECE 0.250)'
         >>> axes[0].figure.savefig("reliability.png")  # doctest: +SKIP
@@ -168,7 +169,8 @@ def risk_coverage(
 
     Example:
         >>> from uncertainty_mm import plots
-        >>> ax = plots.risk_coverage({"entropy": [0.2, 0.5, 0.9], "constant": [1, 1, 1]}, [0, 1, 1])
+        >>> scores = {"entropy": [0.2, 0.5, 0.9], "constant": [1, 1, 1]}
+        >>> ax = plots.risk_coverage(scores, [0, 1, 1])
         >>> [line.get_label() for line in ax.lines][:2]
         ['entropy (AURC 0.389)', 'constant (AURC 0.667)']
     """

@@ -95,7 +95,9 @@ class EmbeddingQueue(Component):
         >>> for _ in range(3):
         ...     embeddings = F.normalize(torch.randn(16, 8, requires_grad=True), dim=1)
         ...     classes = torch.randint(5, (16,))
-        ...     loss = functional.supcon_loss(embeddings, classes, bank=queue.rows, bank_classes=queue.classes)
+        ...     loss = functional.supcon_loss(
+        ...         embeddings, classes, bank=queue.rows, bank_classes=queue.classes
+        ...     )
         ...     loss.backward()
         ...     queue.enqueue(embeddings, classes)
         >>> queue.length

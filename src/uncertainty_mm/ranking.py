@@ -49,7 +49,8 @@ class CorrectnessRankingLoss(Component):
     Example:
         >>> loss = CorrectnessRankingLoss()
         >>> correctness = torch.tensor([0.9, 0.5])
-        >>> loss(confidence=torch.tensor([0.8, 0.3]), correctness=correctness)  # apart by more than 0.4
+        >>> apart = torch.tensor([0.8, 0.3])  # by more than 0.4
+        >>> loss(confidence=apart, correctness=correctness)
         tensor(0.)
         >>> loss(confidence=torch.tensor([0.3, 0.8]), correctness=correctness)  # 0.5 + 0.4
         tensor(0.9000)

@@ -96,10 +96,11 @@ class GaussianFusion(Component):
 
     Example:
         >>> std = torch.ones(1, 2, 1, 1)
-        >>> agree, differ = (torch.tensor([3.0, x]).view(1, 2, 1, 1) for x in (3.0, -3.0))
+        >>> agree = torch.tensor([3.0, 3.0]).view(1, 2, 1, 1)
+        >>> differ = torch.tensor([3.0, -3.0]).view(1, 2, 1, 1)
         >>> fusion = GaussianFusion("mixture")
-        >>> fusion(DiagonalGaussian(agree, std)).std, fusion(DiagonalGaussian(differ, std)).std
-        (tensor([[[1.]]]), tensor([[[3.1623]]]))
+        >>> [fusion(DiagonalGaussian(mean, std)).std for mean in (agree, differ)]
+        [tensor([[[1.]]]), tensor([[[3.1623]]])]
         >>> fusion(DiagonalGaussian(differ, std), torch.tensor([[False, True]])).mean
         tensor([[[3.]]])
     """
@@ -135,7 +136,7 @@ class GaussianFusion(Component):
             self._check_modalities("num_modalities", num_modalities)
         elif rule == "generalized_product" and (num_labels, latent_dim) != (None, None):
             raise ValueError(
-                "Expected `num_modalities` beside `num_labels` or `latent_dim`, since weights are learned "
+                "Expected `num_modalities` along with `num_labels` or `latent_dim`, since weights are learned "
                 "for each modality, but got None"
             )
         if rule == "generalized_product" and num_modalities is not None:

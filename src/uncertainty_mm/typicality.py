@@ -93,7 +93,10 @@ class Typicality(Component):
     Example:
         >>> from uncertainty_mm.data import MultimodalDataset
         >>> data = MultimodalDataset(
-        ...     {"text": torch.randn(500, 9, 4)}, {"text": torch.zeros(500, 9).bool()}, torch.ones(500, 1), ["happy"]
+        ...     {"text": torch.randn(500, 9, 4)},
+        ...     {"text": torch.zeros(500, 9).bool()},
+        ...     torch.ones(500, 1),
+        ...     ["happy"],
         ... )
         >>> typicality = Typicality({"text": 4}).fit(data)
         >>> quiet, loud = torch.randn(1, 9, 4), 5 * torch.randn(1, 9, 4)

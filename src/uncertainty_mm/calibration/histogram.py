@@ -49,7 +49,8 @@ class HistogramBinning(Component):
     Example:
         >>> probs = torch.tensor([[0.9], [0.8], [0.7], [0.2], [0.1]])
         >>> labels = torch.tensor([[1], [1], [0], [0], [0]])
-        >>> calibration = HistogramBinning(num_labels=1, num_bins=2, binning="width").fit(probs, labels)
+        >>> calibration = HistogramBinning(num_labels=1, num_bins=2, binning="width")
+        >>> calibration = calibration.fit(probs, labels)
         >>> calibration(torch.tensor([[0.99], [0.3]]))
         tensor([[0.6667],
                 [0.0000]])

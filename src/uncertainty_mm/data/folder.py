@@ -41,7 +41,10 @@ def write_folder(parts: Mapping[str, MultimodalDataset], folder: str | PathLike[
     Example:
         >>> import tempfile
         >>> data = MultimodalDataset(
-        ...     {"text": torch.ones(4, 5, 8)}, {"text": torch.zeros(4, 5).bool()}, torch.ones(4, 1), ["happy"]
+        ...     {"text": torch.ones(4, 5, 8)},
+        ...     {"text": torch.zeros(4, 5).bool()},
+        ...     torch.ones(4, 1),
+        ...     ["happy"],
         ... )
         >>> folder = tempfile.mkdtemp()
         >>> write_folder({"train": data}, folder)

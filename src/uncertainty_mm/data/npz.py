@@ -71,7 +71,8 @@ def read_npz(
     Example:
         >>> import os, tempfile
         >>> path = os.path.join(tempfile.mkdtemp(), "data.npz")
-        >>> features = {"features.text": np.ones((6, 5, 8)), "lengths.text": np.array([5, 4, 3, 2, 1, 0])}
+        >>> lengths = np.array([5, 4, 3, 2, 1, 0])
+        >>> features = {"features.text": np.ones((6, 5, 8)), "lengths.text": lengths}
         >>> np.savez(
         ...     path,
         ...     **features,

@@ -69,7 +69,8 @@ def read(
         >>> import os, tempfile
         >>> import numpy as np
         >>> path = os.path.join(tempfile.mkdtemp(), "new.npz")
-        >>> np.savez(path, **{"features.text": np.ones((6, 5, 8)), "lengths.text": np.full(6, 5)})
+        >>> features = {"features.text": np.ones((6, 5, 8))}
+        >>> np.savez(path, **features, **{"lengths.text": np.full(6, 5)})
         >>> read(path, label_names=["happy", "sad"])
         {'all': MultimodalDataset(6 samples, {'text': (5, 8)}, labels ['happy', 'sad'])}
     """

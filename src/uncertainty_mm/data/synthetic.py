@@ -112,7 +112,8 @@ class SyntheticMMER:
         >>> posterior = world.posterior(samples)
         >>> posterior.marginals.shape, posterior.entropy.shape
         (torch.Size([100, 3]), torch.Size([100]))
-        >>> clear = world.posterior(world.sample(100, seed=1, noise=torch.full((100, 3), 0.1)))
+        >>> clear = world.sample(100, seed=1, noise=torch.full((100, 3), 0.1))
+        >>> clear = world.posterior(clear)
         >>> bool(clear.entropy.mean() < posterior.entropy.mean())
         True
     """

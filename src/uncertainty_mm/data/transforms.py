@@ -50,9 +50,13 @@ def drop_modalities(
 
     Example:
         >>> batch = MultimodalBatch(
-        ...     {"text": torch.ones(4, 3, 2)}, {"text": torch.zeros(4, 3).bool()}, torch.ones(4, 1), torch.arange(4)
+        ...     {"text": torch.ones(4, 3, 2)},
+        ...     {"text": torch.zeros(4, 3).bool()},
+        ...     torch.ones(4, 1),
+        ...     torch.arange(4),
         ... )
-        >>> drop_modalities(batch, 1.0, torch.Generator().manual_seed(0)).padding_mask["text"].all(1)
+        >>> fewer = drop_modalities(batch, 1.0, torch.Generator().manual_seed(0))
+        >>> fewer.padding_mask["text"].all(1)
         tensor([ True, False,  True, False])
     """
     check_probability("share", share)
@@ -333,7 +337,10 @@ def corrupted(
 
     Example:
         >>> data = MultimodalDataset(
-        ...     {"text": torch.randn(50, 9, 4)}, {"text": torch.zeros(50, 9).bool()}, torch.ones(50, 1), ["happy"]
+        ...     {"text": torch.randn(50, 9, 4)},
+        ...     {"text": torch.zeros(50, 9).bool()},
+        ...     torch.ones(50, 1),
+        ...     ["happy"],
         ... )
         >>> corrupted(data, "text", "dead").statistics()["text"].std
         tensor([0., 0., 0., 0.])

@@ -39,7 +39,10 @@ def reasons(
         label_names: Names of the Q labels.
 
     Example:
-        >>> outputs = {"missing": torch.tensor([[True, False]]), "typicality": torch.tensor([[1.0, 2.5]])}
+        >>> outputs = {
+        ...     "missing": torch.tensor([[True, False]]),
+        ...     "typicality": torch.tensor([[1.0, 2.5]]),
+        ... }
         >>> reasons(outputs, ["audio", "face"], ["happy"])
         ['audio missing; face unlike the training data, left out mostly']
     """

@@ -30,9 +30,9 @@ class OneStandardError:
         >>> rule = OneStandardError()
         >>> rule.update(10, torch.tensor([0.5, 0.3, 0.4]))
         10
-        >>> rule.update(20, torch.tensor([0.6, 0.2, 0.5]))  # worse by 0.03 with a standard error of 0.07
+        >>> rule.update(20, torch.tensor([0.6, 0.2, 0.5]))  # worse by 0.03 ± 0.07
         20
-        >>> rule.update(30, torch.tensor([0.7, 0.5, 0.6]))  # worse by 0.2 with a standard error of 0
+        >>> rule.update(30, torch.tensor([0.7, 0.5, 0.6]))  # worse by 0.2 ± 0
         20
     """
 

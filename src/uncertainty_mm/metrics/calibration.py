@@ -221,8 +221,13 @@ class MultilabelBrierDecomposition(_Binned):
         >>> metric = MultilabelBrierDecomposition(num_labels=1, n_bins=2)
         >>> metric.update(torch.tensor([[0.25], [0.25]]), torch.tensor([[0], [0]]))
         >>> metric.update(torch.tensor([[0.75], [0.75]]), torch.tensor([[1], [0]]))
-        >>> {name: round(float(part), 4) for name, part in metric.compute().items()}
-        {'brier': 0.1875, 'reliability': 0.0625, 'resolution': 0.0625, 'uncertainty': 0.1875, 'within_bins': 0.0}
+        >>> for name, part in metric.compute().items():
+        ...     print(f"{name:11} {float(part):.4f}")
+        brier       0.1875
+        reliability 0.0625
+        resolution  0.0625
+        uncertainty 0.1875
+        within_bins 0.0000
     """
 
     def __init__(

@@ -183,9 +183,10 @@ class SelectiveF1(Accumulated):
 
     Example:
         >>> metric = SelectiveF1(coverage=0.6)
-        >>> metric.update(torch.tensor([0.1]), torch.tensor([[0.9, 0.2]]), torch.tensor([[1, 0]]))
-        >>> probs, labels = torch.tensor([[0.6, 0.7], [0.4, 0.4]]), torch.tensor([[0, 1], [1, 0]])
-        >>> metric.update(torch.tensor([0.3, 0.9]), probs, labels)
+        >>> probs = torch.tensor([[0.9, 0.2], [0.6, 0.7], [0.4, 0.4]])
+        >>> labels = torch.tensor([[1, 0], [0, 1], [1, 0]])
+        >>> metric.update(torch.tensor([0.1]), probs[:1], labels[:1])
+        >>> metric.update(torch.tensor([0.3, 0.9]), probs[1:], labels[1:])
         >>> metric.compute()
         tensor(0.8000, dtype=torch.float64)
     """

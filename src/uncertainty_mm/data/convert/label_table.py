@@ -296,7 +296,8 @@ def read_label_csv(
         >>> import os, tempfile
         >>> path = os.path.join(tempfile.mkdtemp(), "labels.csv")
         >>> with open(path, "w") as file:
-        ...     _ = file.write("video_id,clip_id,sadness,happiness\nabc,0,0,0.67\nabc,1,3,0\n")
+        ...     _ = file.write("video_id,clip_id,sadness,happiness\n")
+        ...     _ = file.write("abc,0,0,0.67\nabc,1,3,0\n")
         >>> table = read_label_csv(path, ["happy", "sad"])
         >>> table.ids, table.labels.tolist()
         (['abc$_$0', 'abc$_$1'], [[1, 0], [0, 1]])

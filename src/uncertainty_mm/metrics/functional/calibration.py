@@ -208,8 +208,13 @@ def brier_decomposition(
     Example:
         >>> probs = torch.tensor([[0.25], [0.25], [0.75], [0.75]])
         >>> parts = brier_decomposition(probs, torch.tensor([[0], [0], [1], [0]]), n_bins=2)
-        >>> {name: round(float(part), 4) for name, part in parts._asdict().items()}
-        {'brier': 0.1875, 'reliability': 0.0625, 'resolution': 0.0625, 'uncertainty': 0.1875, 'within_bins': 0.0}
+        >>> for name, part in parts._asdict().items():
+        ...     print(f"{name:11} {float(part):.4f}")
+        brier       0.1875
+        reliability 0.0625
+        resolution  0.0625
+        uncertainty 0.1875
+        within_bins 0.0000
     """
     sums = _binned(probs, labels, unknown, n_bins, binning, average, validate_args)
     return BrierDecomposition(*(averaged(part, average) for part in brier_of(sums)))

@@ -94,7 +94,8 @@ def fpr_at_tpr(
 
     Example:
         >>> uncertainty = torch.tensor([0.1, 0.5, 0.4, 2.0])
-        >>> fpr_at_tpr(uncertainty, torch.tensor([0, 0, 1, 1]))  # at 0.4 both errors are detected
+        >>> errors = torch.tensor([0, 0, 1, 1])  # at 0.4 both are detected
+        >>> fpr_at_tpr(uncertainty, errors)
         tensor(0.5000, dtype=torch.float64)
     """
     check_probability("tpr", tpr)

@@ -120,7 +120,8 @@ def augrc(uncertainty: Tensor, errors: Tensor, *, validate_args: bool | None = N
         TypeError: If a dtype is wrong.
 
     Example:
-        >>> augrc(torch.tensor([0.1, 0.2, 0.2, 0.9]), torch.tensor([0, 1, 0, 1]))  # (2.5 / 2 + 1.5 / 2 + 0.5) / 16
+        >>> uncertainty, errors = torch.tensor([[0.1, 0.2, 0.2, 0.9], [0, 1, 0, 1]])
+        >>> augrc(uncertainty, errors)  # (2.5 / 2 + 1.5 / 2 + 0.5) / 16
         tensor(0.1562, dtype=torch.float64)
     """
     check_scores(uncertainty, errors, validate_args)

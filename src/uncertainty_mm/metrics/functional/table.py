@@ -63,7 +63,8 @@ def evaluate(
         >>> table = evaluate(probs, labels, threshold=0.5)
         >>> table["miF1"], table["Acc"]  # the third sample counts 0
         (1.0, 0.6667)
-        >>> evaluate(probs, labels, 0.5, unknown=labels.sum(1, keepdim=True).expand(3, 2) == 0)["Acc"]
+        >>> unknown = labels.sum(1, keepdim=True).expand(3, 2) == 0
+        >>> evaluate(probs, labels, 0.5, unknown=unknown)["Acc"]
         1.0
     """
     accuracy = sample_jaccard(
