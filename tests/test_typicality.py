@@ -121,6 +121,10 @@ def test_triangles_by_halves_are_those_of_torch(monkeypatch):
     x = torch.randn(30, 13).double()
     gram = typicality._gram(x)
     close(gram, x.T @ x)
+    monkeypatch.setattr(typicality, "_MANY", 7)
+    moments = typicality._Moments.of(x)
+    close(moments.scatter / 29, x.T.cov())
+    close(moments.largest, x.abs().amax(0))
     root = torch.linalg.cholesky(gram)
     close(typicality._inverse(root), torch.linalg.inv(root).tril())
 

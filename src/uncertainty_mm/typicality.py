@@ -38,6 +38,7 @@ _COVARIANCES = ("oas", "empirical")
 _UNIT = 10**12  # in parts of which the level is saved, because integers are not rounded by casts
 _CHUNK = 2**22  # numbers in a batch of a data set
 _BLOCK = 256  # columns of a product that is not split further
+_MANY = 4096  # rows
 # Standardised values are clamped to this magnitude, so that no square overflows.
 _LIMIT = 1e6
 # Least standard deviation at which a column of a summary, which has no unit, counts: far above rounding.
@@ -564,6 +565,8 @@ class _Moments:
     def of(rows: Tensor) -> _Moments:
         if len(rows) == 0:
             return _Moments.none(rows.shape[1])
+        if len(rows) > _MANY:  # of which no copy in float64 is made at once
+            return sum(map(_Moments.of, rows.split(_MANY)), _Moments.none(rows.shape[1]))
         rows = rows.double()
         mean = rows.mean(0)
         return _Moments(len(rows), mean, _gram(rows - mean), rows.abs().amax(0))
