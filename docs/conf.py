@@ -131,7 +131,11 @@ def mathml(display):
     from latex2mathml.converter import convert
 
     def visit(translator, node):
-        latex = node.astext().replace(r"\_", "_")
+        latex = node.astext()
+        for escaped, plain in ((r"\_", "_"), (r"\lVert", r"\|"), (r"\rVert", r"\|")):
+            latex = latex.replace(escaped, plain)  # the bars of a norm keep their size
+        if "&" in latex and r"\begin" not in latex:  # lines that are aligned
+            latex = rf"\begin{{split}}{latex}\end{{split}}"
         translator.body.append(convert(latex, display=display))
         raise nodes.SkipNode
 

@@ -319,7 +319,7 @@ def test_validate_args_reaches_the_checks(monkeypatch):
             "labels alone",
             lambda _: GaussianFusion("generalized_product", None, 3),
             ValueError,
-            "`num_modalities` beside",
+            "`num_modalities` along with",
         ),
         Bad(
             "nine",

@@ -82,7 +82,7 @@ class DiagonalGaussian(NamedTuple):
 
         .. math::
             \mathrm{KL}\bigl(\mathcal N(\mu, \sigma^2) \,\|\, \mathcal N(0, 1)\bigr)
-            = \tfrac12 \sum_k \mu_k^2 + \sigma_k^2 - 1 - \log \sigma_k^2
+            = \tfrac12 \sum_k \bigl(\mu_k^2 + \sigma_k^2 - 1 - \log \sigma_k^2\bigr)
 
         Near the prior the terms cancel: in float32 the relative error is up to 6e-5 at a standard deviation of 1.001
         and 4e-3 at 1.00001.

@@ -1,4 +1,4 @@
-"""Figures of calibration and uncertainty. They need matplotlib: `pip install 'uncertainty-mm[plots]'`.
+"""Figures of calibration and uncertainty. They need matplotlib, which the extra `plots` installs.
 
 Every function takes tensors or arrays, draws into `ax`, or into a new figure if `ax` is None, and returns the Axes, or
 an array of them. Nothing global is changed, and nothing is shown; `ax.figure.savefig(path)` writes the figure. The

@@ -57,7 +57,7 @@ class GaussianFusion(Component):
     - `"product"` of all modalities and the prior :math:`\mathcal N(0, 1)`, where each counts as new evidence:
       :math:`\tau = 1 + \sum_m \tau_m,\ \mu = \tau^{-1} \sum_m \tau_m \mu_m`; `weights` are :math:`\tau_m / \tau`, and
       the prior has the rest.
-    - `"generalized_product"`, without prior: :math:`\tau = \sum_m \alpha_m \tau_m,\
+    - `"generalized_product"`, without prior: :math:`\tau = \sum_m \alpha_m \tau_m,
       \mu = \tau^{-1} \sum_m \alpha_m \tau_m \mu_m` with `weights` :math:`\alpha_m` that sum to 1, equal or learned.
     - `"mixture"`: mean and standard deviation of a modality drawn at random with :math:`w_m = 1 / P`:
       :math:`\mu = \sum_m w_m \mu_m,\ \sigma^2 = \sum_m w_m (\sigma_m^2 + (\mu_m - \mu)^2)`.

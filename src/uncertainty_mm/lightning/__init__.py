@@ -1,6 +1,6 @@
 """Parts for Lightning runs: data, training, calibration, safe checkpoints, predictions.
 
-Each part works with any `LightningModule`. They need the extra `examples`: `pip install 'uncertainty-mm[examples]'`.
+Each part works with any `LightningModule`. They need the extra `examples`.
 """
 
 from uncertainty_mm.lightning.callbacks import DeterministicDropout, FiniteGuard, History

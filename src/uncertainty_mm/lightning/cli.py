@@ -1,6 +1,6 @@
 """A command line for models made of parts, based on Lightning's: :func:`run_command_line`.
 
-It needs the extra `examples`: `pip install 'uncertainty-mm[examples]'`.
+It needs the extra `examples`.
 """
 
 from __future__ import annotations

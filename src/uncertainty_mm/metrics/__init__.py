@@ -1,7 +1,7 @@
 """Measures the quality of probabilities and uncertainties over batches and processes, as `torchmetrics.Metric`.
 
-The functions in :mod:`uncertainty_mm.metrics.functional` need only torch; the classes need torchmetrics:
-`pip install 'uncertainty-mm[metrics]'`. They are imported on first use.
+The functions in :mod:`uncertainty_mm.metrics.functional` need only torch; the classes need torchmetrics,
+which the extra `metrics` installs. They are imported on first use.
 """
 
 from __future__ import annotations

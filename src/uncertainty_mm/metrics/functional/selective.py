@@ -169,7 +169,7 @@ def coverage_at_risk(
     r"""Largest share of samples, the most certain ones, that can be answered with a mean error of at most `risk`.
 
     .. math::
-        \max \bigl\{ \tfrac{k}{N} : \text{risk}(k) \le r \bigr\} \quad \text{or 0}
+        \max \{ \tfrac{k}{N} : \text{risk}(k) \le r \} \quad \text{or 0}
 
     of the curve of :func:`risk_coverage`. It describes only these samples; to bound the risk of other samples, use
     :class:`~uncertainty_mm.ConformalRiskControl`.
