@@ -379,6 +379,11 @@ def test_fit_gives_the_summaries_it_read():
     for m, name in enumerate(dims):
         torch.testing.assert_close(rows[name][~gone[:, m]], wanted[name][~gone[:, m]])
     batch = data.batch(range(40))
+    batch.features["face"][1] = torch.nan  # of which no step counts
+    unchecked = Typicality(dims, validate_args=False)
+    missing = unchecked.fit_and_summarize([batch])[1]
+    assert missing[1].tolist() == [False, True]
+    assert torch.equal(unchecked.summaries_of([batch])[1], missing)
     del batch.features["face"], batch.padding_mask["face"]
     with pytest.warns(UserWarning, match="holds 0 sequences of 'face'") as caught:
         rows, missing = module.fit_and_summarize([batch])

@@ -228,8 +228,8 @@ class Typicality(Component):
             data: As for :meth:`fit`, on any device.
 
         Returns:
-            Tensors (N, 2 D_m + 3) by modality name, and a bool tensor (N, M), True where a modality is missing, on the
-            device of the module.
+            Tensors (N, 2 D_m + 3) by modality name, and a bool tensor (N, M), True where a modality is missing or no
+            step of it is finite, on the device of the module.
 
         Raises:
             ValueError: As :meth:`fit`.
@@ -242,9 +242,7 @@ class Typicality(Component):
         with torch.random.fork_rng(devices=[]):
             for batch in _reader(data)():
                 self._check_batch(batch)
-                features, padding_mask = batch.to(device)[:2]
-                gone = missing_modalities(features, padding_mask, self.modality_dims)
-                of_batch = self.summaries(features, padding_mask)
+                _, gone, of_batch = self._measured(*batch.to(device)[:2])
                 for name, dim in self.summary_dims.items():
                     rows[name].append(of_batch.get(name, gone.new_zeros(len(gone), dim).float()))
                 missing.append(gone)
