@@ -21,6 +21,7 @@ SETS = {
     "emotify_gems9": "Emotify",
     "wikiart_text_style": "WikiArt",
     "ferplus_3view": "FER+",
+    "extrasensory_8": "ExtraSensory",
 }
 SIZES = (0.0, 0.75, 1.5, 3.0, 6.0)
 
@@ -61,10 +62,10 @@ def draw(left, middle, right):
             strict=True,
         ):
             right.plot(x, -y, marker, color=color, label=label if y == 0 else None)
-    right.vlines(0.5, -3.4, 0.5, color="0.8", zorder=0)
+    right.vlines(0.5, -4.4, 0.5, color="0.8", zorder=0)
     right.set(title="Told from clean, real data", xlabel="AUROC (0.5: chance)", xlim=(0.35, 1.02))
-    right.set_ylim(-3.4, 2.5)
-    right.set_yticks([0, -1, -2, -3], SETS.values())
+    right.set_ylim(-4.4, 2.9)
+    right.set_yticks([-y for y in range(len(SETS))], SETS.values())
     right.legend(frameon=False, loc="upper right", fontsize=8)
 
 
