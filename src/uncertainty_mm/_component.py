@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+# In parts of which a fraction is kept in `meaning`, because integers are not rounded by casts.
+UNIT = 10**12
+
 
 class FixedSettings:
     """Settings are checked once by the constructor and read-only afterwards, so `loss.reduction = "maen"` raises."""

@@ -9,10 +9,8 @@ from uncertainty_mm._checks import (
     check_probability,
     check_validate_args,
 )
-from uncertainty_mm._component import Component
+from uncertainty_mm._component import UNIT, Component
 from uncertainty_mm.calibration._data import checked_input, fitting_data
-
-_UNIT = 10**12  # in parts of which the risk is saved, because integers are not rounded by casts
 
 
 class ConformalRiskControl(Component):
@@ -64,7 +62,7 @@ class ConformalRiskControl(Component):
         check_validate_args(validate_args)
         self._set(risk=risk, validate_args=validate_args)
         self._keep(threshold=torch.empty(()))
-        self._keep_meaning(round(risk * _UNIT))
+        self._keep_meaning(round(risk * UNIT))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -73,7 +71,7 @@ class ConformalRiskControl(Component):
         self._reset_meaning()
 
     def _in_words(self, meaning: tuple[int, ...]) -> str:
-        return f"`risk` {meaning[0] / _UNIT:g}"
+        return f"`risk` {meaning[0] / UNIT:g}"
 
     def forward(self, probs: Tensor) -> Tensor:
         """Predicts sets.

@@ -288,11 +288,10 @@ class SequenceEncoder(Component):
         if not steps.whole:
             # A missing sequence attends to itself, which is harmless: nobody reads it.
             mask = (~padding | padding.all(dim=1, keepdim=True)).unsqueeze(1).unsqueeze(1)
-        # padding that is not skipped has to be 0 afterwards
-        features = x if steps.moves else self.standardized(x)
-        features = steps.pack(features)
-        if steps.moves:  # of fewer steps
-            features = self.standardized(features)
+        # of fewer steps where padding is skipped; elsewhere packing makes it 0, which has to come last
+        features = (
+            self.standardized(steps.pack(x)) if steps.moves else steps.pack(self.standardized(x))
+        )
         embedded = steps.of_places(self.positions)
         if self.size is not None:
             features = features.to(torch.promote_types(features.dtype, torch.float32))

@@ -25,7 +25,7 @@ from uncertainty_mm._checks import (
     missing_modalities,
     sum_is_finite,
 )
-from uncertainty_mm._component import Component, FittedComponent
+from uncertainty_mm._component import UNIT, Component, FittedComponent
 from uncertainty_mm.functional import at_least_float32
 
 if TYPE_CHECKING:
@@ -35,7 +35,6 @@ __all__ = ["Typicality"]
 
 _FOLDS = 5
 _COVARIANCES = ("oas", "empirical")
-_UNIT = 10**12  # in parts of which the level is saved, because integers are not rounded by casts
 _CHUNK = 2**22  # numbers in a batch of a data set
 _BLOCK = 256  # columns of a product that is not split further
 _MANY = 4096  # rows
@@ -133,7 +132,7 @@ class Typicality(Component):
         check_validate_args(validate_args)
         self._set(modality_dims=dict(modality_dims), level=level, power=power)
         self._set(covariance=covariance, validate_args=validate_args)
-        meaning = round(level * _UNIT), _COVARIANCES.index(covariance)
+        meaning = round(level * UNIT), _COVARIANCES.index(covariance)
         parts = {name: _Modality(dim, meaning) for name, dim in modality_dims.items()}
         self.modality = nn.ModuleDict(parts)
 
@@ -477,7 +476,7 @@ class _Modality(FittedComponent):
     def _in_words(self, meaning: tuple[int, ...]) -> str:
         level, covariance = meaning
         kind = dict(enumerate(_COVARIANCES)).get(covariance, "unknown")
-        return f"of `level` {level / _UNIT:g} and `covariance` {kind!r}"
+        return f"of `level` {level / UNIT:g} and `covariance` {kind!r}"
 
     def set(self, step: _Whitening, sequence: _Whitening, quantile: Tensor) -> None:
         """Stores a fit."""
